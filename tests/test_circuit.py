@@ -1,0 +1,356 @@
+"""Circuits and streams against a relay whose every cell the test chooses.
+
+The far side is built from the specification's layout with hashlib and `cryptography`, not with
+minitor's own relay encryption.  What real relays do is tested in tests/live.
+"""
+
+import asyncio
+import hashlib
+import os
+import struct
+
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+import minitor
+
+BEGIN, DATA, END, CONNECTED, SENDME, DROP, TRUNCATED = 1, 2, 3, 4, 5, 10, 9
+
+
+class Hop:
+    """The relay's side of one hop (tor-spec 5.2), from its 72 bytes of keys."""
+
+    def __init__(self, keys):
+        self.forward, self.backward = hashlib.sha1(keys[:20]), hashlib.sha1(keys[20:40])
+        self.decrypt, self.encrypt = (
+            Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+            for key in (keys[40:56], keys[56:72])
+        )
+
+
+class FakeChannel:
+    """Keeps what a circuit sends."""
+
+    def __init__(self, room=1000):
+        self.sent, self.space, self.closing = [], room, minitor.Promise()
+        self.circuits, self.waiting = {}, []
+
+    def adopt(self, circuit):
+        self.circuits[0x80000001] = circuit
+        return 0x80000001
+
+    def forget(self, circ_id):
+        self.circuits.pop(circ_id, None)
+
+    def room(self):
+        return self.space
+
+    def when_room(self, callback):
+        self.waiting.append(callback)
+
+    def send(self, data):
+        self.sent.extend(data[at : at + 514] for at in range(0, len(data), 514))
+
+
+class Far:
+    """A circuit of `hops` hops over a FakeChannel, and all relays of it."""
+
+    def __init__(self, hops=3):
+        self.channel = FakeChannel()
+        self.circuit = minitor.Circuit(self.channel)
+        self.hops = []
+        for _ in range(hops):
+            keys = os.urandom(92)
+            self.circuit._layers.append(minitor.Layer(keys))
+            self.hops.append(Hop(keys))
+
+    def cell(self, command, stream_id, data=b"", hop=-1, size=None, recognised=0, forge=False):
+        """Return an encrypted relay cell from the relay `hop` to the client."""
+        hops = self.hops[: hop % len(self.hops) + 1]
+        size = len(data) if size is None else size
+        body = data + bytes(498 - len(data))
+        plain = struct.pack(">BHHIH", command, recognised, stream_id, 0, size) + body
+        hops[-1].backward.update(plain)
+        tag = bytes(4) if forge else hops[-1].backward.digest()[:4]
+        plain = plain[:5] + tag + plain[9:]
+        for one in reversed(hops):
+            plain = one.encrypt.update(plain)
+        return plain
+
+    def tag(self, hop=-1):
+        return self.hops[hop].forward.digest()
+
+    def received(self):
+        """Return what the last relay reads of the cells sent: [(command, stream_id, data)]."""
+        found, sent, self.channel.sent = [], self.channel.sent, []
+        self.tags = []
+        for cell in sent:
+            if cell[4] == 4:
+                found.append(("destroy", 0, b""))
+                continue
+            body = cell[5:]
+            for hop in self.hops:
+                body = hop.decrypt.update(body)
+            command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", body)
+            assert recognised == 0
+            self.hops[-1].forward.update(body[:5] + bytes(4) + body[9:])
+            assert self.hops[-1].forward.digest()[:4] == tag
+            self.tags.append(self.hops[-1].forward.digest())
+            # tor-spec 6.1: four zero bytes, then random ones.
+            assert body[11 + size : 15 + size].strip(b"\0") == b""
+            found.append((command, stream_id, body[11 : 11 + size]))
+        return found
+
+    async def stream(self):
+        opening = asyncio.ensure_future(self.circuit.open_stream("example.com", 80, 5))
+        await asyncio.sleep(0)
+        ((command, stream_id, data),) = self.received()
+        assert (command, data[:15]) == (BEGIN, b"example.com:80\0")
+        self.circuit.receive(self.cell(CONNECTED, stream_id))
+        return await opening
+
+
+def run(test):
+    return asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def test_cells_that_come_together_are_read_in_order():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        pieces = [bytes([i]) * (498 - i) for i in range(20)]
+        cells = [far.cell(DATA, stream.stream_id, piece) for piece in pieces]
+        far.circuit.receive(b"".join(cells[:13]))
+        far.circuit.receive(b"".join(cells[13:]) + far.cell(END, stream.stream_id, b"\6"))
+        assert await stream.read() == b"".join(pieces)
+
+    run(test)
+
+
+def test_a_cell_of_a_middle_relay_does_not_shift_the_key_streams_behind_it():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        cells = [
+            far.cell(DATA, stream.stream_id, b"one"),
+            far.cell(DROP, 0, b"", hop=0),
+            far.cell(DATA, stream.stream_id, b"two"),
+            far.cell(DROP, 0, b"", hop=1),
+            far.cell(DROP, 0, b"", hop=1),
+            far.cell(DATA, stream.stream_id, b"three"),
+        ]
+        far.circuit.receive(b"".join(cells))
+        assert await stream.readexactly(11) == b"onetwothree"
+        assert not far.circuit.closed
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda far, s: far.cell(DATA, s, b"x", forge=True),
+        lambda far, s: far.cell(DATA, s, b"x", recognised=1),
+        lambda far, s: far.cell(DATA, s, b"x", size=499),
+        lambda far, s: far.cell(DATA, 0, b"x"),
+        lambda far, s: far.cell(DATA, s, b"x", hop=1),
+        lambda far, s: far.cell(SENDME, 0, b"\1\0\x14" + bytes(20)),
+        lambda far, s: far.cell(SENDME, s),
+        lambda far, s: far.cell(CONNECTED, s),
+        lambda far, s: far.cell(15, 0, b"unasked EXTENDED2"),
+        lambda far, s: far.cell(37, 0, bytes(64)),
+        lambda far, s: far.cell(BEGIN, 999, b"localhost:22\0"),
+        lambda far, s: far.cell(99, 0),
+        lambda far, s: far.cell(TRUNCATED, 0, b"\5", hop=1),
+        lambda far, s: os.urandom(509),
+        lambda far, s: b"".join(far.cell(DATA, s, b"x") for _ in range(501)),
+    ],
+)
+def test_what_breaks_the_protocol_closes_the_circuit(bad):
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        stream.feed(b"before")
+        # Nobody reads, so no SENDME is due to the stream.
+        minitor.READ_AHEAD, before = 0, minitor.READ_AHEAD
+        try:
+            far.circuit.receive(bad(far, stream.stream_id))
+        finally:
+            minitor.READ_AHEAD = before
+        assert far.circuit.closed
+        assert far.received()[-1][0] == "destroy"
+        with pytest.raises(minitor.StreamError):
+            while await stream.read(100):
+                pass
+
+    run(test)
+
+
+def test_sendmes_carry_the_tag_of_the_cell_that_made_them_due():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        cells, tags = [], []
+        for i in range(250):
+            cells.append(far.cell(DATA, stream.stream_id, b"x"))
+            tags.append(far.hops[-1].backward.digest())
+        far.circuit.receive(b"".join(cells))
+        sent = far.received()
+        circuit = [data for command, stream_id, data in sent if command == SENDME and not stream_id]
+        assert circuit == [b"\1\0\x14" + tags[99], b"\1\0\x14" + tags[199]]
+        assert len([1 for command, stream_id, _ in sent if stream_id]) == 5
+
+    run(test)
+
+
+def test_sending_stops_at_the_windows_and_goes_on_with_authentic_sendmes():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        data = os.urandom(498 * 1300)
+        stream.write(data)
+        sent = far.received()
+        assert len(sent) == 500
+        # At least one cell in each window is short, so that its tag cannot be foretold.
+        assert all(
+            min(len(d) for _, _, d in sent[at : at + 100]) <= 478 for at in range(0, 500, 100)
+        )
+        got = b"".join(d for _, _, d in sent)
+        tags = far.tags
+        for i in range(10):
+            far.circuit.receive(far.cell(SENDME, stream.stream_id))
+        more = far.received()
+        tags += far.tags
+        assert len(more) == 500
+        got += b"".join(d for _, _, d in more)
+        for i in range(10):
+            far.circuit.receive(far.cell(SENDME, stream.stream_id))
+        assert far.received() == []
+        for i in range(4):
+            tag = tags[100 * i + 99][:20]
+            far.circuit.receive(far.cell(SENDME, 0, b"\1\0\x14" + tag))
+        got += b"".join(d for _, _, d in far.received())
+        assert got == data
+        far.circuit.receive(far.cell(SENDME, 0, b"\1\0\x14" + bytes(20)))
+        assert far.circuit.closed
+
+    run(test)
+
+
+def test_sending_waits_for_room_in_the_channel():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.channel.space = 0
+        stream.write(bytes(5000))
+        assert far.received() == [] and far.channel.waiting
+        far.channel.space = 100
+        far.channel.waiting.pop()()
+        assert sum(len(d) for _, _, d in far.received()) == 5000
+        await stream.drain()
+
+    run(test)
+
+
+def test_bytes_that_came_before_the_end_are_not_lost():
+    async def test():
+        for reason, fails in ((6, False), (12, True)):
+            far = Far()
+            stream = await far.stream()
+            far.circuit.receive(
+                far.cell(DATA, stream.stream_id, b"last words")
+                + far.cell(END, stream.stream_id, bytes([reason]))
+            )
+            assert await stream.read(5) == b"last "
+            assert await stream.read(100) == b"words"
+            if fails:
+                with pytest.raises(minitor.StreamError, match="reset"):
+                    await stream.read(100)
+            else:
+                assert await stream.read(100) == b""
+            with pytest.raises(minitor.TorError):
+                stream.write(b"too late")
+
+    run(test)
+
+
+def test_a_closed_stream_is_ended_and_late_data_does_no_harm():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        stream.write(b"bye")
+        stream.close()
+        await stream.wait_closed()
+        assert [c for c, _, _ in far.received()] == [DATA, END]
+        far.circuit.receive(
+            far.cell(DATA, stream.stream_id, b"late") + far.cell(END, stream.stream_id, b"\6")
+        )
+        assert not far.circuit.closed and not far.circuit.streams
+
+    run(test)
+
+
+def test_a_refused_stream_says_why():
+    async def test():
+        far = Far()
+        opening = asyncio.ensure_future(far.circuit.open_stream("example.com", 80, 5))
+        await asyncio.sleep(0)
+        ((_, stream_id, _),) = far.received()
+        far.circuit.receive(far.cell(END, stream_id, b"\4" + bytes(8)))
+        with pytest.raises(minitor.StreamError, match="policy") as caught:
+            await opening
+        assert caught.value.reason == 4 and not far.circuit.streams
+
+    run(test)
+
+
+def test_destroy_ends_streams_with_its_reason():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.circuit.destroyed(5)
+        with pytest.raises(minitor.StreamError, match="resources"):
+            await stream.read(1)
+        with pytest.raises(minitor.CircuitError):
+            await far.circuit.open_stream("example.com", 80, 5)
+
+    run(test)
+
+
+def test_lines_and_separators():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.circuit.receive(far.cell(DATA, stream.stream_id, b"one\ntw"))
+        assert await stream.readline() == b"one\n"
+        far.circuit.receive(far.cell(DATA, stream.stream_id, b"o\r\n\r\nrest"))
+        assert await stream.readuntil(b"\r\n\r\n") == b"two\r\n\r\n"
+        far.circuit.receive(far.cell(END, stream.stream_id, b"\6"))
+        assert await stream.readline() == b"rest"
+        assert stream.at_eof() and await stream.readline() == b""
+        with pytest.raises(EOFError):
+            await stream.readexactly(1)
+
+    run(test)
+
+
+def test_a_service_reads_early_data_and_ends_streams_as_done():
+    async def test():
+        far = Far(2)
+        begun = []
+
+        async def on_begin(stream, host, port):
+            begun.append((host, port))
+            await stream.accept()
+            stream.write(await stream.readline())
+            stream.close()
+
+        far.circuit.on_begin = on_begin
+        far.circuit.receive(far.cell(BEGIN, 7, b":80\0") + far.cell(DATA, 7, b"hello\n"))
+        await asyncio.sleep(0.01)
+        assert begun == [("", 80)]
+        assert far.received() == [(CONNECTED, 7, b""), (DATA, 7, b"hello\n"), (END, 7, b"\6")]
+        far.circuit.receive(far.cell(BEGIN, 8, b"no port"))
+        assert far.circuit.closed
+
+    run(test)

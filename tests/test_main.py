@@ -1,0 +1,251 @@
+"""The command line and the web server behind --serve, without a network."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import minitor
+import pytest
+
+MINITOR = Path(__file__).resolve().parent.parent / "minitor.py"
+
+
+async def ask_async(target, request):
+    """Send `request` to a handler as a visitor would; return all that comes back."""
+    server = await asyncio.start_server(target, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(request)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    server.close()
+    return answer
+
+
+def ask(target, request):
+    """Return status, headers and body of the answer."""
+    head, _, body = asyncio.run(ask_async(target, request)).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    fields = dict(line.lower().split(": ", 1) for line in lines[1:])
+    assert lines[0].startswith("HTTP/1.1 ")
+    assert fields["connection"] == "close"
+    return int(lines[0].split(" ")[1]), fields, body
+
+
+def get(target, path, method="GET"):
+    return ask(target, ("%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method, path)).encode())
+
+
+@pytest.fixture
+def site(tmp_path):
+    root = tmp_path / "public"
+    (root / "sub").mkdir(parents=True)
+    (root / "empty <dir>").mkdir()
+    (root / ".git").mkdir()
+    (root / ".well-known").mkdir()
+    (root / "index.html").write_text("<p>start")
+    (root / "sub" / "a b&c.txt").write_text("text")
+    (root / "sub" / "<i>.html").write_text("x")
+    (root / "data.tar.gz").write_bytes(os.urandom(300000))
+    (root / ".git" / "config").write_text("secret")
+    (root / ".well-known" / "security.txt").write_text("known")
+    (tmp_path / "outside.txt").write_text("outside")
+    (tmp_path / "public-too").mkdir()
+    (tmp_path / "public-too" / "x.txt").write_text("outside")
+    (root / "link.txt").symlink_to(tmp_path / "outside.txt")
+    (root / "link").symlink_to(tmp_path / "public-too")
+    (root / "inner.txt").symlink_to(root / "sub" / "a b&c.txt")
+    (root / "sub" / "up").mkdir()
+    (root / "sub" / "up" / "index.html").symlink_to(tmp_path / "outside.txt")
+    return root
+
+
+def test_own_page_says_what_it_is():
+    status, fields, body = get(minitor.serve_target(""), "/")
+    assert status == 200 and b"minitor" in body and b"onion service" in body
+    assert fields["content-type"] == "text/html; charset=utf-8"
+    assert int(fields["content-length"]) == len(body)
+    assert "server" not in fields and "date" not in fields
+
+
+def test_folder_files_and_types(site):
+    target = minitor.serve_target(str(site))
+    assert get(target, "/")[2] == b"<p>start"
+    assert get(target, "/?q=1")[2] == b"<p>start"
+    status, fields, body = get(target, "/sub/a%20b%26c.txt")
+    assert (status, fields["content-type"], body) == (200, "text/plain; charset=utf-8", b"text")
+    status, fields, body = get(target, "/data.tar.gz")
+    assert body == (site / "data.tar.gz").read_bytes()
+    assert fields["content-type"] == "application/octet-stream"
+    assert get(target, "/.well-known/security.txt")[2] == b"known"
+    assert get(target, "/inner.txt")[2] == b"text"
+
+
+def test_folder_listing_is_escaped(site):
+    target = minitor.serve_target(str(site))
+    body = get(target, "/sub/")[2].decode()
+    assert '<a href="./a%20b%26c.txt">a b&amp;c.txt</a>' in body
+    assert '<a href="./%3Ci%3E.html">&lt;i&gt;.html</a>' in body
+    assert '<a href="./up/">up/</a>' in body and "<i>" not in body
+    title = get(target, "/empty%20%3Cdir%3E/")[2].decode()
+    assert "&lt;dir&gt;" in title and "<dir>" not in title
+    (site / "index.html").unlink()
+    assert ".git" not in get(target, "/")[2].decode()
+
+
+def test_folder_redirects_to_the_slash(site):
+    target = minitor.serve_target(str(site))
+    status, fields, _ = get(target, "/sub?x")
+    assert (status, fields["location"]) == (301, "/sub/")
+    # Never to another host.
+    (site / "example.com").mkdir()
+    status, fields, _ = get(target, "//example.com")
+    assert (status, fields["location"]) == (301, "/example.com/")
+
+
+@pytest.mark.parametrize("path", [
+    "/../outside.txt", "/%2e%2e/outside.txt", "/sub/../../outside.txt", "/..%2foutside.txt",
+    "/.git/config", "/.git/", "/sub/%2e%2e/", "/link.txt", "/link/", "/link/x.txt", "/sub/up/",
+    "/nothing", "/%00", "/index.html%00.txt", "/" + "a" * 5000, "/%ff", "nonsense/",
+    "/%2e%2e%2f%2e%2e%2fetc/passwd", "//etc/passwd",
+])
+def test_folder_gives_nothing_else(site, path):
+    status, _, body = get(minitor.serve_target(str(site)), path)
+    assert status in (404, 301)
+    assert b"outside" not in body and b"secret" not in body and b"root:" not in body
+
+
+def test_folder_hides_backslashes(site):
+    assert get(minitor.serve_target(str(site)), "/..\\outside.txt")[0] == 404
+
+
+def test_methods(site):
+    target = minitor.serve_target(str(site))
+    status, fields, body = get(target, "/", "HEAD")
+    assert (status, fields["content-length"], body) == (200, "8", b"")
+    status, fields, _ = get(target, "/", "POST")
+    assert (status, fields["allow"]) == (405, "get, head")
+    assert ask(target, b"\r\n\r\n")[0] == 405
+    assert ask(target, b"GET\r\n\r\n")[0] == 301
+    assert ask(target, b"\xff\xfe\0 / \r\n\r\n")[0] == 405
+    assert asyncio.run(ask_async(target, b"GET / HTTP/1.0\r\n\r\n")).endswith(b"start")
+
+
+def test_unreadable_files_are_not_found(site):
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    (site / "index.html").chmod(0)
+    assert get(minitor.serve_target(str(site)), "/")[0] == 404
+
+
+def test_serve_target(tmp_path):
+    assert minitor.serve_target("8080") == 8080
+    assert minitor.serve_target("example.com:80") == ("example.com", 80)
+    assert minitor.serve_target("[::1]:80") == ("::1", 80)
+    assert minitor.serve_target("unix:/run/x") == "unix:/run/x"
+    for what in ("0", "65536", "no/such/folder", "a b:80", "host:", str(tmp_path / "x"), "²"):
+        with pytest.raises(minitor.ConfigError):
+            minitor.serve_target(what)
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(MINITOR)] + list(arguments), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=30,
+        env=dict(os.environ, **environment))
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--nonsense"], ["--get"], ["--serve", "--get", "x"], ["--serve", "no/such/folder"],
+    ["--serve", "99999"], ["--port", "x", "--serve"], ["--port", "0", "--serve"], ["extra"],
+    ["--serve", "1", "2"], ["--serv"],
+])
+def test_usage_errors_are_one_line(arguments, tmp_path):
+    done = run(*arguments, "--data-dir", str(tmp_path / "data"))
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("minitor: ")
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_such_network_file(tmp_path):
+    done = run("--get", "x.onion", "--network", str(tmp_path / "nothing"),
+               "--data-dir", str(tmp_path / "data"))
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1, done.stderr
+    assert "nothing" in done.stderr
+
+
+def test_version_and_help():
+    assert run("--version").stdout == "minitor %s\n" % minitor.__version__
+    done = run("--help")
+    assert done.returncode == 0 and "--serve" in done.stdout and "--get" in done.stdout
+
+
+def test_address_is_kept_and_private(tmp_path):
+    data = tmp_path / "data"
+    first = run("--address", "--data-dir", str(data))
+    assert first.returncode == 0, first.stderr
+    assert minitor.parse_onion_address(first.stdout.strip())
+    assert run("--address", "--data-dir", str(data)).stdout == first.stdout
+    keys = data / "onion_service"
+    assert (keys / "hostname").read_text() == first.stdout
+    assert data.stat().st_mode & 0o777 == 0o700 and keys.stat().st_mode & 0o777 == 0o700
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in keys.iterdir())
+    other = run("--address", "--data-dir", str(data), "--key-dir", str(tmp_path / "other"))
+    assert other.stdout != first.stdout
+    # The key of the private network is not the key of the public one.
+    network = tmp_path / "network"
+    network.write_text("TestingTorNetwork 1\n")
+    assert run("--address", "--network", str(network)).returncode == 0
+    assert (tmp_path / "network.minitor" / "onion_service" / "hostname").exists()
+
+
+def test_default_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert minitor.default_data_dir() == str(tmp_path / "minitor")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert minitor.default_data_dir() == "/home/someone/.local/state/minitor"
+    assert minitor.default_data_dir("a/network") == "a/network.minitor"
+
+
+class FakeTor:
+    """Stands for Tor: whatever is fetched is the page of a local server."""
+
+    def __init__(self, data_dir, network, progress):
+        progress(45, "requesting_descriptors", "Asking for relay descriptors")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def create_onion_service(self, port, target, key_dir):
+        class Service:
+            address = "x" * 56 + ".onion"
+
+        return Service
+
+
+def test_serve_prints_progress_and_the_address(monkeypatch, capsys, tmp_path):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minitor, "Tor", FakeTor)
+    monkeypatch.setattr(minitor.time, "sleep", interrupted)
+    assert minitor.main(["--serve", "--data-dir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "x" * 56 + ".onion\n"
+    assert err == "Bootstrapped 45% (requesting_descriptors): Asking for relay descriptors\n"
+
+
+def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
+    class Failing(FakeTor):
+        def urlopen(self, url):
+            raise minitor.OnionError("not there")
+
+    monkeypatch.setattr(minitor, "Tor", Failing)
+    assert minitor.main(["--get", "x.onion", "--data-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr()[1].splitlines()[1:] == ["minitor: not there"]

@@ -1,0 +1,326 @@
+"""Section 9: addresses, time periods, the hash ring, descriptors, revision counters.
+
+Vectors: from the test suite of tor 0.4.9 (test_hs_common, test_crypto_ope, hs_indexes), the
+addresses of rend-spec-v3, and a descriptor that C tor 0.4.9.11 made, with its key.
+"""
+
+import base64
+import calendar
+import hashlib
+import os
+
+import pytest
+
+import minitor
+
+H = bytes.fromhex
+NOW = 1732100000
+
+
+class Consensus:
+    def __init__(self, text, interval=3600, params=None, current=b"c" * 32, previous=b"p" * 32):
+        date, clock = text.split(" ")
+        fields = [int(n) for n in date.split("-") + clock.split(":")]
+        self.valid_after = calendar.timegm(fields)
+        self.fresh_until = self.valid_after + interval
+        self.params = params or {}
+        self.srv_current, self.srv_previous = current, previous
+
+    def param(self, name, default, low=0, high=2**31):
+        return min(max(self.params.get(name, default), low), high)
+
+
+# ─── addresses ───
+
+GOOD = [
+    "25njqamcweflpvkl73j4szahhihoc4xt3ktcgjnpaingr5yhkenl5sid",
+    "pg6mmjiyjmcrsslvykfwnntlaru7p5svn6y2ymmju6nubxndf4pscryd",
+    "sp3k262uwy4r2k3ycr5awluarykdpag6a7y33jxop4cs2lu5uz5sseqd",
+    "xa4r2iadxm55fbnqgwwi5mymqdcofiu3w6rpbtqn7b2dyn7mgwj64jyd",
+]
+
+
+def test_address_vector():
+    key = H("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
+    assert minitor.onion_address(key) == GOOD[0] + ".onion"
+    assert minitor.parse_onion_address(GOOD[0] + ".onion") == key
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_address_good(text):
+    key = minitor.parse_onion_address("www." + text.upper() + ".ONION.")
+    assert minitor.onion_address(key) == text + ".onion"
+
+
+def with_torsion(key):
+    """The address of a key with a point of order 8 added, its checksum right."""
+    torsion = H("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a")
+    p = 2**255 - 19
+    d = -121665 * pow(121666, p - 2, p) % p
+
+    def decode(data):
+        y = int.from_bytes(data, "little")
+        sign, y = y >> 255, y & (1 << 255) - 1
+        xx = (y * y - 1) * pow(d * y * y + 1, p - 2, p) % p
+        x = pow(xx, (p + 3) // 8, p)
+        if (x * x - xx) % p:
+            x = x * pow(2, (p - 1) // 4, p) % p
+        return (p - x if x & 1 != sign else x), y
+
+    (a, b), (c, e) = decode(key), decode(torsion)
+    k = d * a * b * c * e % p
+    x = (a * e + b * c) * pow(1 + k, p - 2, p) % p
+    y = (b * e + a * c) * pow(1 - k, p - 2, p) % p
+    return minitor.onion_address((y | (x & 1) << 255).to_bytes(32, "little"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "onion", ".onion", "example.com", "expyuzz4wqqyqhjn.onion", GOOD[0],
+        GOOD[0] + ".onion.com", GOOD[0][:-1] + ".onion", GOOD[0][:-1] + "a.onion",
+        "3" + GOOD[0][1:] + ".onion", GOOD[0][:20] + "1" + GOOD[0][21:] + ".onion",
+        minitor.onion_address(bytes(32)),
+        minitor.onion_address(b"\x01" + bytes(31)),
+        with_torsion(minitor.parse_onion_address(GOOD[0] + ".onion")),
+    ],
+)
+def test_address_bad(text):
+    with pytest.raises(minitor.AddressError):
+        minitor.parse_onion_address(text)
+
+
+# ─── time periods ───
+
+
+@pytest.mark.parametrize(
+    "when,first,rotated",
+    [
+        # rend-spec-v3 [TIME-PERIODS]: period 16903 ends on 2016-04-13 at 12:00.
+        ("2016-04-13 00:00:00", 16903, False),
+        ("2016-04-13 11:00:00", 16903, False),
+        ("2016-04-13 12:00:00", 16903, True),
+        ("2016-04-13 23:00:00", 16903, True),
+        ("2016-04-14 00:00:00", 16904, False),
+        ("2016-04-14 11:00:00", 16904, False),
+        ("2016-04-14 12:00:00", 16904, True),
+    ],
+)
+def test_time_periods(when, first, rotated):
+    consensus = Consensus(when)
+    one, two, fetch = minitor.time_periods(consensus, False)
+    assert one[:3] == (first, 1440, b"p" * 32) and two[:3] == (first + 1, 1440, b"c" * 32)
+    assert fetch is (two if rotated else one)
+    # A protocol run begins at midnight.
+    midnight = consensus.valid_after // 86400 * 86400
+    assert one[3] == midnight - 86400 and two[3] == midnight
+
+
+def test_time_periods_testing():
+    # 20 s between votes: a run is 480 s, a period 8 minutes, the offset 4 minutes.
+    start = 3600000 * 480
+    for slot in range(24):
+        consensus = Consensus("2016-04-13 00:00:00", 20)
+        consensus.valid_after = start + slot * 20
+        consensus.fresh_until = consensus.valid_after + 20
+        one, two, fetch = minitor.time_periods(consensus, True)
+        assert one[1] == 8 and two[0] == one[0] + 1 == 3600000
+        assert one[3] == start - 480 and two[3] == start
+        assert fetch is (two if slot >= 12 else one)
+        consensus.params = {"hsdir_interval": 8}
+        assert minitor.time_periods(consensus, False) == (one, two, fetch)
+
+
+def test_disaster_value():
+    consensus = Consensus("2016-04-13 00:00:00", current=None, previous=None)
+    one, two, _ = minitor.time_periods(consensus, False)
+    for period in (one, two):
+        text = b"shared-random-disaster" + (1440).to_bytes(8, "big") + period[0].to_bytes(8, "big")
+        assert period[2] == hashlib.sha3_256(text).digest()
+    consensus = Consensus("1970-01-03 00:00:00", current=None, previous=b"p" * 32)
+    one, two, _ = minitor.time_periods(consensus, False)
+    assert one[2] == b"p" * 32
+    # tor: test_disaster_srv, time period 1.
+    consensus = Consensus("1970-01-02 13:00:00", current=None, previous=None)
+    for period in minitor.time_periods(consensus, False):
+        if period[0] == 1:
+            assert period[2].hex().upper() == (
+                "F8A4948707653837FA44ABB5BBC75A12F6F101E7F8FAF699B9715F4965D3507D"
+            )
+            break
+    else:
+        pytest.fail("period 1 is in force a day and a half after the epoch")
+
+
+# ─── hash ring ───
+
+
+def test_ring_indexes():
+    period = (42, 1440, b"\x43" * 32, 0)
+    assert minitor.hs_index(b"\x42" * 32, 1, period).hex() == (
+        "37e5cbbd56a22823714f18f1623ece5983a0d64c78495a8cfab854245e5f9a8a"
+    )
+    assert minitor.hsdir_index(b"\x42" * 32, period).hex() == (
+        "db475361014a09965e7e5e4d4a25b8f8d4b8f16cb1d8a7e95eed50249cc1a2d5"
+    )
+
+
+class Table:
+    def __init__(self, count, hsdirs):
+        self.ids = [hashlib.sha256(b"%d" % i).digest() for i in range(count)]
+        flags = minitor.HSDIR | minitor.PROTO_HSDIR2 | minitor.USABLE
+        self.flags = [flags if i % hsdirs == 0 else flags & ~minitor.HSDIR for i in range(count)]
+
+    def scan(self):
+        return ((i, f, 1, 0) for i, f in enumerate(self.flags))
+
+    def ed_id(self, i):
+        return self.ids[i]
+
+
+def slow_ring(table, blinded, period, replicas, spread):
+    ring = sorted(
+        (minitor.hsdir_index(table.ed_id(i), period), i)
+        for i, flags, _, _ in table.scan()
+        if flags & minitor.HSDIR
+    )
+    found = []
+    for replica in range(1, replicas + 1):
+        at = minitor.hs_index(blinded, replica, period)
+        order = [i for d, i in ring if d >= at] + [i for d, i in ring if d < at]
+        found += [i for i in order if i not in found][:spread]
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 100, 1000])
+@pytest.mark.parametrize("replicas,spread", [(1, 1), (2, 3), (2, 4), (4, 2)])
+def test_ring(count, replicas, spread):
+    names = ("hsdir_n_replicas", "hsdir_spread_store", "hsdir_spread_fetch")
+    consensus = Consensus("2016-04-13 00:00:00", params=dict(zip(names, (replicas, spread, 1))))
+    table = Table(count, 2)
+    for n in range(4):
+        blinded = hashlib.sha256(b"b%d" % n).digest()
+        period = (n, 1440, b"s" * 32, 0)
+        found = minitor.hsdir_ring(table, consensus, blinded, period, True)
+        assert found == slow_ring(table, blinded, period, replicas, spread)
+        assert len(found) == min(replicas * spread, (count + 1) // 2)
+        fetch = minitor.hsdir_ring(table, consensus, blinded, period, False)
+        assert fetch == slow_ring(table, blinded, period, replicas, 1)
+
+
+# ─── revision counters ───
+
+
+@pytest.mark.parametrize(
+    "n,expected",
+    [(82283, 2695743564), (123122, 4036781069), (12154, 402067100), (11391, 376696838),
+     (65845, 2161801517), (86301, 2828270975), (7110, 234966492), (9612, 318326551),
+     (121128, 3971553290), (46254, 1521227949)],
+)
+def test_ope_vectors(n, expected):
+    key = H("19e05891d55232c08c2cad91d612fdb9cbd6691949a0742434a76c80bc6992fe")
+    assert minitor.ope_encrypt(key, n) == expected
+
+
+def test_revision_counter_grows():
+    esk = minitor.ed25519_expand(b"k" * 32)
+    counters = [minitor.revision_counter(esk, n) for n in (0, 1, 2, 255, 256, 257, 5000, 172800)]
+    assert counters == sorted(set(counters)) and counters[0] > 0
+
+
+# ─── descriptors ───
+
+
+class Intro:
+    def __init__(self, n):
+        self.rsa_id, self.ed_id = bytes([n]) * 20, bytes([n]) * 32
+        self.address, self.port = "127.%d.0.1" % n, 5000 + n
+        self.ntor_key = minitor.x25519_public(bytes([n]) * 32)
+        self.auth_key = minitor.ed25519_public(bytes([n]) * 32)
+        self.enc_key = minitor.x25519_public(bytes([n + 1]) * 32)
+
+
+@pytest.fixture(scope="module")
+def keys():
+    esk = minitor.ed25519_expand(b"identity".ljust(32, b"."))
+    key = minitor.ed25519_public_expanded(esk)
+    param = minitor.blinding_param(key, (16903, 1440, b"", 0))
+    blinded = minitor.ed25519_blind_public(key, param)
+    blinded_esk = minitor.ed25519_blind_secret(esk, param)
+    assert minitor.ed25519_public_expanded(blinded_esk) == blinded
+    return blinded_esk, blinded, minitor.subcredential(key, blinded)
+
+
+def make(keys, intros, when=NOW, revision=123456789012):
+    return minitor.make_descriptor(keys[0], keys[1], keys[2], revision, intros, when)
+
+
+def test_descriptor_round_trip(keys):
+    intros = [Intro(1), Intro(2), Intro(3)]
+    data = make(keys, intros)
+    # 10,000 bytes of plaintext, salt and MAC, in base64.
+    assert 13300 < len(data) < 15000
+    found = minitor.parse_descriptor(data, keys[1], keys[2], NOW)
+    assert (found.revision, found.lifetime) == (123456789012, 10800)
+    for a, b in zip(found.intro_points, intros):
+        for name in ("rsa_id", "ed_id", "address", "port", "ntor_key", "auth_key", "enc_key"):
+            assert getattr(a, name) == getattr(b, name)
+    again = make(keys, found.intro_points)
+    assert len(minitor.parse_descriptor(again, keys[1], keys[2], NOW).intro_points) == 3
+
+
+def test_descriptor_form(keys):
+    data = make(keys, [Intro(1)])
+    assert data.startswith(b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n-")
+    assert all(len(line) <= 64 for line in data.split(b"\n") if b" " not in line)
+    assert data.endswith(b"\n") and data.count(b"\nsignature ") == 1
+    blob = minitor._one(minitor._desc_items(data), b"superencrypted")[1]
+    assert (len(blob) - 48) % 10000 == 0
+    outer = minitor._unseal(blob, keys[1] + keys[2], 123456789012, minitor._OUTER)
+    assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
+    assert outer.count(b"\nauth-client ") == 16
+
+
+def refused(data, keys, when=NOW, match=None):
+    with pytest.raises(minitor.ProtocolError, match=match):
+        minitor.parse_descriptor(data, keys[1], keys[2], when)
+
+
+def test_descriptor_refused(keys):
+    data = make(keys, [Intro(1), Intro(2)])
+    refused(b"", keys)
+    refused(data, keys, NOW + 55 * 3600, "expired")
+    refused(data, (0, minitor.ed25519_public(b"o" * 32), keys[2]), match="another key")
+    refused(data, (0, keys[1], bytes(32)), match="outer layer")
+    refused(data.replace(b"revision-counter 1", b"revision-counter 2"), keys, match="signature")
+    for n in range(0, len(data), 397):
+        refused(data[:n], keys)
+        refused(data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :], keys)
+    refused(make(keys, [Intro(1)], revision=0).replace(b"counter 0", b"counter x"), keys)
+
+
+def test_descriptor_bad_intro_points(keys, monkeypatch):
+    class Zero(Intro):
+        def __init__(self, n):
+            Intro.__init__(self, n)
+            self.enc_key = bytes(32)
+
+    data = make(keys, [Zero(1), Intro(2)])
+    found = minitor.parse_descriptor(data, keys[1], keys[2], NOW)
+    assert [i.rsa_id[0] for i in found.intro_points] == [2]
+    refused(make(keys, [Zero(1)]), keys, match="no usable")
+    refused(make(keys, []), keys, match="no usable")
+    # A certificate for another key than the one beside it.
+    right = minitor._enc_key_ed
+    monkeypatch.setattr(minitor, "_enc_key_ed", lambda u: right(u[::-1]))
+    data = make(keys, [Intro(1)])
+    monkeypatch.undo()
+    refused(data, keys, match="no usable")
+
+
+def test_enc_key_form():
+    for n in range(1, 5):
+        ed = minitor.ed25519_public(bytes([n]) * 32)
+        scalar = minitor.ed25519_expand(bytes([n]) * 32)[:32]
+        u = minitor.x25519_public(scalar)
+        assert minitor._enc_key_ed(u) == ed[:31] + bytes([ed[31] & 127])

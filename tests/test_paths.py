@@ -1,0 +1,780 @@
+"""Section 12: bandwidth weights, path restrictions, guards, vanguards-lite."""
+
+import itertools
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import minitor
+from minitor import BADEXIT, EXIT, FAST, GUARD, MIDDLEONLY, NOEDCONSENSUS, STABLE, V2DIR
+
+DAY = 86400
+START = 1_800_000_000
+REAL = Path(os.environ.get("MINITOR_REAL", Path(__file__).parents[2] / "shared" / "real"))
+PROTOCOLS = (
+    minitor.PROTO_RELAY2
+    | minitor.PROTO_FLOWCTRL1
+    | minitor.PROTO_HSINTRO4
+    | minitor.PROTO_HSREND2
+    | minitor.PROTO_HSDIR2
+)
+PLAIN = minitor.RUNNING | minitor.VALID | FAST | STABLE | V2DIR | PROTOCOLS
+# Those of the public network's consensus of 2024-05-17.
+WEIGHTS = {
+    "Wbd": 0, "Wbe": 0, "Wbg": 3248, "Wbm": 10000, "Wdb": 10000, "Web": 10000,
+    "Wed": 10000, "Wee": 10000, "Weg": 10000, "Wem": 10000, "Wgb": 10000, "Wgd": 0,
+    "Wgg": 6752, "Wgm": 6752, "Wmb": 10000, "Wmd": 0, "Wme": 0, "Wmg": 3248, "Wmm": 10000,
+}  # fmt: skip
+
+
+def rsa_id(n):
+    return n.to_bytes(20, "big")
+
+
+def microdesc(n, policy=b"", family=(), family_ids=()):
+    md = minitor.Microdesc()
+    md.ntor_key = b"n" + n.to_bytes(31, "big")
+    md.ed_id = b"e" + n.to_bytes(31, "big")
+    md.policy = policy
+    md.family = b"".join(rsa_id(m)[:4] for m in family)
+    md.family_ids = b"".join(family_ids)
+    return md
+
+
+def make_consensus(weights=WEIGHTS, **params):
+    consensus = minitor.Consensus()
+    consensus.bandwidth_weights = dict(weights)
+    consensus.params = {name.replace("_", "-"): value for name, value in params.items()}
+    return consensus
+
+
+class Net:
+    """A table of relays that a test describes one by one."""
+
+    def __init__(self, first=1):
+        self.table = minitor.RelayTable()
+        self._first = first
+
+    def id(self, i):
+        return self.table.relay(i).rsa_id
+
+    def add(self, flags, weight=1000, address=None, net6=0, policy=b"", usable=True, **families):
+        i = len(self.table)
+        flags |= PLAIN
+        self.table.add(
+            rsa_id((i + self._first) << 130),
+            bytes(32),
+            address or bytes((10 + i // 256, i % 256, 0, 1)),
+            9001,
+            net6,
+            flags,
+            weight,
+        )
+        if flags & EXIT and not policy:
+            policy = b"accept 80,443"
+        if usable:
+            members = [(m + self._first) << 130 for m in families.pop("family", ())]
+            self.table.set_microdesc(i, microdesc(i, policy, members, **families))
+        return i
+
+
+def network(guards=30, exits=10, middles=20):
+    net = Net()
+    for _ in range(guards):
+        net.add(GUARD)
+    for _ in range(exits):
+        net.add(EXIT)
+    for _ in range(middles):
+        net.add(0)
+    return net
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, in clock[0]; every random choice from one seed."""
+    at = [START]
+    monkeypatch.setattr(minitor, "now", lambda: at[0])
+    monkeypatch.setattr(minitor, "randbelow", random.Random(12).randrange)
+    return at
+
+
+def selector(table, consensus=None, path=None):
+    return minitor.PathSelector(table, consensus or make_consensus(), minitor.Guards(path))
+
+
+def indexes(path):
+    return [relay.index for relay in path]
+
+
+# ── weights ──
+
+
+def test_weight_factors_per_position():
+    consensus = make_consensus()
+    guard = minitor.weight_factors(consensus, "g")
+    middle = minitor.weight_factors(consensus, "m")
+    last = minitor.weight_factors(consensus, "e")
+    for directory in (0, V2DIR):
+        assert guard[GUARD | directory] == 6752 * 10000
+        assert guard[GUARD | EXIT | directory] == 0
+        assert guard[EXIT | directory] == 0
+        assert middle[GUARD | directory] == 3248 * 10000
+        assert middle[directory] == 10000 * 10000
+        assert middle[EXIT | directory] == middle[GUARD | EXIT | directory] == 0
+        # A bad exit counts as no exit.
+        assert middle[EXIT | BADEXIT | directory] == 10000 * 10000
+        assert middle[GUARD | EXIT | BADEXIT | directory] == 3248 * 10000
+        assert last[EXIT | directory] == 10000 * 10000
+
+
+def test_weight_factors_of_directories():
+    consensus = make_consensus(dict(WEIGHTS, Wgb=5000))
+    factors = minitor.weight_factors(consensus, "g")
+    assert factors[GUARD] == 6752 * 10000
+    assert factors[GUARD | V2DIR] == 6752 * 5000
+
+
+@pytest.mark.parametrize("broken", [{}, dict(WEIGHTS, Wmg=-1), {"Wmg": 5}])
+def test_malformed_weights_count_all_alike(broken):
+    for position in "gme":
+        factors = minitor.weight_factors(make_consensus(broken), position)
+        if position == "g":
+            assert factors[GUARD] == factors[0] > 0
+        else:
+            assert len(set(factors.values())) == 1 and factors[0] > 0
+
+
+def chi_square(counts, expected):
+    return sum((counts.get(k, 0) - e) ** 2 / e for k, e in expected.items())
+
+
+def test_choice_follows_the_weights(clock):
+    net = Net()
+    for n in range(40):
+        net.add((0, GUARD, EXIT, GUARD | EXIT)[n % 4], weight=1 + n * n)
+    weights = dict(WEIGHTS, Wmd=700, Wme=1100)
+    chooser = minitor.Weights(net.table, make_consensus(weights))
+    exact = {}
+    for n in range(40):
+        factor = (10000, 3248, 1100, 700)[n % 4]
+        exact[n] = (1 + n * n) * factor
+    total, rounds = sum(exact.values()), 4000
+    counts = {}
+    for _ in range(rounds):
+        i = chooser.pick("middle", lambda i: True)
+        counts[i] = counts.get(i, 0) + 1
+    expected = {i: w * rounds / total for i, w in exact.items() if w * rounds / total >= 5}
+    # 0.999 quantile of chi square with 30 degrees of freedom: 59.7
+    assert len(expected) > 20 and chi_square(counts, expected) < 60
+
+
+def test_choice_among_few_acceptable_ones_follows_the_weights(clock):
+    net = Net()
+    for n in range(60):
+        net.add(0, weight=1000 if n > 3 else 1 + n)
+    chooser = minitor.Weights(net.table, make_consensus())
+    counts = {}
+    for _ in range(1000):
+        i = chooser.pick("middle", lambda i: i < 4)
+        counts[i] = counts.get(i, 0) + 1
+    assert chi_square(counts, {0: 100, 1: 200, 2: 300, 3: 400}) < 17
+
+
+def test_choice_where_nothing_has_a_weight_is_uniform(clock):
+    net = Net()
+    for _ in range(4):
+        net.add(0, weight=0)
+    chooser = minitor.Weights(net.table, make_consensus())
+    picked = [chooser.pick("middle", lambda i: True) for _ in range(400)]
+    assert chi_square({i: picked.count(i) for i in range(4)}, dict.fromkeys(range(4), 100)) < 17
+
+
+def test_largest_weights_do_not_overflow(clock):
+    net = Net()
+    for _ in range(3):
+        net.add(0, weight=0xFFFFFFFF)
+    consensus = make_consensus(dict.fromkeys(WEIGHTS, 2**31 - 1), bwweightscale=2**31 - 1)
+    chooser = minitor.Weights(net.table, consensus)
+    assert {chooser.pick("middle", lambda i: True) for _ in range(60)} == {0, 1, 2}
+
+
+def test_percent_counts_bandwidth_of_each_position(clock):
+    net = Net()
+    for usable in (True, True, False, True):
+        net.add(GUARD, usable=usable, weight=100)
+        net.add(EXIT, usable=True)
+    chooser = minitor.Weights(net.table, make_consensus(dict(WEIGHTS, Wme=10000)))
+    # 75 % of the guards, 99 % of the middles' bandwidth, all exits
+    assert chooser.percent() == 74 or chooser.percent() == 73
+    for i in range(len(net.table)):
+        net.table.set_microdesc(i, microdesc(i, b"accept 80"))
+    assert chooser.percent() == 100
+
+
+# ── restrictions ──
+
+
+def test_exit_path_is_guard_middle_exit(clock):
+    net = network()
+    paths = selector(net.table)
+    seen = set()
+    for _ in range(100):
+        guard, middle, last = paths.exit_path(443)
+        assert guard.flags & GUARD and last.flags & EXIT and not middle.flags & EXIT
+        assert len({guard.index, middle.index, last.index}) == 3
+        seen.add(guard.index)
+    assert len(seen) == 1
+
+
+def test_bad_exits_are_no_exits(clock):
+    net = network(exits=0)
+    for flag in (BADEXIT, MIDDLEONLY, NOEDCONSENSUS):
+        net.add(EXIT | flag)
+    with pytest.raises(minitor.CircuitError) as error:
+        selector(net.table).exit_path(80)
+    assert "exit" in str(error.value)
+    good = net.add(EXIT)
+    assert selector(net.table).exit_path(80)[2].index == good
+
+
+def test_exit_policy(clock):
+    net = network()
+    ssh = net.add(EXIT, policy=b"accept 22")
+    rest = net.add(EXIT, policy=b"reject 22,80,443")
+    paths = selector(net.table)
+    for _ in range(20):
+        assert paths.exit_path(22)[2].index == ssh
+        assert paths.exit_path(8080)[2].index == rest
+        assert paths.exit_path(80)[2].index not in (ssh, rest)
+    assert paths.exit_path(None)[2].flags & EXIT
+
+
+def test_exit_without_the_flag_serves_if_its_policy_does(clock):
+    net = network()
+    odd = net.add(0, policy=b"accept 6000")
+    assert selector(net.table).exit_path(6000)[2].index == odd
+
+
+def test_excluded_exits_and_middles(clock):
+    net = network(exits=3, middles=3)
+    paths = selector(net.table)
+    exits = [net.id(i) for i in (30, 31)]
+    middles = [net.id(i) for i in range(30)] + [net.id(33)]
+    for _ in range(30):
+        guard, middle, last = indexes(paths.exit_path(80, exits + middles))
+        assert guard < 30 and last == 32 and middle in (34, 35)
+
+
+def test_long_lived_ports_ask_for_stable_relays(clock):
+    net = Net()
+    for _ in range(25):
+        net.add(GUARD)
+    for i in range(10):
+        net.add(EXIT, policy=b"accept 22,80")
+        net.add(0)
+    for i in range(25, len(net.table) - 2):
+        net.table.flags[i] &= ~STABLE
+    paths = selector(net.table)
+    for _ in range(20):
+        assert paths.exit_path(22)[2].flags & STABLE
+    assert not all(paths.exit_path(80)[2].flags & STABLE for _ in range(20))
+
+
+def test_stable_and_fast_are_given_up_where_none_is_left(clock):
+    net = Net()
+    for _ in range(25):
+        net.add(GUARD)
+    for flag in (EXIT, EXIT, 0, 0):
+        i = net.add(flag, policy=b"accept 22" if flag else b"")
+        net.table.flags[i] &= ~(STABLE | FAST)
+    assert selector(net.table).exit_path(22)[2].flags & EXIT
+
+
+def test_relays_without_needed_protocols_are_passed_over(clock):
+    net = network(exits=1)
+    net.table.flags[30] &= ~minitor.PROTO_FLOWCTRL1
+    with pytest.raises(minitor.CircuitError):
+        selector(net.table).exit_path(80)
+
+
+def test_relays_without_microdescriptor_are_passed_over(clock):
+    net = network(guards=21, exits=0, middles=0)
+    missing = [net.add(EXIT, weight=10**6, usable=False) for _ in range(5)]
+    net.add(EXIT)
+    net.add(0)
+    paths = selector(net.table)
+    for _ in range(20):
+        assert not set(missing) & set(indexes(paths.exit_path(80)))
+
+
+@pytest.mark.parametrize("kind", ["net", "net6", "family", "family id"])
+def test_related_relays_share_no_path(clock, kind):
+    net = Net()
+    related = {
+        "net": {"address": b"\x20\x21\x01\x01"},
+        "net6": {"net6": 0x20010DB8},
+        "family": {"family": range(3)},
+        "family id": {"family_ids": (b"12345678",)},
+    }[kind]
+    net.add(EXIT, **related)
+    net.add(GUARD, **related)
+    net.add(0, **related)
+    for _ in range(2):
+        net.add(GUARD)
+        net.add(0)
+    paths = selector(net.table)
+    for _ in range(50):
+        assert set(indexes(paths.exit_path(80))) & {1, 2} == set()
+
+
+def test_one_sided_family_is_none(clock):
+    net = Net()
+    net.add(EXIT, family=(1,))
+    net.add(GUARD)
+    assert minitor.distinct(net.table, 0, 1)
+
+
+def test_no_path_is_a_circuit_error(clock):
+    for net in (Net(), network(guards=1, exits=1, middles=0), network(guards=0)):
+        paths = selector(net.table)
+        for choose in (
+            lambda: paths.exit_path(80),
+            lambda: paths.onion_path("rend"),
+            lambda: paths.introduction_point() and paths.onion_path("intro", Stranger()),
+        ):
+            with pytest.raises(minitor.CircuitError):
+                choose()
+    with pytest.raises(minitor.CircuitError):
+        selector(Net().table).directory_guard()
+
+
+# ── guards ──
+
+
+def ids(guards):
+    return [g.rsa_id for g in guards]
+
+
+def test_sample_and_primary(clock):
+    net = network(guards=200)
+    guards = selector(net.table).guards
+    assert len(guards.sample) == 20
+    assert guards.primary() == guards.sample[:3]
+    for g in guards.sample:
+        assert net.table.flags[g.index] & GUARD
+        assert START - 12 * DAY < g.sampled_on <= START
+    assert {guards.pick().rsa_id for _ in range(20)} == {guards.sample[0].rsa_id}
+    directories = {guards.pick(directory=True).rsa_id for _ in range(50)}
+    assert directories == set(ids(guards.sample[:3]))
+
+
+def test_parameters_of_the_consensus(clock):
+    net = network(guards=200)
+    consensus = make_consensus(
+        guard_n_primary_guards_to_use=2,
+        guard_n_primary_dir_guards_to_use=1,
+        guard_min_filtered_sample_size=5,
+    )
+    guards = selector(net.table, consensus).guards
+    assert len(guards.sample) == 5
+    assert {guards.pick().rsa_id for _ in range(50)} == set(ids(guards.sample[:2]))
+    assert guards.pick(directory=True).rsa_id == guards.sample[0].rsa_id
+
+
+def test_guards_need_their_flags(clock):
+    for flag in (FAST, STABLE, V2DIR, GUARD, minitor.RUNNING):
+        net = network(guards=1, middles=3)
+        net.table.flags[0] &= ~flag
+        with pytest.raises(minitor.CircuitError):
+            selector(net.table).exit_path(80)
+
+
+def test_guards_are_stored(clock, tmp_path):
+    net = network(guards=100)
+    path = str(tmp_path / "guards.json")
+    first = selector(net.table, path=path).guards
+    picked = first.pick().rsa_id
+    assert first.succeeded(picked)
+    again = selector(net.table, path=path).guards
+    assert ids(again.sample) == ids(first.sample)
+    assert [g.confirmed_on for g in again.sample] == [g.confirmed_on for g in first.sample]
+    assert again.sample[0].confirmed_on > 0 and again.pick().rsa_id == picked
+    assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"nonsense",
+        b"\xff\xfe",
+        b"[1, 2]",
+        b"[[1, 2, 3, 4]]",
+        b'[["zz", 1, 2, 3]]',
+        b'[["aa", 1, 2, 3]]',
+        b'[["' + b"a" * 32 + b'", null, 2, 3]]',
+        b'[["' + b"a" * 32 + b'", 1, 2]]',
+        b"[" * 100000,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_damaged_file_is_not_believed(clock, tmp_path, text):
+    path = tmp_path / "guards.json"
+    path.write_bytes(text)
+    net = network(guards=40)
+    guards = selector(net.table, path=str(path)).guards
+    assert len(guards.sample) == 20
+    assert len(json.loads(path.read_bytes())) == 20
+
+
+def test_folder_that_cannot_be_written_does_not_stop_circuits(clock, tmp_path):
+    net = network()
+    paths = selector(net.table, path=str(tmp_path / "missing" / "guards.json"))
+    assert len(paths.exit_path(80)) == 3
+
+
+def test_guards_of_another_network_are_dropped(clock, tmp_path):
+    path = str(tmp_path / "guards.json")
+    old = Net(1000)
+    for _ in range(40):
+        old.add(GUARD)
+    selector(old.table, path=path)
+    new = network(guards=30)
+    guards = selector(new.table, path=path).guards
+    assert len(guards.sample) == 20 and all(g.index >= 0 for g in guards.sample)
+
+
+def test_unlisted_guard_returns_or_is_removed(clock):
+    net = network(guards=100)
+    paths = selector(net.table)
+    guards = paths.guards
+    gone = guards.sample[0]
+    net.table.flags[gone.index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    assert gone.index == -1 and START - 4 * DAY < gone.unlisted_since <= START
+    assert gone in guards.sample and gone not in guards.primary()
+    clock[0] += 10 * DAY
+    paths.update(net.table, make_consensus())
+    assert gone in guards.sample
+    clock[0] += 11 * DAY
+    paths.update(net.table, make_consensus())
+    assert gone not in guards.sample
+
+    back = guards.sample[0]
+    index = back.index
+    net.table.flags[index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    net.table.flags[index] |= GUARD
+    paths.update(net.table, make_consensus())
+    assert back.index == index and back.unlisted_since == 0 and guards.primary()[0] is back
+
+
+def test_guards_expire(clock):
+    net = network(guards=100)
+    paths = selector(net.table)
+    guards = paths.guards
+    confirmed = guards.sample[0]
+    clock[0] += 100 * DAY
+    assert guards.succeeded(guards.pick().rsa_id)
+    assert confirmed.confirmed_on > START
+    clock[0] += 21 * DAY
+    others = guards.sample[1:]
+    paths.update(net.table, make_consensus())
+    # sampled 121 days ago: out, unless confirmed within 60 days
+    assert confirmed in guards.sample and not set(others) & set(guards.sample)
+    clock[0] += 60 * DAY
+    paths.update(net.table, make_consensus())
+    assert confirmed not in guards.sample
+
+
+def test_failed_guards_are_replaced_and_retried(clock):
+    guards = selector(network(guards=100).table).guards
+    guards.online = minitor.now()
+    a, b, c = guards.primary()
+    assert guards.succeeded(guards.pick().rsa_id)
+    guards.failed(a.rsa_id)
+    assert guards.pick().rsa_id == b.rsa_id
+    guards.failed(b.rsa_id)
+    assert guards.pick().rsa_id == c.rsa_id
+    clock[0] += 601
+    # The first is tried again after ten minutes.
+    assert guards.pick().rsa_id == a.rsa_id
+    guards.failed(a.rsa_id)
+    clock[0] += 7 * 3600
+    guards.pick()
+    guards.failed(a.rsa_id)
+    clock[0] += 3600
+    # Failing for more than six hours: every 90 minutes.
+    assert guards.pick().rsa_id != a.rsa_id
+    clock[0] += 1801
+    assert guards.pick().rsa_id == a.rsa_id
+    assert guards.succeeded(a.rsa_id) and a.failing_since == 0
+
+
+def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
+    guards = selector(network(guards=100).table).guards
+    first = guards.pick().rsa_id
+    guards.failed(first)
+    clock[0] -= 3600
+    assert guards.pick().rsa_id == first
+
+
+def test_network_down_does_not_burn_guards(clock):
+    net = network(guards=400)
+    guards = selector(net.table).guards
+    first = guards.pick().rsa_id
+    assert guards.succeeded(first)
+    sample = ids(guards.sample)
+    clock[0] += 1000
+    tried = set()
+    for _ in range(200):
+        picked = guards.pick().rsa_id
+        tried.add(picked)
+        guards.failed(picked)
+        clock[0] += 30
+    assert ids(guards.sample) == sample and tried <= set(sample)
+    # The network is back, and some other guard answers first: it is not used for that.
+    for g in guards.sample:
+        g.reachable = False
+        g.tried = clock[0]
+    other = guards.sample[7]
+    other.reachable = None
+    assert guards.pick().rsa_id == other.rsa_id
+    clock[0] += 1000
+    assert guards.succeeded(other.rsa_id) is False
+    assert not other.confirmed_on
+    assert guards.pick().rsa_id == first
+    assert guards.succeeded(first)
+
+
+def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clock):
+    guards = selector(network(guards=400).table).guards
+    for _ in range(300):
+        guards.online = minitor.now()
+        guards.failed(guards.pick().rsa_id)
+        clock[0] += 1
+    assert len(guards.sample) == 60
+    small = selector(network(guards=30).table).guards
+    for _ in range(100):
+        small.online = minitor.now()
+        small.failed(small.pick().rsa_id)
+    assert len(small.sample) == 20
+
+
+def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
+    guards = selector(network(guards=100).table).guards
+    for g in guards.primary():
+        guards.online = minitor.now()
+        guards.failed(guards.pick().rsa_id)
+    fourth = guards.pick()
+    assert fourth.rsa_id == guards.sample[3].rsa_id
+    clock[0] += 5
+    assert guards.succeeded(fourth.rsa_id) is True
+    assert guards.primary()[0].rsa_id == fourth.rsa_id
+
+
+def test_guard_that_a_restriction_chose_counts_at_once(clock):
+    guards = selector(network(guards=100).table).guards
+    refused = {g.index for g in guards.primary()}
+    other = guards.pick(lambda i: i not in refused)
+    assert guards.succeeded(other.rsa_id) is True
+
+
+def test_unknown_guards_are_ignored(clock):
+    guards = selector(network().table).guards
+    guards.failed(bytes(20))
+    assert guards.succeeded(bytes(20)) is True
+
+
+# ── onion circuits ──
+
+
+def test_onion_paths_have_the_right_hops(clock):
+    net = network()
+    paths = selector(net.table)
+    target = net.table.relay(50)
+    assert len(paths.onion_path("rend")) == 3
+    for purpose in ("hsdir", "intro", "rend"):
+        path = paths.onion_path(purpose, target)
+        assert len(path) == 4 and path[3] is target
+    assert paths.directory_guard().rsa_id in ids(paths.guards.primary())
+
+
+class Stranger:
+    """A rendezvous point that is not in the table."""
+
+    rsa_id = b"\x77" * 20
+
+
+def test_vanguards(clock):
+    net = network()
+    paths = selector(net.table)
+    for _ in range(300):
+        for path in (
+            paths.onion_path("rend"),
+            paths.onion_path("rend", Stranger()),
+            paths.onion_path("hsdir", net.table.relay(random.randrange(60))),
+        ):
+            assert path[0].rsa_id == paths.guards.sample[0].rsa_id
+            assert path[1].rsa_id in paths.layer_two
+            # no A-B-A, and no relay twice except the guard as target
+            names = [relay.rsa_id for relay in path]
+            assert len(set(names[:3])) == 3 and len(set(names[1:])) == len(names) - 1
+        assert len(paths.layer_two) == 4
+    lives = [end - START for end in paths.layer_two.values()]
+    assert all(DAY <= life <= 12 * DAY + 1 for life in lives)
+
+
+def test_guard_can_be_the_target(clock):
+    net = network()
+    paths = selector(net.table)
+    guard = paths.guards.pick()
+    path = paths.onion_path("rend", guard)
+    assert path[0].rsa_id == path[3].rsa_id == guard.rsa_id
+
+
+def test_layer_two_is_replaced_when_due_or_gone(clock):
+    net = network()
+    paths = selector(net.table)
+    paths.onion_path("rend")
+    first = dict(paths.layer_two)
+    clock[0] += 12 * 3600
+    paths.onion_path("rend")
+    assert paths.layer_two == first
+    clock[0] = max(first.values())
+    paths.onion_path("rend")
+    assert len(paths.layer_two) == 4 and all(end > clock[0] for end in paths.layer_two.values())
+
+    before = dict(paths.layer_two)
+    first = min(net.table.find(gone) for gone in before) + 2
+    shorter = Net(first)
+    for i in range(first - 1, 60):
+        shorter.add(net.table.flags[i] & (GUARD | EXIT))
+    gone = [rsa_id for rsa_id in before if shorter.table.find(rsa_id) < 0]
+    paths.update(shorter.table, make_consensus())
+    paths.onion_path("rend")
+    assert gone and not set(gone) & set(paths.layer_two) and len(paths.layer_two) == 4
+    assert set(before) - set(gone) <= set(paths.layer_two)
+
+
+def test_layer_two_lifetimes_are_the_longer_of_two(clock):
+    net = network()
+    consensus = make_consensus(guard_hs_l2_number=19)
+    lives = []
+    for _ in range(30):
+        paths = selector(net.table, consensus)
+        paths.onion_path("rend")
+        assert len(paths.layer_two) == 19
+        lives += [end - START for end in paths.layer_two.values()]
+    # mean of the larger of two: 1 + 11 * 2/3 days
+    assert abs(sum(lives) / len(lives) / DAY - 8.33) < 0.5
+
+
+def test_vanguards_disabled_by_the_consensus(clock):
+    net = Net()
+    for n in range(60):
+        net.add(GUARD if n < 30 else 0, address=bytes((10, n // 2, 0, 1 + n % 2)))
+    paths = selector(net.table, make_consensus(vanguards_lite_enabled=0))
+    target = net.table.relay(31)
+    seconds = set()
+    for _ in range(100):
+        path = indexes(paths.onion_path("rend", target))
+        assert len({i // 2 for i in path}) == 4
+        seconds.add(path[1])
+    assert len(seconds) > 4 and not paths.layer_two
+
+
+def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
+    net = network(exits=0, middles=12)
+    for i in range(len(net.table)):
+        if i != 35:
+            net.table.flags[i] &= ~minitor.PROTO_HSREND2
+        if i != 36:
+            net.table.flags[i] &= ~minitor.PROTO_HSINTRO4
+    paths = selector(net.table)
+    assert paths.introduction_point().index == 36
+    paths.layer_two = {net.id(i): START + DAY for i in (37, 38, 39, 40)}
+    assert paths.onion_path("rend")[2].index == 35
+    with pytest.raises(minitor.CircuitError):
+        paths.onion_path("rend", None, (net.id(35),))
+
+
+# ── the public network ──
+
+
+@pytest.fixture(scope="module")
+def public():
+    file = REAL / "2024-05-17-17-00-consensus-microdesc"
+    if not file.exists():
+        pytest.skip("the real consensus is not here: %s (set MINITOR_REAL to its folder)" % file)
+    table = minitor.RelayTable()
+    parser = minitor.ConsensusParser((), table)
+    parser.feed(file.read_bytes())
+    consensus = parser.finish()
+    for i in range(len(table)):
+        policy = b"accept 80,443" if table.flags[i] & EXIT else b""
+        # families of three neighbours in the table
+        near = [i - i % 3 + k for k in range(3)]
+        members = [int.from_bytes(table.relay(k).rsa_id, "big") for k in near if k < len(table)]
+        table.set_microdesc(i, microdesc(i, policy, members))
+    return table, consensus
+
+
+def test_restrictions_hold_on_the_public_network(public, clock):
+    table, consensus = public
+    paths = minitor.PathSelector(table, consensus, minitor.Guards())
+    assert paths.weights.percent() == 100
+    for n in range(60):
+        if n % 10 == 0:
+            paths.guards = minitor.Guards()
+            paths.update(table, consensus)
+        path = paths.exit_path((80, 443, 22)[n % 2])
+        assert path[0].flags & GUARD and path[2].flags & EXIT
+        for a, b in itertools.combinations(path, 2):
+            assert a.address.split(".")[:2] != b.address.split(".")[:2]
+            v6 = table.subnets(a.index)[1], table.subnets(b.index)[1]
+            assert not v6[0] or v6[0] != v6[1]
+            assert a.index // 3 != b.index // 3
+        for relay in path:
+            assert relay.flags & FAST and relay.usable
+            assert not relay.flags & NOEDCONSENSUS
+        assert not path[2].flags & (BADEXIT | MIDDLEONLY)
+        assert len(paths.onion_path("rend")) == 3
+    
+
+@pytest.mark.parametrize("role, position", [("middle", "m"), ("exit", "e"), ("guard", "g")])
+def test_distribution_on_the_public_network(public, clock, role, position):
+    table, consensus = public
+    chooser = minitor.Weights(table, consensus)
+    rounds, exact, counts = 1500, {}, {}
+    w = consensus.bandwidth_weights
+    need = {"middle": FAST, "exit": FAST | EXIT, "guard": FAST | STABLE | V2DIR | GUARD}[role]
+    bad = {"middle": 0, "exit": BADEXIT | MIDDLEONLY, "guard": MIDDLEONLY}[role]
+    names = {"m": ("Wmm", "Wmg", "Wme", "Wmd"), "e": ("Wem", "Weg", "Wee", "Wed")}
+    names["g"] = ("Wgm", "Wgg", None, "Wgd")
+    for i in range(len(table)):
+        relay = table.relay(i)
+        if relay.flags & need == need and not relay.flags & bad:
+            is_exit = relay.flags & EXIT and not relay.flags & BADEXIT
+            name = names[position][(1 if relay.flags & GUARD else 0) + (2 if is_exit else 0)]
+            # by bandwidth class, so that each holds enough
+            exact[i] = relay.weight * w[name]
+    classes = {}
+    order = sorted(exact, key=exact.get)
+    total, running = sum(exact.values()), 0
+    for i in order:
+        classes[i] = running * 20 // total
+        running += exact[i]
+    expected = {}
+    for i, c in classes.items():
+        expected[c] = expected.get(c, 0) + exact[i] * rounds / total
+    for _ in range(rounds):
+        i = chooser.pick(role, lambda i: True)
+        counts[classes[i]] = counts.get(classes[i], 0) + 1
+    assert sum(counts.values()) == rounds
+    # 0.999 quantile for 19 degrees of freedom: 43.8
+    assert len(expected) > 10 and chi_square(counts, expected) < 44

@@ -32,8 +32,11 @@ from array import array
 MICROPYTHON = sys.implementation.name == "micropython"
 
 if MICROPYTHON:
+    import gc
     import tls
 
+    # Collected often, what lives long stays together, and large pieces find room.
+    gc.threshold(65536)
     # MicroPython counts from 1970 on Unix and from 2000 on a chip.
     _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
     ticks_ms = time.ticks_ms
@@ -138,7 +141,8 @@ def read_file(path):
 
 def write_file(path, data, mode=0o600):
     """Replace the file `path` by `data` (bytes, or an iterable of bytes) in one step."""
-    partial = path + ".tmp"
+    # Two processes may share a folder.
+    partial = path + (".tmp" if MICROPYTHON else ".%d.tmp" % os.getpid())
     if not MICROPYTHON:
         os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
     with open(partial, "wb") as f:
@@ -146,7 +150,7 @@ def write_file(path, data, mode=0o600):
             f.write(piece)
         _sync(f)
     _restrict(partial, mode)
-    os.rename(partial, path)
+    (os.rename if MICROPYTHON else os.replace)(partial, path)
 
 
 def private_dir(path):
@@ -407,10 +411,11 @@ def b64encode(data):
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
-def b64decode(text):
-    """Decode base64 (text or bytes, padded or not, without blanks); ProtocolError if it is not.
+def b64decode(text, size=None):
+    """Decode base64 (text or bytes, padded or not, without blanks) of `size` bytes, if given.
 
-    MicroPython's decoder takes garbage for something, so the alphabet is checked first.
+    ProtocolError if it is not.  MicroPython's decoder takes garbage for something, so the
+    alphabet is checked first.
     """
     if isinstance(text, str):
         text = text.encode()
@@ -418,9 +423,12 @@ def b64decode(text):
     if len(text) % 4 == 1 or text.strip(_BASE64):
         raise ProtocolError("bad base64")
     try:
-        return binascii.a2b_base64(text + b"==="[: -len(text) % 4])
+        data = binascii.a2b_base64(text + b"==="[: -len(text) % 4])
     except ValueError:
         raise ProtocolError("bad base64")
+    if size not in (None, len(data)):
+        raise ProtocolError("base64 of %d bytes, not %d" % (len(data), size))
+    return data
 
 
 _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
@@ -447,175 +455,144 @@ def b32decode(text):
 
 
 # ═══ 4. Hashes and ciphers ══════════════════════════════════════════════════
-# SHA-1, SHA-2, SHA-3, HMAC, HKDF, and AES in counter mode (tor-spec 0.3).
-#
-# Sha1([data]) and Sha3_256([data]) have update(data), copy() and a repeatable digest().
-# AesCtr(key[, iv]), key of 16 or 32 bytes, iv of 16 (zeros): crypt(data) encrypts or decrypts
-# to bytes; the key stream goes on from call to call.
+# SHA-1, SHA-2, SHA-3, HMAC, HKDF, AES in counter mode (tor-spec 0.3).  Sha1, Sha3_256:
+# update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data) goes on in the key stream.
 
 if MICROPYTHON:
     from cryptolib import aes
 
-    _MASK = 0xFFFFFFFFFFFFFFFF
+    _MASK = (1 << 64) - 1
 
     class _Hash:
         def __init__(self, data=b"", state=None):
-            # The state after whole blocks, the length of the data, what is not a block yet.
             self._state, self._length, self._rest = state or (self._start, 0, b"")
             self.update(data)
-
-        def update(self, data):
-            self._length += len(data)
-            data = self._rest + bytes(data)
-            at = 0
-            while at + self._size <= len(data):
-                self._state = self._absorb(self._state, data, at)
-                at += self._size
-            self._rest = data[at:]
 
         def copy(self):
             return type(self)(b"", (self._state, self._length, self._rest))
 
-    class Sha1(_Hash):
-        _size = 64
-        _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
-
-        def _absorb(self, state, data, at):
-            # FIPS 180-4 6.1.2
-            mask = 0xFFFFFFFF
-            w = list(struct.unpack_from(">16I", data, at))
-            a, b, c, d, e = state
-            for i in range(80):
-                j = i & 15
-                if i > 15:
-                    x = w[j - 3] ^ w[j - 8] ^ w[j - 14] ^ w[j]
-                    w[j] = (x << 1 | x >> 31) & mask
-                if i < 20:
-                    x = (d ^ b & (c ^ d)) + 0x5A827999
-                elif 40 <= i < 60:
-                    x = (b & c | d & (b | c)) + 0x8F1BBCDC
-                else:
-                    x = (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
-                x += (a << 5 | a >> 27) + e + w[j]
-                e, d, c, b, a = d, c, (b << 30 | b >> 2) & mask, a, x & mask
-            return [(x + y) & mask for x, y in zip(state, (a, b, c, d, e))]
+        def update(self, data):
+            self._length += len(data)
+            data = memoryview(self._rest + bytes(data))
+            while len(data) >= self._size:
+                self._absorb(data[: self._size])
+                data = data[self._size :]
+            self._rest = bytes(data)
 
         def digest(self):
             end = self.copy()
-            zeros = bytes((55 - self._length) % 64)
-            end.update(b"\x80" + zeros + struct.pack(">Q", self._length * 8))
-            return struct.pack(">5I", *end._state)
+            n = self._size // 8
+            n += -(self._length + 1 + n) % self._size
+            end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
+            return struct.pack(self._format, *end._state)
 
-    def _keccak_tables():
-        # The round constants, and for each lane that moves: whence, whither, how far it turns.
-        constants, moves = [], []
-        lfsr, x, y, turn = 1, 1, 0, 0
-        for t in range(1, 25):
-            constants.append(0)
-            for j in range(7):
-                constants[-1] |= (lfsr & 1) << (1 << j) - 1
-                lfsr = lfsr << 1 ^ (lfsr >> 7) * 0x171
-            turn = (turn + t) & 63
-            i = x + 5 * y
-            x, y = y, (2 * x + 3 * y) % 5
-            moves.append((i, x + 5 * y, turn, 64 - turn))
-        return constants, moves
+    class Sha1(_Hash):
+        _size = 64
+        _format = ">5I"
+        _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
-    _KECCAK = _keccak_tables()
+        def _absorb(self, block):
+            mask = 0xFFFFFFFF
+            w = list(struct.unpack(">16I", block))
+            while len(w) < 80:
+                x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
+                w.append((x << 1 | x >> 31) & mask)
+            state = self._state
+            for i, x in enumerate(w):
+                a, b, c, d, e = state
+                x += (a << 5 | a >> 27) + e
+                if i < 20:
+                    x += (d ^ b & (c ^ d)) + 0x5A827999
+                elif 40 <= i < 60:
+                    x += (b & c | d & (b | c)) + 0x8F1BBCDC
+                else:
+                    x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
+                state = x & mask, a, (b << 30 | b >> 2) & mask, c, d
+            self._state = [(x + y) & mask for x, y in zip(self._state, state)]
 
-    def _keccak(a):
-        # Keccak-f[1600] (FIPS 202 3.3) on a list of 25 lanes.
-        mask = _MASK
-        constants, moves = _KECCAK
-        b = [0] * 25
-        for constant in constants:
-            c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
-            d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)] * 5
-            b[0] = a[0] ^ d[0]
-            for i, j, left, right in moves:
-                x = a[i] ^ d[i]
-                b[j] = x << left & mask | x >> right
-            for i in range(0, 25, 5):
-                p, q, r, s, t = b[i : i + 5]
-                a[i : i + 5] = p ^ r ^ q & r, q ^ s ^ r & s, r ^ t ^ s & t, s ^ p ^ t & p, t ^ q ^ p & q
-            a[0] ^= constant
-        return a
+    def _roots(last, power):
+        # 64 bits after the point (FIPS 180-4 4.2.3).
+        for p in range(2, last + 1):
+            if all(p % q for q in range(2, p)):
+                x = 0
+                for i in range(66, -1, -1):
+                    x |= ((x | 1 << i) ** power <= p << 64 * power) << i
+                yield x & _MASK
+
+    class Sha512(_Hash):
+        _size = 128
+        _format = ">8Q"
+        _start = list(_roots(19, 2))
+        _k = list(_roots(409, 3))
+
+        def _absorb(self, block):
+            mask = _MASK
+
+            def turns(x, i, j, k):
+                x |= x << 64
+                return (x >> i ^ x >> j ^ x >> k) & mask
+
+            w = list(struct.unpack(">16Q", block))
+            while len(w) < 80:
+                x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
+                w.append(w[-16] + w[-7] + x & mask)
+            state = self._state
+            for k, w in zip(self._k, w):
+                a, b, c, d, e, f, g, h = state
+                x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
+                y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
+                state = y & mask, a, b, c, (d + x) & mask, e, f, g
+            self._state = [(x + y) & mask for x, y in zip(self._state, state)]
 
     class Sha3_256(_Hash):
         _size = 136
         _start = (0,) * 25
+        _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
 
-        def _absorb(self, state, data, at):
-            lanes = struct.unpack_from("<17Q", data, at) + (0,) * 8
-            return _keccak([x ^ y for x, y in zip(state, lanes)])
+        def _absorb(self, block):
+            mask = _MASK
+            block = struct.unpack("<17Q", block) + (0,) * 8
+            a = [x ^ y for x, y in zip(self._state, block)]
+            b = a[:]
+            for bits in self._bits:
+                c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
+                d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)]
+                b[0] = a[0] ^ d[0]
+                x, y, turn = 1, 0, 0
+                for i in range(1, 25):
+                    turn = turn + i & 63
+                    lane = a[x + 5 * y] ^ d[x]
+                    x, y = y, (2 * x + 3 * y) % 5
+                    b[x + 5 * y] = lane << turn & mask | lane >> 64 - turn
+                for i in range(0, 25, 5):
+                    c = b[i : i + 5] * 2
+                    a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
+                for j in range(7):
+                    a[0] ^= (bits >> j & 1) << (1 << j) - 1
+            self._state = a
 
-        def _end(self, suffix):
-            n = 136 - len(self._rest)
-            end = (suffix + (1 << 8 * n - 1)).to_bytes(n, "little")
-            return self._absorb(self._state, self._rest + end, 0)
-
-        def digest(self):
-            return struct.pack("<4Q", *self._end(6)[:4])
-
-    def shake256(data, n):
-        """Return `n` bytes of SHAKE-256 of `data`."""
-        a = Sha3_256(data)._end(31)
-        out = struct.pack("<17Q", *a[:17])
-        while len(out) < n:
-            out += struct.pack("<17Q", *_keccak(a)[:17])
-        return out[:n]
-
-    def _root(n, power):
-        # The first 64 bits after the point (FIPS 180-4 4.2.3, 5.3.5).
-        x = 0
-        for bit in range(66, -1, -1):
-            if (x | 1 << bit) ** power <= n << 64 * power:
-                x |= 1 << bit
-        return x & _MASK
-
-    _sha512 = []
-
-    def sha512(data):
-        if not _sha512:
-            primes = [p for p in range(2, 410) if all(p % q for q in range(2, p))]
-            _sha512[:] = [_root(p, 3) for p in primes], [_root(p, 2) for p in primes[:8]]
-        mask = _MASK
-        constants, state = _sha512
-        n = len(data)
-        data = data + b"\x80" + bytes((111 - n) % 128 + 8) + struct.pack(">Q", n * 8)
-        for at in range(0, len(data), 128):
-            w = list(struct.unpack_from(">16Q", data, at))
-            a, b, c, d, e, f, g, h = state
-            for i, k in enumerate(constants):
-                # A word twice, one behind the other, is turned by a shift.
-                j = i & 15
-                if i > 15:
-                    x = w[j - 15] * (mask + 2)
-                    y = w[j - 2] * (mask + 2)
-                    x = (x >> 1 ^ x >> 8 ^ x >> 71) & mask
-                    w[j] = w[j] + w[j - 7] + x + ((y >> 19 ^ y >> 61 ^ y >> 70) & mask) & mask
-                x = e | e << 64
-                y = a | a << 64
-                x = h + ((x >> 14 ^ x >> 18 ^ x >> 41) & mask) + (g ^ e & (f ^ g)) + k + w[j]
-                y = ((y >> 28 ^ y >> 34 ^ y >> 39) & mask) + (a & b | c & (a | b))
-                a, b, c, d, e, f, g, h = (x + y) & mask, a, b, c, (d + x) & mask, e, f, g
-            state = [(x + y) & mask for x, y in zip(state, (a, b, c, d, e, f, g, h))]
-        return struct.pack(">8Q", *state)
+        def digest(self, n=32, suffix=6):
+            end = self.copy()
+            size = 136 - self._length % 136
+            end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
+            out = struct.pack("<17Q", *end._state[:17])
+            while len(out) < n:
+                end._absorb(bytes(136))
+                out += struct.pack("<17Q", *end._state[:17])
+            return out[:n]
 
     class AesCtr:
-        # Keeps no cipher object: those take 313 bytes, and no time to make.
+        # No cipher object is kept: 313 bytes.
 
         def __init__(self, key, iv=bytes(16)):
             self._key = key
-            # The counter, and in four more bits the byte within its block.
             self._at = int.from_bytes(iv, "big") << 4
 
         def crypt(self, data):
-            cipher = aes(self._key, 1)
-            pieces = []
+            out = []
             at = 0
             while at < len(data):
-                # The key stream to the next multiple of 1 KB: one byte of the counter changes.
+                # To a multiple of 1 KB: only the counter's last byte changes.
                 piece = data[at : at + 1024 - (self._at & 1023)]
                 n = len(piece)
                 skip = self._at & 15
@@ -623,49 +600,31 @@ if MICROPYTHON:
                 blocks = bytearray(counter * (skip + n + 15 >> 4))
                 for i in range(15, len(blocks), 16):
                     blocks[i] += i >> 4
-                cipher.encrypt(blocks, blocks)
+                aes(self._key, 1).encrypt(blocks, blocks)
                 x = int.from_bytes(blocks[skip : skip + n], "big") ^ int.from_bytes(piece, "big")
-                pieces.append(x.to_bytes(n, "big"))
+                out.append(x.to_bytes(n, "big"))
                 at += n
                 self._at += n
-            return b"".join(pieces)
+            return b"".join(out)
 
 else:
-    Sha1 = hashlib.sha1
-    Sha3_256 = hashlib.sha3_256
+    Sha1, Sha3_256, Sha512 = hashlib.sha1, hashlib.sha3_256, hashlib.sha512
 
-    def shake256(data, n):
-        """Return `n` bytes of SHAKE-256 of `data`."""
-        return hashlib.shake_256(data).digest(n)
-
-    def sha512(data):
-        return hashlib.sha512(data).digest()
-
-    # The portable AES works on planes: integers whose bit b belongs to block b.  A byte is
-    # eight of them, the highest bit first, and a state 16 bytes; so moving bytes and doubling
-    # costs nothing, and 2,048 blocks little more than one.
+    # The portable AES works on planes, integers with one bit for each block: moving bytes and
+    # doubling costs nothing.  A byte is eight planes, the highest bit first.
     _BLOCKS = 2048
     _ONES = (1 << _BLOCKS) - 1
-    _LOW_BITS = ((1 << 8 * _BLOCKS) - 1) // 255
-    # The numbers 0 to 2,047, but the lowest bit first.
-    _COUNT = [_ONES // ((1 << (1 << j)) + 1) << (1 << j) for j in range(11)]
+    _LOW_BITS = ((1 << 128 * _BLOCKS) - 1) // 255
+    _COUNT = [_ONES // ((1 << (1 << j)) + 1) << (1 << j) for j in range(10, -1, -1)]
 
-    def _constant(x):
-        return [_ONES * (x >> j & 1) for j in range(7, -1, -1)]
+    def _planes(data):
+        return [_ONES * (x >> j & 1) for x in data for j in range(7, -1, -1)]
 
     def _sum(a, b):
         return [x ^ y for x, y in zip(a, b)]
 
-    def _bytes(planes):
-        # The byte of each block: a plane's binary digits are characters with its bits lowest.
-        x = 0
-        for plane in planes:
-            digits = bin(plane | _ONES + 1)[3:].encode()
-            x = x << 1 | int.from_bytes(digits, "big") & _LOW_BITS
-        return x.to_bytes(_BLOCKS, "little")
-
     def _times(p, q):
-        # In GF(2^4), on the basis z, z^2, z^3, z^4 where z^5 = 1.
+        # GF(2^4) on the basis z, z^2, z^3, z^4, where z^5 = 1.
         a, b, c, d = p
         e, f, g, h = q
         x = a & h ^ b & g ^ c & f ^ d & e
@@ -674,17 +633,16 @@ else:
         return b & h ^ c & g ^ d & f ^ x, a & e ^ c & h ^ d & g ^ x, y, z
 
     def _sub_byte(a, b, c, d, e, f, g, h):
-        # The S-box less its 0x63 (FIPS 197 5.1.1), by way of GF(2^4)[y] / (y^2 + y + z): the
-        # inverse of p·y + q is (p·y + p + q)·s^14, where s = z·p^2 + q·(p + q).
+        # The S-box less its 0x63, by way of GF(2^4)[y] / (y^2 + y + z): the inverse of
+        # p·y + q is (p·y + p + q)·s^7 where s = (z·p^2 + q·(p + q))^2.
         x, y = f ^ h, a ^ c ^ g
-        p = b ^ c ^ d, y, a ^ b ^ d ^ e ^ f, y ^ e ^ f
         q = x ^ e, x, c ^ h, y ^ b ^ h
+        p = a, b, c, d = b ^ c ^ d, y, a ^ b ^ d ^ e ^ f, y ^ e ^ f
         r = _sum(p, q)
-        a, b, c, d = p
-        s = t = _sum(_times(q, r), (b, b ^ c, a ^ b, b ^ d))
+        a, b, c, d = _sum(_times(q, r), (b, b ^ c, a ^ b, b ^ d))
+        s = t = c, a, d, b
         for x in 0, 1:
             t = _times((t[2], t[0], t[3], t[1]), s)
-        t = t[2], t[0], t[3], t[1]
         a, b, c, d = _times(r, t)
         e, f, g, h = _times(p, t)
         x = c ^ f ^ g ^ h
@@ -692,77 +650,78 @@ else:
         return [b ^ c ^ g, e ^ f ^ h, y ^ c, y, c ^ h, b ^ c ^ d, d, x]
 
     def _round_keys(key):
-        # FIPS 197 5.2, each byte as planes, the S-box's 0x63 added to those after the first 16.
-        box = [x ^ 0x63 for x in _bytes(_sub_byte(*_COUNT[7::-1]))[:256]]
+        # FIPS 197 5.2, as planes; the S-box's 0x63 is in all but the first.
+        s = _sub_byte(*_COUNT[3:])
+        box = [sum((s[j] >> x & 1) << 7 - j for j in range(8)) ^ 0x63 for x in range(256)]
         size = len(key)
         w = list(key)
-        power = 1
-        while len(w) < 4 * size + 112:
+        for i in range(size, 4 * size + 112, 4):
             t = w[-4:]
-            if len(w) % size in (0, 16):
+            if i % size in (0, 16):
                 t = [box[x] for x in t]
-            if len(w) % size == 0:
-                t = [t[1] ^ power, t[2], t[3], t[0]]
-                power = power << 1 ^ (power >> 7) * 0x11B
+            if i % size == 0:
+                t = [t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]]
             w += _sum(t, w[-size:])
-        return [_constant(x ^ 0x63 * (i > 15)) for i, x in enumerate(w)]
-
-    def _mix(u, a, v, k):
-        # MixColumns and AddRoundKey: 2·u + a + v + k, u and v being sums of neighbours.
-        u0, u1, u2, u3, u4, u5, u6, u7 = u
-        u = u1, u2, u3, u4 ^ u0, u5 ^ u0, u6, u7 ^ u0, u0
-        return [w ^ x ^ y ^ z for w, x, y, z in zip(u, a, v, k)]
-
-    def _key_stream(keys, counter):
-        # The key stream of 2,048 blocks from `counter` on, which is a multiple of that.
-        s = [_sum(_constant(x), k) for x, k in zip(counter.to_bytes(16, "big"), keys)]
-        s[14][5:] = _sum(s[14][5:], _COUNT[:7:-1])
-        s[15] = _sum(s[15], _COUNT[7::-1])
-        for at in range(16, len(keys), 16):
-            t = [_sub_byte(*s[5 * i & 15]) for i in range(16)]
-            k = keys[at : at + 16]
-            n = [t[i & 12 | i + 1 & 3] for i in range(16)]
-            u = [_sum(x, y) for x, y in zip(t, n)]
-            s = [_mix(u[i], n[i], u[i ^ 2], k[i]) for i in range(16)]
-        out = bytearray(16 * _BLOCKS)
-        for i in range(16):
-            out[i::16] = _bytes(_sum(t[i], k[i]))
-        return out
+        return _planes([x ^ 0x63 * (i > 15) for i, x in enumerate(w)])
 
     class AesCtrPortable:
         def __init__(self, key, iv=bytes(16)):
             self._keys = _round_keys(key)
-            counter = int.from_bytes(iv, "big")
-            self._counter = counter - counter % _BLOCKS
             self._stream = bytearray()
-            self.crypt(bytes(counter % _BLOCKS * 16))
+            n = int.from_bytes(iv, "big")
+            self._counter = n & -_BLOCKS
+            self.crypt(bytes(n % _BLOCKS * 16))
+
+        def _extend(self):
+            keys = self._keys
+            s = _sum(_planes(self._counter.to_bytes(16, "big")), keys)
+            s[117:] = _sum(s[117:], _COUNT)
+            self._counter = (self._counter + _BLOCKS) % (1 << 128)
+            for at in range(128, len(keys), 128):
+                k = keys[at : at + 128]
+                t = []
+                s *= 5
+                for i in range(0, 640, 40):
+                    t += _sub_byte(*s[i : i + 8])
+                # MixColumns
+                n = [t[i & 96 | i + 8 & 31] for i in range(128)]
+                u = _sum(t, n)
+                s = [u[i & 120 | i + 1 & 7] ^ n[i] ^ u[i ^ 16] ^ k[i] for i in range(128)]
+                for i in range(0, 128, 8):
+                    for j in 3, 4, 6:
+                        s[i + j] ^= u[i]
+            t = _sum(t, k)
+            x = 0
+            for j in range(8):
+                # Digits, as characters, have their bit lowest.
+                digits = bytearray(16 * _BLOCKS)
+                for i in range(16):
+                    digits[15 - i :: 16] = bin(t[8 * i + j] | _ONES + 1)[3:].encode()
+                x = x << 1 | int.from_bytes(digits, "big") & _LOW_BITS
+            self._stream += x.to_bytes(16 * _BLOCKS, "little")
 
         def crypt(self, data):
             n = len(data)
             while len(self._stream) < n:
-                self._stream += _key_stream(self._keys, self._counter)
-                self._counter = (self._counter + _BLOCKS) % (1 << 128)
-            x = int.from_bytes(data, "little") ^ int.from_bytes(self._stream[:n], "little")
+                self._extend()
+            x = int.from_bytes(data, "big") ^ int.from_bytes(self._stream[:n], "big")
             del self._stream[:n]
-            return x.to_bytes(n, "little")
+            return x.to_bytes(n, "big")
 
     class AesCtrOpenssl:
         def __init__(self, key, iv=bytes(16)):
+            self._context = c = _evp.EVP_CIPHER_CTX_new()
             self._free = _evp.EVP_CIPHER_CTX_free
-            self._update = _evp.EVP_EncryptUpdate
-            self._context = ctypes.c_void_p(_evp.EVP_CIPHER_CTX_new())
-            self._size = ctypes.byref(ctypes.c_int())
-            cipher = ctypes.c_void_p(_ciphers[len(key)]())
-            _evp.EVP_EncryptInit_ex(self._context, cipher, None, bytes(key), bytes(iv))
+            _evp.EVP_EncryptInit_ex(c, _ciphers[len(key)](), None, bytes(key), bytes(iv))
 
         def __del__(self):
             self._free(self._context)
 
         def crypt(self, data):
             n = len(data)
-            # Filled in place before anyone sees it; of shorter ones Python keeps one for all.
+            # Filled in place; shorter ones are shared by all of Python.
             out = bytes(n if n > 1 else 2)
-            self._update(self._context, out, self._size, bytes(data), n)
+            _encrypt(self._context, out, _size, bytes(data), n)
             return out[:n]
 
     AesCtr = AesCtrPortable
@@ -770,16 +729,17 @@ else:
         import _ssl
         import ctypes
 
-        # The interpreter's own libcrypto; calls are too short to let go of its lock (CDLL).
-        _evp = ctypes.PyDLL(getattr(_ssl, "__file__", None))
+        # The interpreter's own; calls are too short to let go of its lock.
+        _evp = ctypes.PyDLL(_ssl.__file__)
+        _encrypt, _size = _evp.EVP_EncryptUpdate, ctypes.byref(ctypes.c_int())
         _ciphers = {16: _evp.EVP_aes_128_ctr, 32: _evp.EVP_aes_256_ctr}
-        for _function in _evp.EVP_CIPHER_CTX_new, _ciphers[16], _ciphers[32]:
-            _function.restype = ctypes.c_void_p
-        if not os.environ.get("MINITOR_PORTABLE_AES"):
-            if AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"\x66\xe9\x4b\xd4":
+        for _f in _evp.EVP_CIPHER_CTX_new, _ciphers[16], _ciphers[32]:
+            _f.restype = ctypes.POINTER(ctypes.c_char)
+        if AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4":
+            if not os.environ.get("MINITOR_PORTABLE_AES"):
                 AesCtr = AesCtrOpenssl
     except Exception:
-        pass  # No OpenSSL within reach, whatever the reason.
+        pass  # Not here.
 
 
 def sha1(data):
@@ -790,21 +750,28 @@ def sha3_256(data):
     return Sha3_256(data).digest()
 
 
+def shake256(data, n):
+    """Return `n` bytes of SHAKE-256 of `data`."""
+    if MICROPYTHON:
+        return Sha3_256(data).digest(n, 31)
+    return hashlib.shake_256(data).digest(n)
+
+
+def sha512(data):
+    return Sha512(data).digest()
+
+
 def hmac_sha256(key, data):
-    if len(key) > 64:
-        key = sha256(key)
-    key += bytes(64 - len(key))
-    inner = sha256(bytes(b ^ 0x36 for b in key) + data)
-    return sha256(bytes(b ^ 0x5C for b in key) + inner)
+    key = (sha256(key) if len(key) > 64 else key) + bytes(64)
+    inner, outer = [bytes(b ^ x for b in key[:64]) for x in (0x36, 0x5C)]
+    return sha256(outer + sha256(inner + data))
 
 
 def hkdf_sha256(secret, salt, info, n):
-    """Return `n` bytes (up to 8,160) derived from `secret` (RFC 5869)."""
+    """Return `n` bytes as RFC 5869 derives them."""
     key = hmac_sha256(salt, secret)
     out = block = b""
-    i = 0
-    while len(out) < n:
-        i += 1
+    for i in range(1, (n + 63) // 32):
         block = hmac_sha256(key, block + info + bytes((i,)))
         out += block
     return out[:n]
@@ -1061,10 +1028,8 @@ def rsa_verify(key, digest, signature):
 
 
 class EdCert:
-    """An Ed25519 certificate (cert-spec 2.1), from `parse_ed_cert`.
-
-    `type`; `expires` (seconds since 1970); `key_type`; `key`, the 32 bytes certified;
-    `signing_key`, the 32 bytes of the extension 04, or None.
+    """An Ed25519 certificate (cert-spec 2.1): `type`, `expires` (seconds since 1970),
+    `key_type`, `key` (the 32 bytes certified), `signing_key` (of the extension 04, or None).
     """
 
     def check(self, public, when):
@@ -1144,23 +1109,18 @@ def one_item(items, keyword, default=None):
 
 
 def parse_time(text):
-    """Return b"2024-05-17 17:00:00" as seconds since 1970; ValueError."""
-    date, _, clock = text.partition(b" ")
-    year, month, day = [int(x) for x in date.split(b"-")]
-    hour, minute, second = [int(x) for x in clock.split(b":")]
+    """Return b"2024-05-17 17:00:00" as seconds since 1970; ProtocolError."""
+    try:
+        year, month, day = [int(x) for x in text[:10].split(b"-")]
+        hour, minute, second = [int(x) for x in text[11:].split(b":")]
+    except ValueError:
+        year = 0
     if not (1970 <= year < 10000 and 1 <= month <= 12 and 1 <= day <= 31 and 0 <= hour < 24):
-        raise ValueError
+        raise ProtocolError("bad time in a document")
     # In a year that begins with March the leap day comes last.
     year -= month < 3
     day += year * 365 + year // 4 - year // 100 + year // 400 + ((month + 9) % 12 * 153 + 2) // 5
     return (day - 719469) * 86400 + hour * 3600 + minute * 60 + second
-
-
-def _b64(text, size):
-    data = b64decode(text)
-    if len(data) != size:
-        raise ValueError
-    return data
 
 
 def parse_authority_certs(text, identities):
@@ -1184,28 +1144,23 @@ def parse_authority_certs(text, identities):
                 and rsa_verify(key, fingerprint, one_item(items, b"dir-key-crosscert")[1])
             ):
                 raise ProtocolError("an authority certificate has a bad signature")
-            try:
-                expires = parse_time(one_item(items, b"dir-key-expires")[0])
-            except ValueError:
-                raise ProtocolError("an authority certificate has a bad time")
+            expires = parse_time(one_item(items, b"dir-key-expires")[0])
             found[fingerprint, sha1(signing)] = key, expires
     return found
 
 
 # What the table keeps of a relay's flags and protocol versions, in one integer that is a
-# small one on 32 bits too.  The table sets the last two: the microdescriptor is there; it
-# can be used.
-(AUTHORITY, BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS, RUNNING, STABLE,
- STALEDESC, SYBIL, V2DIR, VALID, PROTO_DIRCACHE2, PROTO_FLOWCTRL1, PROTO_FLOWCTRL2,
- PROTO_HSDIR2, PROTO_HSINTRO4, PROTO_HSINTRO5, PROTO_HSREND2, PROTO_LINK4, PROTO_LINK5,
- PROTO_RELAY2, PROTO_RELAY3, PROTO_RELAY4, HAVE_MICRODESC, USABLE) = [
-    1 << i for i in range(28)
-]
+# small one on 32 bits too.
 _WORDS = (
     b"Authority BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Running Stable "
-    b"StaleDesc Sybil V2Dir Valid DirCache=2 FlowCtrl=1 FlowCtrl=2 HSDir=2 HSIntro=4 "
-    b"HSIntro=5 HSRend=2 Link=4 Link=5 Relay=2 Relay=3 Relay=4"
+    b"StaleDesc V2Dir Valid FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
 ).split()
+AUTHORITY, BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY = 1, 2, 4, 8, 16, 32, 64
+NOEDCONSENSUS, RUNNING, STABLE, STALEDESC, V2DIR, VALID = 128, 256, 512, 1024, 2048, 4096
+PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 1 << 13, 1 << 14, 1 << 15
+PROTO_HSREND2, PROTO_RELAY2 = 1 << 16, 1 << 17
+# Set by the table: the microdescriptor is there; it can be used.
+HAVE_MICRODESC, USABLE = 1 << 18, 1 << 19
 
 
 def _versions(words):
@@ -1223,13 +1178,11 @@ def _versions(words):
                 yield name + b"=%d" % version
 
 
-SUPPORTED_PROTOCOLS = [
-    word.decode()
-    for word in _versions(
-        b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
-        b"Microdesc=1-3 Relay=1-3".split()
-    )
-]
+_PROTOCOLS = (
+    b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
+    b"Microdesc=1-3 Relay=1-3"
+)
+SUPPORTED_PROTOCOLS = [word.decode() for word in _versions(_PROTOCOLS.split())]
 
 
 def _integers(text):
@@ -1238,7 +1191,6 @@ def _integers(text):
     return {name.decode(): int(value) for name, _, value in pairs}
 
 
-_TIMES = ("valid_after", "fresh_until", "valid_until")
 # A consensus is usable that long before and after its validity, as in tor.
 _GRACE = 86400
 _LEAST_METHOD = 28
@@ -1250,9 +1202,8 @@ class Consensus:
 
     `valid_after`, `fresh_until`, `valid_until` (seconds since 1970); `params`,
     `bandwidth_weights` ({name: integer}); `srv_previous`, `srv_current` (32 bytes or
-    None); `required_client_protocols` (list of text like "Link=4"); and, not stored,
-    `digest` (SHA-256 of what is signed) and `signatures` ({(identity, signing key
-    digest): signature}).
+    None); `required_client_protocols` (["Link=4", …]); and, not stored, `digest` (SHA-256
+    of what is signed), `signatures` ({(identity, signing key digest): signature}).
     """
 
     def param(self, name, default, low=0, high=2147483647):
@@ -1290,15 +1241,15 @@ class Consensus:
             raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
 
     def dump(self):
-        """Return what `load` takes: text."""
+        """Return what `load` takes: a dict that JSON can hold."""
         kept = {}
         for name, value in self.__dict__.items():
             if name not in ("digest", "signatures"):
                 kept[name] = hexlify(value) if isinstance(value, bytes) else value
-        return json.dumps(kept)
+        return kept
 
-    def load(self, text):
-        for name, value in json.loads(text).items():
+    def load(self, kept):
+        for name, value in kept.items():
             setattr(self, name, binascii.unhexlify(value) if value and name[:3] == "srv" else value)
         return self
 
@@ -1311,12 +1262,11 @@ class ConsensusParser:
     """
 
     def __init__(self, authorities, table):
-        self._authorities, self._add = authorities, table.add
-        # What is not parsed yet, behind the end of a line
-        self._rest = b"\n"
-        self._bits = {}
+        self._authorities, self._add, self._bits = authorities, table.add, {}
         self._hash, self._digest = hashlib.sha256(), None
-        # The lines before and after the relays; the arguments of `add` in between
+        # What is not parsed yet, behind the end of a line.
+        self._rest = b"\n"
+        # The lines before and after the relays; the arguments of `add` in between.
         self._head, self._foot, self._relay = [], None, None
 
     def feed(self, data):
@@ -1348,7 +1298,7 @@ class ConsensusParser:
             beside = self._head
         for line in data.split(b"\n")[:-1]:
             kind = line[:2]
-            if kind == b"r " and self._foot is None or kind == b"di" and relay:
+            if kind == b"r " and self._foot is None or relay and line == b"directory-footer":
                 if relay and relay[1]:
                     self._add(*relay)
                 beside = relay = None
@@ -1357,7 +1307,7 @@ class ConsensusParser:
                     continue
                 word = line.split(b" ")
                 address = bytes([int(x) for x in word[5].split(b".")])
-                relay = [_b64(word[2], 20), None, address, int(word[6]), 0, RUNNING | VALID, 0]
+                relay = [b64decode(word[2], 20), None, address, int(word[6]), 0, RUNNING | VALID, 0]
             elif beside is not None:
                 beside.append(line)
                 if len(beside) > 2000:
@@ -1367,10 +1317,10 @@ class ConsensusParser:
                     if len(bits) > 1000:
                         bits.clear()
                     words = set(_versions(line.split(b" ")))
-                    bits[line] = sum([1 << i for i in range(26) if _WORDS[i] in words])
+                    bits[line] = sum([1 << i for i in range(18) if _WORDS[i] in words])
                 relay[5] |= bits[line]
             elif kind == b"m ":
-                relay[1] = _b64(line[2:], 32)
+                relay[1] = b64decode(line[2:], 32)
             elif line[:12] == b"w Bandwidth=":
                 relay[6] = min(int(line[12:].split(b" ")[0]), 0xFFFFFFFF)
             elif line[:3] == b"a [" and not relay[4]:
@@ -1410,7 +1360,7 @@ class ConsensusParser:
             or int(one_item(items, b"consensus-method")[0]) < _LEAST_METHOD
         ):
             raise ProtocolError("this is no consensus of the microdescriptor flavour")
-        for name in _TIMES:
+        for name in ("valid_after", "fresh_until", "valid_until"):
             setattr(c, name, parse_time(one_item(items, name.replace("_", "-").encode())[0]))
         if not c.valid_after < c.fresh_until <= c.valid_until:
             raise ValueError
@@ -1419,7 +1369,7 @@ class ConsensusParser:
         c.required_client_protocols = [word.decode() for word in _versions(required)]
         for name in ("previous", "current"):
             value = one_item(items, b"shared-rand-%s-value" % name.encode(), b"")[0]
-            setattr(c, "srv_" + name, _b64(value.split(b" ")[-1], 32) if value else None)
+            setattr(c, "srv_" + name, b64decode(value.split(b" ")[-1], 32) if value else None)
 
 
 class Microdesc:
@@ -1463,7 +1413,7 @@ class MicrodescParser:
             at, end = end, data.find(b"\n", end) + 1
         if self._md:
             # A family line can have 128 KB: what is complete of it is taken at once.
-            if len(data) - at > 2048 and data[at : at + 7].split(b" $")[0] in (b"", b"family"):
+            if len(data) - at > 2048 and data[at : at + 8].split(b" $")[0] in (b"", b"family"):
                 end = data.rfind(b" ")
                 self._line(data[at:end])
                 at = end
@@ -1490,10 +1440,10 @@ class MicrodescParser:
         md, word = self._md, line.split(b" ")
         try:
             if word[0] == b"ntor-onion-key":
-                md.ntor_key = _b64(word[1], 32)
+                md.ntor_key = b64decode(word[1], 32)
             elif word[0] == b"id" and word[1] == b"ed25519":
                 md.bad = md.bad or md.ed_id is not None
-                md.ed_id = _b64(word[2], 32)
+                md.ed_id = b64decode(word[2], 32)
             elif word[0] == b"p":
                 md.policy = line[2:] if len(line) < _MAX_POLICY else b""
             elif word[0] == b"family-ids":
@@ -1517,11 +1467,10 @@ _RECORD = ">20s16s32s32s4sH"
 _SIZE = 106
 _COLUMNS = "IIHIHH"
 _MAX_RELAYS = 65535
-# Distinct exit policies and families, in bytes: a relay beyond that has no family
-# and no exit.
+# Distinct exit policies and families, in bytes: a relay beyond that has none.
 _MAX_BESIDE = 4 << 20
 # In the machine's byte order, as the columns are.
-_MAGIC = struct.pack("I", 0x6D740001)
+_MAGIC = struct.pack("I", 0x6D740002)
 
 
 class Relay:
@@ -1540,29 +1489,23 @@ class Relay:
 class RelayTable:
     """The relays of a consensus, by index; `flags` and `weights` are arrays of integers."""
 
-    def __init__(self):
+    def __init__(self, records=b"", columns=None, beside=(b"",)):
         self.use_family_lists = self.use_family_ids = True
-        self._fill([array(c) for c in _COLUMNS], bytearray(), [b""], [b""])
-
-    def _fill(self, columns, records, policies, families):
-        self.records, self._columns = records, columns
-        self.flags, self.weights, self._nets, self._nets6 = columns[:4]
-        # Numbers of the relay's exit policy and family among the distinct ones.
-        self._policy, self._family = columns[4:]
-        self._policies, self._families = policies, families
-        self._numbers = {}
-        for values in policies, families:
-            for number, value in enumerate(values):
-                self._numbers[values is policies, value] = number
-        self._beside = sum([len(value) for value in policies + families])
-        self._ports = {}
+        self.records = bytearray(records)
+        self._columns = columns or [array(c) for c in _COLUMNS]
+        self.flags, self.weights, self._nets, self._nets6 = self._columns[:4]
+        # The distinct exit policies and families; which of these are the relay's.
+        self._beside, self._ports = list(beside), {}
+        self._policy, self._family = self._columns[4:]
+        self._numbers = {value: number for number, value in enumerate(beside)}
+        self._room = _MAX_BESIDE - sum([len(value) for value in beside])
 
     def add(self, rsa_id, md_digest, address, port, ipv6_net, flags, weight):
         """Append a relay; `address`: 4 bytes, `ipv6_net`: the first 4 bytes of the IPv6 one."""
         n = len(self.flags)
         if n >= _MAX_RELAYS or n and self._field(n - 1, 0, 20) >= rsa_id:
             raise ProtocolError("the consensus has too many relays, or not in order")
-        if not 0 < port < 65536 or len(address) != 4:
+        if not 0 < port < 65536 or len(address) != 4 or (weight | ipv6_net) >> 32:
             raise ProtocolError("the consensus has a relay with a bad address")
         self.records += struct.pack(
             _RECORD, rsa_id, md_digest, md_digest[16:], b"", address, port
@@ -1592,16 +1535,11 @@ class RelayTable:
         low, high = 0, len(self.flags)
         while low < high:
             middle = (low + high) // 2
-            if self._field(middle, 0, 20) < rsa_id:
+            if self.rsa_id(middle) < rsa_id:
                 low = middle + 1
             else:
                 high = middle
-        return low if self._field(low, 0, 20) == rsa_id else -1
-
-    def find_ed(self, ed_id):
-        """Return the index of the usable relay with that Ed25519 identity, or -1."""
-        at = _find(self.records, ed_id, 36, _SIZE)
-        return at // _SIZE if at >= 0 and self.flags[at // _SIZE] & USABLE else -1
+        return low if self.rsa_id(low) == rsa_id else -1
 
     def scan(self):
         """Return an iterator of (index, flags, weight, IPv4 /16 as an integer)."""
@@ -1630,48 +1568,46 @@ class RelayTable:
 
     def _set(self, i, keys, policy, family):
         self.records[i * _SIZE + 36 : i * _SIZE + 100] = keys
-        self._policy[i] = self._number(self._policies, policy)
-        self._family[i] = self._number(self._families, family)
+        self._policy[i], self._family[i] = self._number(policy), self._number(family)
         self.flags[i] |= HAVE_MICRODESC | USABLE
 
-    def _number(self, values, value):
+    def _number(self, value):
         # Exit policies repeat, and the members of a family list the same family.
-        key = values is self._policies, value
-        if key not in self._numbers:
-            if self._beside + len(value) > _MAX_BESIDE:
+        if value not in self._numbers:
+            self._room -= len(value)
+            if self._room < 0 or len(self._beside) > 65535:
                 return 0
-            self._beside += len(value)
-            self._numbers[key] = len(values)
-            values.append(value)
+            self._numbers[value] = len(self._beside)
+            self._beside.append(value)
             self._ports = {}
-        return self._numbers[key]
+        return self._numbers[value]
 
     def carry_over(self, old):
         """Take from the table `old` the relays whose microdescriptor is still the same."""
         j = 0
         for i in range(len(self.flags)):
             key = self._field(i, 0, 36)
-            while j < len(old) and old._field(j, 0, 20) < key[:20]:
+            while j < len(old) and old.rsa_id(j) < key[:20]:
                 j += 1
             if j < len(old) and old._field(j, 0, 36) == key:
                 self.flags[i] |= old.flags[j] & HAVE_MICRODESC
                 if old.flags[j] & USABLE:
-                    policy = old._policies[old._policy[j]]
-                    self._set(i, old._field(j, 36, 64), policy, old._families[old._family[j]])
+                    beside = old._beside[old._policy[j]], old._beside[old._family[j]]
+                    self._set(i, old._field(j, 36, 64), *beside)
 
     def same_family(self, i, j):
         """Return whether the relays `i` and `j` list each other, or share a family id."""
-        a, b = self._families[self._family[i]], self._families[self._family[j]]
+        a, b = self._beside[self._family[i]], self._beside[self._family[j]]
         if not a or not b:
             return False
         ids_a, ids_b = a[1 : 1 + a[0]], b[1 : 1 + b[0]]
         for at in range(0, len(ids_a), 8):
-            if self.use_family_ids and _find(ids_b, ids_a[at : at + 8], 0, 8) >= 0:
+            if self.use_family_ids and _holds(ids_b, ids_a[at : at + 8]):
                 return True
         return (
             self.use_family_lists
-            and _find(a, self._field(j, 0, 4), 1 + a[0], 4) >= 0
-            and _find(b, self._field(i, 0, 4), 1 + b[0], 4) >= 0
+            and _holds(a[1 + a[0] :], self._field(j, 0, 4))
+            and _holds(b[1 + b[0] :], self._field(i, 0, 4))
         )
 
     def exit_allows(self, i, port):
@@ -1679,34 +1615,45 @@ class RelayTable:
         if port not in self._ports:
             if len(self._ports) > 15:
                 self._ports = {}
-            self._ports[port] = bytes([_allows(p, port) for p in self._policies])
+            self._ports[port] = bytes([_allows(p, port) for p in self._beside])
         return bool(self._ports[port][self._policy[i]])
 
     def exits(self, i):
         """Return whether the exit policy summary of the relay `i` allows anything."""
-        return self._policies[self._policy[i]] not in (b"", b"reject 1-65535")
+        return self._beside[self._policy[i]] not in (b"", b"reject 1-65535")
 
     def save(self, path, network_id, consensus):
         """Write the table, and its Consensus, to the file `path`; OSError.
 
         `network_id`: 32 bytes that tell this network from others.
         """
-        body = [consensus.dump().encode(), self.records] + [bytes(c) for c in self._columns]
-        for values in self._policies, self._families:
-            body.append(b"".join([struct.pack(">H", len(v)) + v for v in values]))
-        start = _MAGIC + network_id + struct.pack(">10I", *[len(piece) for piece in body])
-        digest = hashlib.sha256(start)
-        for piece in body:
-            digest.update(piece)
-        write_file(path, [start] + body + [digest.digest()])
+        head = [consensus.dump(), [b64encode(value) for value in self._beside]]
+        pieces, digest = [_MAGIC + network_id], hashlib.sha256(_MAGIC + network_id)
+        for piece in [json.dumps(head).encode(), self.records] + self._columns:
+            pieces += [struct.pack(">I", len(bytes(piece))), bytes(piece)]
+            digest.update(pieces[-2] + pieces[-1])
+        write_file(path, pieces + [digest.digest()])
 
 
-def _find(packed, item, start, step):
-    # The index of `item` in `packed`, at `start` or a number of `step` bytes after it.
-    at = packed.find(item, start)
-    while at >= 0 and (at - start) % step:
+def load_table(path, network_id):
+    """Return the (RelayTable, Consensus) that `save` wrote; None if damaged, or another's."""
+    data = read_file(path) or b""
+    if data[:36] != _MAGIC + network_id or sha256(data[:-32]) != data[-32:]:
+        return None
+    r = Reader(data)
+    r.take(36)
+    head, records, *columns = [r.take(r.uint(4)) for _ in range(8)]
+    kept, beside = json.loads(head.decode())
+    columns = [array(c, piece) for c, piece in zip(_COLUMNS, columns)]
+    return RelayTable(records, columns, [b64decode(b) for b in beside]), Consensus().load(kept)
+
+
+def _holds(packed, item):
+    # Whether `item` is one of the pieces, of its size, of `packed`.
+    at = packed.find(item)
+    while at >= 0 and at % len(item):
         at = packed.find(item, at + 1)
-    return at
+    return at >= 0
 
 
 def _allows(policy, port):
@@ -1721,66 +1668,35 @@ def _allows(policy, port):
     return int(word == b"reject")
 
 
-def load_table(path, network_id):
-    """Return the (RelayTable, Consensus) that `save` wrote; None if damaged, or another's."""
-    body = []
-    try:
-        with open(path, "rb") as f:
-            start = f.read(76)
-            if len(start) < 76 or start[:36] != _MAGIC + network_id:
-                return None
-            digest = hashlib.sha256(start)
-            for size in struct.unpack(">10I", start[36:]):
-                body.append(f.read(min(size, 1 << 24)))
-                digest.update(body[-1])
-            if f.read(33) != digest.digest():
-                return None
-    except (OSError, ValueError):
-        return None
-    beside = []
-    for r in Reader(body[8]), Reader(body[9]):
-        beside.append([])
-        while r.left():
-            beside[-1].append(r.take(r.uint(2)))
-    table = RelayTable()
-    columns = [array(c, piece) for c, piece in zip(_COLUMNS, body[2:8])]
-    table._fill(columns, bytearray(body[1]), *beside)
-    return table, Consensus().load(body[0].decode())
-
-
 # ═══ 8. Cells and handshakes ════════════════════════════════════════════════
-# The bodies of cells and relay messages, the certificates of the link, and the
-# handshakes ntor, CREATE_FAST and hs-ntor (tor-spec 3 to 6, rend-spec-v3 3 and 4).
+# Cells, relay messages, the link's certificates, and the handshakes ntor,
+# CREATE_FAST and hs-ntor (tor-spec 3 to 6, rend-spec-v3 3 and 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
-VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = 7, 8, 9, 10, 11, 12
+VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
 VPADDING, CERTS, AUTH_CHALLENGE = 128, 129, 130
 
-RELAY_BEGIN, RELAY_DATA, RELAY_END, RELAY_CONNECTED, RELAY_SENDME = 1, 2, 3, 4, 5
-RELAY_TRUNCATED, RELAY_DROP, RELAY_RESOLVE, RELAY_RESOLVED, RELAY_BEGIN_DIR = 9, 10, 11, 12, 13
+RELAY_BEGIN, RELAY_DATA, RELAY_END, RELAY_CONNECTED, RELAY_SENDME = range(1, 6)
+RELAY_TRUNCATED, RELAY_DROP, RELAY_RESOLVE, RELAY_RESOLVED, RELAY_BEGIN_DIR = range(9, 14)
 RELAY_EXTEND2, RELAY_EXTENDED2 = 14, 15
-RELAY_ESTABLISH_INTRO, RELAY_ESTABLISH_RENDEZVOUS = 32, 33
-RELAY_INTRODUCE1, RELAY_INTRODUCE2, RELAY_RENDEZVOUS1, RELAY_RENDEZVOUS2 = 34, 35, 36, 37
-RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = 38, 39, 40
+RELAY_ESTABLISH_INTRO, RELAY_ESTABLISH_RENDEZVOUS, RELAY_INTRODUCE1 = range(32, 35)
+RELAY_INTRODUCE2, RELAY_RENDEZVOUS1, RELAY_RENDEZVOUS2 = range(35, 38)
+RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = range(38, 41)
 
-CELL_BODY = 509
 RELAY_DATA_MAX = 498
 
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
-    "no reason", "no reason given", "host not found", "connection refused",
-    "forbidden by the exit's policy", "circuit destroyed", "closed", "timeout",
-    "no route to the host", "relay hibernates", "internal error of the relay",
-    "relay lacks resources", "connection reset", "protocol error", "relay is no directory",
-)
+    "no reason|no reason given|host not found|connection refused|forbidden by the exit's policy|"
+    "circuit destroyed|closed|timeout|no route to the host|relay hibernates|internal error|"
+    "relay lacks resources|connection reset|protocol error|relay is no directory"
+).split("|")
 DESTROY_REASONS = (
-    "no reason given", "protocol error", "internal error of a relay", "as requested",
-    "relay hibernates", "relay lacks resources", "next relay not reachable",
-    "next relay has another identity", "link between relays closed", "too old", "timeout",
-    "destroyed further on", "no such service",
-)
-END_MISC, END_CONNECTREFUSED, END_EXITPOLICY, END_DESTROY, END_DONE, END_TIMEOUT = 1, 3, 4, 5, 6, 7
-END_INTERNAL, END_RESOURCELIMIT, END_CONNRESET, END_TORPROTOCOL = 10, 11, 12, 13
+    "no reason given|protocol error|internal error|as requested|relay hibernates|"
+    "relay lacks resources|next relay not reachable|next relay has another identity|"
+    "link between relays closed|too old|timeout|destroyed further on|no such service"
+).split("|")
+END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 
 
 def reason_text(reasons, number):
@@ -1789,186 +1705,146 @@ def reason_text(reasons, number):
 
 
 def cell(circ_id, command, body=b""):
-    """Return a whole cell of link protocol 4 or 5 (tor-spec 3): 514 bytes, or a variable one."""
-    if command == VERSIONS:
-        return struct.pack(">HBH", 0, command, len(body)) + body
-    if command >= 128:
-        return struct.pack(">IBH", circ_id, command, len(body)) + body
-    return struct.pack(">IB", circ_id, command) + body + bytes(CELL_BODY - len(body))
+    """Return a whole cell, 514 bytes or variable, of link protocol 4 or 5 (tor-spec 3)."""
+    if command == VERSIONS or command >= 128:
+        head = ">HBH" if command == VERSIONS else ">IBH"
+        return struct.pack(head, circ_id, command, len(body)) + body
+    return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-# ─── addresses and link specifiers ───
+# ── Addresses and link specifiers ──
 
 
 def address_bytes(text):
     """Return the 4 bytes of an IPv4 address, or b"" where `text` is none."""
     parts = text.split(".")
-    if len(parts) != 4 or not all(p and not p.strip("0123456789") for p in parts):
+    if len(parts) != 4 or not all([p and not p.strip("0123456789") for p in parts]):
         return b""
-    return bytes(int(p) for p in parts) if all(int(p) < 256 for p in parts) else b""
+    numbers = [int(p) for p in parts]
+    return bytes(numbers) if max(numbers) < 256 else b""
 
 
 def address_text(data):
     """Return the text of an address of 4 or 16 bytes."""
     if len(data) == 4:
-        return ".".join(str(b) for b in data)
-    return ":".join("%x" % n for n in struct.unpack(">8H", data))
-
-
-# The first two bytes, and how many bits of them count (RFC 6890).
-_PRIVATE = (
-    (0, 8), (0xA00, 8), (0x6440, 10), (0x7F00, 8), (0xA9FE, 16), (0xAC10, 12), (0xC0A8, 16),
-    (0xE000, 3),
-)
+        return "%d.%d.%d.%d" % tuple(data)
+    return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
 
 
 def is_private(address):
-    """Tell whether the IPv4 address (text) is not on the public Internet."""
-    n = int.from_bytes(address_bytes(address)[:2], "big")
-    return any((n ^ first) >> (16 - bits) == 0 for first, bits in _PRIVATE)
-
-
-class Target:
-    """A relay as others describe it: `rsa_id`, `ed_id`, `ntor_key`, `address`, `port`, and
-    `specifiers`, the link specifiers as they came (tor-spec 5.1.2)."""
-
-
-def link_specifiers(relay):
-    """Return the link specifiers of a Relay or Target, with their count."""
-    return getattr(relay, "specifiers", None) or b"\x03\x00\x06%s%s\x02\x14%s\x03\x20%s" % (
-        address_bytes(relay.address), struct.pack(">H", relay.port), relay.rsa_id, relay.ed_id
+    """Tell whether an IPv4 address (text) is not on the public Internet (RFC 6890)."""
+    a, b = address_bytes(address)[:2]
+    return a in (0, 10, 127) or a > 223 or (a, b >> 4) == (172, 1) or (
+        (a, b >> 6) == (100, 1) or (a, b) in ((169, 254), (192, 168))
     )
 
 
-def parse_link_specifiers(reader, ntor_key=None):
-    """Take link specifiers, with their count, from `reader`; return a Target."""
-    start = reader.at
-    found = {}
+class Target:
+    """A relay as others describe it: a Relay's fields, and `specifiers` as they came."""
+
+
+def link_specifiers(relay):
+    """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target, count first."""
+    found = getattr(relay, "specifiers", None)
+    return found or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
+        address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
+    )
+
+
+def parse_link_specifiers(reader, ntor_key):
+    """Take link specifiers, count first, from `reader`; return a Target."""
+    start, found = reader.at, {}
     for _ in range(reader.uint(1)):
         kind = reader.uint(1)
         found[kind] = reader.take(reader.uint(1))
     if [len(found.get(kind, b"")) for kind in (0, 2, 3)] != [6, 20, 32]:
         raise ProtocolError("link specifiers lack an identity or an IPv4 address")
-    target = Target()
-    target.address = address_text(found[0][:4])
-    target.port = int.from_bytes(found[0][4:], "big")
-    target.rsa_id, target.ed_id, target.ntor_key = found[2], found[3], ntor_key
-    target.specifiers = bytes(reader.data[start : reader.at])
-    return target
+    t = Target()
+    t.address, t.port = address_text(found[0][:4]), int.from_bytes(found[0][4:], "big")
+    t.rsa_id, t.ed_id, t.ntor_key = found[2], found[3], ntor_key
+    t.specifiers = bytes(reader.data[start : reader.at])
+    return t
 
 
-# ─── link handshake (tor-spec 4) ───
-
-
-def _x509_key(der, when):
-    # Check the self-signed RSA identity certificate; return its key in DER.
-    what = "RSA identity certificate"
-    outer = Reader(der_take(Reader(der, what), 0x30), what)
-    tbs = Reader(der_take(outer, 0x30), what)
-    signed = outer.data[: outer.at]
-    der_take(outer, 0x30)
-    signature = der_take(outer, 3)[1:]
-    # Version, serial number, algorithm, issuer; subject.
-    for tag in (0xA0, 2, 0x30, 0x30):
-        der_take(tbs, tag)
-    validity = Reader(der_take(tbs, 0x30), what)
-    # UTCTime, with two digits for the year: until 2049.
-    bounds = der_take(validity, 0x17), der_take(validity, 0x17)
-    der_take(tbs, 0x30)
-    info = Reader(der_take(tbs, 0x30), what)
-    der_take(info, 0x30)
-    key_der = der_take(info, 3)[1:]
-    if not bounds[0] <= (b"%04d%02d%02d%02d%02d%02dZ" % tuple(utc(when)))[2:] <= bounds[1]:
-        raise ProtocolError("%s is not valid now: check the clock" % what)
-    digest = b"010\r\x06\t`\x86H\x01e\x03\x04\x02\x01\x05\x00\x04 " + sha256(signed)
-    if not rsa_verify(rsa_public_key(key_der), digest, signature):
-        raise ProtocolError("%s: bad signature" % what)
-    return key_der
+# ── Link handshake (tor-spec 4) ──
 
 
 def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
     """Verify a CERTS cell whole (tor-spec 4.2); return the relay's identities (rsa_id, ed_id).
 
-    `tls_cert_sha256` is that of the TLS certificate seen; `rsa_id` and `ed_id` are those
-    expected, or None.  Raises ProtocolError.
+    `tls_cert_sha256`: of the certificate seen; `rsa_id`, `ed_id`: what is expected, or None.
     """
-    reader = Reader(body, "CERTS")
-    certs = {}
+    reader, certs = Reader(body, "CERTS"), {}
     for _ in range(reader.uint(1)):
         kind = reader.uint(1)
         if kind in certs:
-            raise ProtocolError("CERTS: certificate %d comes twice" % kind)
+            raise ProtocolError("CERTS: a certificate comes twice")
         certs[kind] = reader.take(reader.uint(2))
-    if not all(kind in certs for kind in (2, 4, 5, 7)):
+    if not all([kind in certs for kind in (2, 4, 5, 7)]):
         raise ProtocolError("CERTS: a certificate is missing")
     signing = parse_ed_cert(certs[4], "signing key certificate", 4)
     link = parse_ed_cert(certs[5], "TLS link certificate", 5)
-    identity = signing.signing_key
     signing.check(None, when)
     link.check(signing.key, when)
     if (signing.key_type, link.key_type, link.key) != (1, 3, tls_cert_sha256):
         raise ProtocolError("CERTS: the TLS certificate is not the relay's")
-    key_der = _x509_key(certs[2], when)
-    if parse_crosscert(certs[7], rsa_public_key(key_der), when) != identity:
-        raise ProtocolError("CERTS: the cross-certificate is for another identity")
-    fingerprint = sha1(key_der)
-    if rsa_id not in (None, fingerprint) or ed_id not in (None, identity):
-        raise ProtocolError("CERTS: the relay is not the one that was expected")
-    return fingerprint, identity
+    # Of the X.509 certificate only the key counts, always of 1024 bits: the cross-certificate
+    # shows that the relay holds it.
+    at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
+    key = certs[2][at : at + 140] if at >= 0 else b""
+    identity = parse_crosscert(certs[7], rsa_public_key(key), when)
+    if identity != signing.signing_key:
+        raise ProtocolError("CERTS: the identities do not belong together")
+    if rsa_id not in (None, sha1(key)) or ed_id not in (None, identity):
+        raise ProtocolError("CERTS: not the relay that was expected")
+    return sha1(key), identity
 
 
 def netinfo(peer_address):
-    """Return a client's NETINFO: time 0, the peer's address (text), none of our own."""
-    return b"\x00\x00\x00\x00\x04\x04%s\x00" % address_bytes(peer_address)
+    """Return a client's NETINFO: no time, the peer's address (text), none of our own."""
+    return b"\0\0\0\0\4\4%s\0" % address_bytes(peer_address)
 
 
 def parse_netinfo(body):
-    """Return (time in seconds since 1970, our address or None, [addresses of the relay])."""
+    """Return (seconds since 1970, our address in bytes) as the relay sees them."""
     reader = Reader(body, "NETINFO")
-
-    def address():
-        kind = reader.uint(1)
-        data = reader.take(reader.uint(1))
-        return address_text(data) if (kind, len(data)) in ((4, 4), (6, 16)) else None
-
-    stamp, ours = reader.uint(4), address()
-    return stamp, ours, [address() for _ in range(reader.uint(1))]
+    return reader.uint(4), reader.take(1) and reader.take(reader.uint(1))
 
 
-def padding_negotiate(low=0, high=0):
-    """Return PADDING_NEGOTIATE (padding-spec 2.2): send between `low` and `high` ms, or stop."""
-    return struct.pack(">BBHH", 0, 2 if high else 1, low, high)
+def padding_negotiate():
+    """Return PADDING_NEGOTIATE that turns padding off (padding-spec 2.2)."""
+    return b"\0\1\0\0\0\0"
 
 
-# ─── circuits: CREATE2, EXTEND2, ntor (tor-spec 5.1) ───
+# ── Circuits: CREATE2, EXTEND2, ntor (tor-spec 5.1) ──
 
 _NTOR = b"ntor-curve25519-sha256-1"
 
 
 def create2(onionskin):
-    """Return the body of CREATE2 that carries an ntor onionskin."""
+    """Return CREATE2 with an ntor onionskin."""
     return struct.pack(">HH", 2, len(onionskin)) + onionskin
 
 
 def parse_created2(body):
-    """Return the handshake reply in the body of CREATED2 or EXTENDED2."""
+    """Return the reply in CREATED2 or EXTENDED2."""
     reader = Reader(body, "CREATED2")
     return reader.take(reader.uint(2))
 
 
 def extend2(relay, onionskin):
-    """Return the body of EXTEND2 towards `relay`, a Relay or Target."""
+    """Return EXTEND2 to a Relay or Target."""
     return link_specifiers(relay) + create2(onionskin)
 
 
 def ntor_start(rsa_id, B):
-    """Begin ntor (tor-spec 5.1.4) with a relay's identity and ntor key: (state, onionskin)."""
+    """Begin ntor (5.1.4): (state, onionskin)."""
     x, X = x25519_keypair()
     return (rsa_id, B, x, X), rsa_id + B + X
 
 
 def ntor_finish(state, reply):
-    """Check the relay's reply (Y, AUTH) and return Df, Db, Kf, Kb, KH: 20+20+16+16+20 bytes."""
+    """Check the relay's reply; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
     rsa_id, B, x, X = state
     reader = Reader(reply, "ntor reply")
     Y, auth = reader.take(32), reader.take(32)
@@ -1981,55 +1857,36 @@ def ntor_finish(state, reply):
 
 
 def fast_finish(x, reply):
-    """Return the keys of CREATE_FAST `x` (20 bytes) and its reply, as `ntor_finish` does."""
+    """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (5.1.3)."""
     reader = Reader(reply, "CREATED_FAST")
     secret, kh = x + reader.take(20), reader.take(20)
-    k = b"".join(sha1(secret + bytes([i])) for i in range(5))
+    k = b"".join([sha1(secret + bytes([i])) for i in range(5)])
     if not consteq(k[:20], kh):
-        raise ProtocolError("CREATED_FAST: the relay's key hash is wrong")
+        raise ProtocolError("CREATED_FAST: the key hash is wrong")
     return k[20:92] + kh
 
 
-# ─── streams (tor-spec 6.2 to 6.4) ───
+# ── Streams (tor-spec 6.2 to 6.4) ──
 
 
 def begin(host, port, flags=0):
-    """Return the body of BEGIN; `host` is "" on an onion service's circuit."""
-    data = b"%s:%d\x00" % (host.encode(), port)
-    if len(data) > 400:
-        raise AddressError("the host name is too long")
-    return data + (flags.to_bytes(4, "big") if flags else b"")
+    """Return BEGIN; `host` is "" on an onion service's circuit."""
+    return b"%s:%d\0" % (host.encode(), port) + (flags.to_bytes(4, "big") if flags else b"")
 
 
 def parse_begin(body):
     """Return (host, port) of a BEGIN."""
-    text, end, _ = bytes(body).partition(b"\x00")
+    text, end, _ = body.partition(b"\0")
     host, colon, port = text.rpartition(b":")
-    if not end or not colon or not 0 < len(port) < 6 or port.strip(b"0123456789"):
-        raise ProtocolError("bad BEGIN")
-    if not 0 < int(port) < 65536 or any(not 32 < c < 127 for c in host):
+    digits = 0 < len(port) < 6 and not port.strip(b"0123456789")
+    if not (end and colon and digits) or not 0 < int(port) < 65536 or max(host or b"0") > 126:
         raise ProtocolError("bad BEGIN")
     return host.decode(), int(port)
 
 
-def parse_connected(body):
-    """Return the address (text, or None) in a CONNECTED."""
-    reader = Reader(body, "CONNECTED")
-    if not body:
-        return None
-    v4 = reader.take(4)
-    if v4 != bytes(4):
-        return address_text(v4)
-    return address_text(reader.take(16)) if reader.left() and reader.uint(1) == 6 else None
-
-
 def parse_resolved(body):
-    """Return the answers of a RESOLVED: [(type, value)].
-
-    Types 4 and 6 are addresses (text), 0 is a host name (bytes), 240 and 241 errors.
-    """
-    reader = Reader(body, "RESOLVED")
-    answers = []
+    """Return [(type, value)] of a RESOLVED: types 4 and 6 are addresses (text)."""
+    reader, answers = Reader(body, "RESOLVED"), []
     while reader.left():
         kind = reader.uint(1)
         value = reader.take(reader.uint(1))
@@ -2042,40 +1899,40 @@ def parse_resolved(body):
     return answers
 
 
-# ─── onion services: messages and hs-ntor (rend-spec-v3 3 and 4) ───
+# ── Onion services: messages and hs-ntor (rend-spec-v3 3 and 4) ──
 
 _HS = b"tor-hs-ntor-curve25519-sha3-256-1"
+_AUTH = b"\2\0\x20"
 
 
 def hs_mac(key, message):
-    """Return MAC(key, message) of rend-spec-v3 0.3."""
+    """Return MAC(key, message) of 0.3."""
     return sha3_256(len(key).to_bytes(8, "big") + key + message)
 
 
 def establish_intro(seed, auth_key, kh):
-    """Return ESTABLISH_INTRO (3.1.1): seed and public key, and KH of the circuit's last hop."""
-    data = b"\x02\x00\x20" + auth_key + b"\x00"
+    """Return ESTABLISH_INTRO (3.1.1); `kh` is KH of the circuit's last hop."""
+    data = _AUTH + auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\x00\x40" + ed25519_sign(seed, b"Tor establish-intro cell v1" + data)
+    return data + b"\0\x40" + ed25519_sign(seed, b"Tor establish-intro cell v1" + data)
 
 
 def _intro_keys(exp, X, intro, subcredential):
     # ENC_KEY and MAC_KEY of INTRODUCE1 (3.3.2).
-    secret = exp + intro.auth_key + X + intro.enc_key + _HS
-    info = _HS + b":hs_key_expand" + subcredential
-    keys = shake256(secret + _HS + b":hs_key_extract" + info, 64)
+    secret = exp + intro.auth_key + X + intro.enc_key + _HS + _HS + b":hs_key_extract"
+    keys = shake256(secret + _HS + b":hs_key_expand" + subcredential, 64)
     return keys[:32], keys[32:]
 
 
 def hs_ntor_client_intro(intro, subcredential, cookie, relay):
-    """Return (state, body of INTRODUCE1) for the introduction point `intro` (3.2, 3.3).
+    """Return (state, INTRODUCE1) for `intro`, an introduction point (3.2, 3.3).
 
-    `intro` has `auth_key` and `enc_key`; `cookie` (20 bytes) names the rendezvous at `relay`.
+    `cookie`: 20 bytes; `relay`: the rendezvous point.
     """
     x, X = x25519_keypair()
     enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcredential)
-    head = bytes(20) + b"\x02\x00\x20" + intro.auth_key + b"\x00"
-    plain = cookie + b"\x00\x01\x00\x20" + relay.ntor_key + link_specifiers(relay)
+    head = bytes(20) + _AUTH + intro.auth_key + b"\0"
+    plain = cookie + b"\0\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     plain += bytes(max(0, 246 - len(head) - len(plain)))
     body = head + X + AesCtr(enc_key).crypt(plain)
     return (x, X, intro), body + hs_mac(mac_key, body)
@@ -2091,7 +1948,7 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client_finish(state, reply):
-    """Check RENDEZVOUS2 and return Df, Db, Kf, Kb: 4 times 32 bytes."""
+    """Check RENDEZVOUS2; return Df, Db, Kf, Kb of 32 bytes each."""
     x, X, intro = state
     reader = Reader(reply, "RENDEZVOUS2")
     Y, auth = reader.take(32), reader.take(32)
@@ -2108,39 +1965,33 @@ def _skip_extensions(reader):
 
 
 def hs_ntor_service(intro, b, subcredentials, body):
-    """Open INTRODUCE2 at `intro`, whose encryption secret is `b`, trying each subcredential.
+    """Open INTRODUCE2 at `intro` by its secret `b` and one of the subcredentials.
 
-    Returns (Target of the rendezvous point, cookie, body of RENDEZVOUS1, 128 bytes of keys).
+    Returns (rendezvous point as a Target, cookie, RENDEZVOUS1, 128 bytes of keys).
     """
     reader = Reader(body, "INTRODUCE2")
-    if reader.take(55)[20:] != b"\x02\x00\x20" + intro.auth_key:
+    if reader.take(55)[20:] != _AUTH + intro.auth_key:
         raise ProtocolError("INTRODUCE2: not for this introduction point")
     _skip_extensions(reader)
     X = reader.take(32)
-    cipher = reader.take(max(0, reader.left() - 32))
-    mac = reader.take(32)
+    cipher, mac = reader.take(max(0, reader.left() - 32)), reader.take(32)
     exp = x25519(b, X)
     for subcredential in subcredentials:
         enc_key, mac_key = _intro_keys(exp, X, intro, subcredential)
-        if consteq(hs_mac(mac_key, bytes(body[:-32])), mac):
+        if consteq(hs_mac(mac_key, body[:-32]), mac):
             break
     else:
         raise ProtocolError("INTRODUCE2: the MAC is wrong")
     reader = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
     cookie = reader.take(20)
     _skip_extensions(reader)
-    if reader.take(3) != b"\x01\x00\x20":
+    if reader.take(3) != b"\1\0\x20":
         raise ProtocolError("INTRODUCE2: unknown kind of onion key")
     target = parse_link_specifiers(reader, reader.take(32))
     y, Y = x25519_keypair()
     auth, keys = _rend_keys(x25519(y, X) + exp, intro, X, Y)
     # As long as tor's, which is as long as the older version's.
     return target, cookie, cookie + Y + auth + urandom(84), keys
-
-
-def parse_introduce_ack(body):
-    """Return the status of an INTRODUCE_ACK: 0 is success (3.2.2)."""
-    return Reader(body, "INTRODUCE_ACK").uint(2)
 
 
 # ═══ 9. Onion addresses and descriptors ═════════════════════════════════════
@@ -2159,32 +2010,32 @@ def onion_address(key):
 
 
 def parse_onion_address(text):
-    """Return the public identity key (32 bytes) in an address; subdomains are ignored.
+    """Return the public identity key (32 bytes) in an address, with subdomains or without.
 
-    Raises AddressError; a key with a torsion component is none either.
+    Raises AddressError, for a key with a torsion component too.
     """
     labels = text.lower().rstrip(".").split(".")
     if len(labels) < 2 or labels[-1] != "onion" or len(labels[-2]) != 56:
         raise AddressError("%s is not an onion address: 56 characters and .onion" % text)
     try:
         key = b32decode(labels[-2])[:32]
+        if onion_address(key) == labels[-2] + ".onion" and ed25519_valid(key):
+            return key
     except ProtocolError:
-        key = bytes(32)
-    if onion_address(key) != labels[-2] + ".onion" or not ed25519_valid(key):
-        raise AddressError("%s is mistyped: its checksum or key is wrong" % text)
-    return key
+        pass
+    raise AddressError("%s is mistyped: its checksum or key is wrong" % text)
 
 
 # ─── time periods, blinded keys, hash ring (2.1 to 2.3) ───
 
 
 def time_periods(consensus, testing):
-    """Return what is in force at the consensus's valid-after: (first, second, fetch).
+    """Return the time periods at the consensus's valid-after: (first, second, fetch).
 
-    A service publishes for the first and the second, a client fetches by the third, which
-    is one of them.  Each is (number of the time period, its length in minutes, shared
-    random value, start of the protocol run that made the value).  `testing`: whether this
-    is a TestingTorNetwork, where a period is as long as a protocol run.
+    A service publishes for the first and the second, clients fetch by the third, which is
+    one of them.  Each is (number, length in minutes, shared random value, start of the
+    protocol run that made the value).  `testing`: in a TestingTorNetwork a period is as
+    long as a protocol run.
     """
     after = consensus.valid_after
     interval = max(1, consensus.fresh_until - after)
@@ -2215,53 +2066,45 @@ _BASEPOINT = (
 
 
 def blinding_param(key, period):
-    """Return the hash that blinds the identity `key` in `period` (appendix A.2)."""
+    """Return the hash that blinds an identity key in `period` (appendix A.2)."""
     nonce = b"key-blind" + _int8(period[0]) + _int8(period[1])
     return sha3_256(b"Derive temporary signing key\x00" + key + _BASEPOINT + nonce)
 
 
 def subcredential(key, blinded):
-    """Return the subcredential (2.1) of the identity `key` and its blinded key."""
+    """Return the subcredential (2.1) of an identity key and its blinded key."""
     return sha3_256(b"subcredential" + sha3_256(b"credential" + key) + blinded)
 
 
 def hs_index(blinded, replica, period):
-    """Return where on the ring the descriptor of replica 1, 2, … lies."""
+    """Return the place on the ring of the descriptor of replica 1, 2, …"""
     tail = _int8(replica) + _int8(period[1]) + _int8(period[0])
     return sha3_256(b"store-at-idx" + blinded + tail)
 
 
 def hsdir_index(ed_id, period):
-    """Return where on the ring the directory `ed_id` lies."""
+    """Return the place on the ring of a directory."""
     return sha3_256(b"node-idx" + ed_id + period[2] + _int8(period[0]) + _int8(period[1]))
 
 
 def hsdir_ring(table, consensus, blinded, period, store):
-    """Return the indexes in `table` of the directories responsible for a descriptor.
-
-    `store`: to publish to all of these; else to fetch from any of them.
-    """
+    """Return the indexes of the directories to store a descriptor at, or to fetch it from."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
-    if store:
-        spread = consensus.param("hsdir_spread_store", 4, 1, 128)
-    else:
-        spread = consensus.param("hsdir_spread_fetch", 3, 1, 128)
-    places = [
-        (int.from_bytes(hs_index(blinded, r, period), "big"), []) for r in range(1, replicas + 1)
-    ]
-    keep = replicas * spread
-    needed = HSDIR | PROTO_HSDIR2 | USABLE
+    name, default = ("hsdir_spread_store", 4) if store else ("hsdir_spread_fetch", 3)
+    spread = consensus.param(name, default, 1, 128)
+    starts = [hs_index(blinded, replica, period) for replica in range(1, replicas + 1)]
+    places = [(int.from_bytes(start, "big"), []) for start in starts]
+    keep, needed = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE
     for i, flags, _, _ in table.scan():
         if flags & needed != needed:
             continue
         at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
         for start, nearest in places:
-            distance = at - start if at >= start else at - start + (1 << 256)
+            distance = at - start + (at < start and 1 << 256)
             if len(nearest) < keep or distance < nearest[-1][0]:
                 nearest.append((distance, i))
                 nearest.sort()
-                if len(nearest) > keep:
-                    nearest.pop()
+                del nearest[keep:]
     found = []
     for _, nearest in places:
         # A replica skips what an earlier one took.
@@ -2270,20 +2113,18 @@ def hsdir_ring(table, consensus, blinded, period, store):
 
 
 def revision_counter(esk, seconds):
-    """Return the revision counter of a descriptor, as tor makes it (appendix F).
+    """Return a descriptor's revision counter, as tor makes it (appendix F).
 
-    `esk`: the blinded secret key (64 bytes); `seconds` since the protocol run began that
-    made the period's shared random value.
+    `esk`: the blinded secret key; `seconds`: since the protocol run of the period began.
     """
     # tor hashes the closing zero of its C string, too.
-    return ope_encrypt(sha3_256(b"rev-counter-generation\x00" + esk), seconds + 1)
+    return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
 
 
 def ope_encrypt(key, n):
     """Encrypt `n` so that order is preserved: the sum of n numbers of a key stream."""
-    n = min(max(n, 1), 1 << 18)
+    total = n = min(max(n, 1), 1 << 18)
     cipher = AesCtr(key)
-    total = n
     for at in range(0, n, 256):
         count = min(256, n - at)
         total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
@@ -2292,17 +2133,11 @@ def ope_encrypt(key, n):
 
 # ─── descriptors (2.4, 2.5) ───
 
-_LIFETIME = 180
-_CERT_HOURS = 54
-
 
 def make_ed_cert(kind, key, when, esk, public):
-    """Return a certificate (cert-spec 2.1) of `kind` for `key`, signed by (esk, public).
-
-    It names its signing key, and is good for 54 hours from the hour of `when`.
-    """
-    head = struct.pack(">BBIB", 1, kind, when // 3600 + _CERT_HOURS, 1)
-    body = head + key + b"\x01\x00\x20\x04\x00" + public
+    """Return a certificate (cert-spec 2.1) of `kind` for `key`, good for 54 hours."""
+    head = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1)
+    body = head + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign_expanded(esk, public, body)
 
 
@@ -2350,8 +2185,8 @@ _SIGNED = b"Tor onion service descriptor sig v3"
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
     """Return a descriptor, ready to be published.
 
-    `esk`, `blinded`: the blinded keys (64, 32 bytes); `subcred`: the subcredential;
-    `intro_points`: Relays or Targets with `auth_key` and `enc_key`; `when`: now.
+    `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets with `auth_key`
+    and `enc_key`; `when`: now.
     """
     seed = urandom(32)
     signer, public = ed25519_expand(seed), ed25519_public(seed)
@@ -2372,53 +2207,19 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
             cert(11, _enc_key_ed(intro.enc_key)),
         ]
     inner = _seal(b"\n".join(lines) + b"\n", secret, revision, _INNER)
-    lines = [b"desc-auth-type x25519"]
-    lines.append(b"desc-auth-ephemeral-key " + _base64(x25519_keypair()[1]))
+    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s\n" % _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up, so that nobody sees whether a service has authorized clients.
-        lines.append(
-            ("auth-client %s %s %s" % tuple(b64encode(urandom(n)) for n in (8, 16, 16))).encode()
-        )
-    lines += [b"encrypted", inner]
-    outer = b"\n".join(lines)
+        made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
+        outer += ("auth-client %s %s %s\n" % made_up).encode()
+    outer += b"encrypted\n" + inner
     outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime %d\ndescriptor-signing-key-cert\n%s\n" % (
-        _LIFETIME,
-        _armour(
-            b"ED25519 CERT", make_ed_cert(8, public, when, esk, blinded)
-        ),
-    )
-    text += b"revision-counter %d\nsuperencrypted\n" % revision
+    text = b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n"
+    text += _armour(b"ED25519 CERT", make_ed_cert(8, public, when, esk, blinded))
+    text += b"\nrevision-counter %d\nsuperencrypted\n" % revision
     text += _seal(outer, secret, revision, _OUTER) + b"\n"
     signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
-
-
-def _desc_items(text):
-    # [(keyword, arguments, object)] of a document in the meta-format of dir-spec 1.2.
-    items = []
-    armour = None
-    for line in text.split(b"\n"):
-        if armour is not None:
-            if line.startswith(b"-----END "):
-                items[-1][2] = b64decode(b"".join(armour))
-                armour = None
-            else:
-                armour.append(line)
-        elif line.startswith(b"-----BEGIN ") and items:
-            armour = []
-        elif line:
-            keyword, _, arguments = line.partition(b" ")
-            items.append([keyword, arguments, b""])
-    return items
-
-
-def _one(items, keyword):
-    # The arguments and the object of the item that stands there exactly once.
-    found = [item for item in items if item[0] == keyword]
-    if len(found) != 1:
-        raise ProtocolError("descriptor: %d times %s" % (len(found), keyword.decode()))
-    return found[0][1], found[0][2]
 
 
 def _number(text):
@@ -2428,7 +2229,7 @@ def _number(text):
 
 
 def _ntor(items, keyword):
-    kind, _, key = _one(items, keyword)[0].partition(b" ")
+    kind, _, key = one_item(items, keyword)[0].partition(b" ")
     key = b64decode(key.partition(b" ")[0])
     if kind != b"ntor" or len(key) != 32 or not any(key):
         raise ProtocolError("descriptor: bad %s" % keyword.decode())
@@ -2436,9 +2237,9 @@ def _ntor(items, keyword):
 
 
 def _intro_point(items, signing, when):
-    # A Target with auth_key and enc_key; the certificates are by the key `signing`.
+    # A Target; the certificates are by the key `signing`.
     def cert(keyword, kind):
-        c = parse_ed_cert(_one(items, keyword)[1], "introduction point's certificate", kind)
+        c = parse_ed_cert(one_item(items, keyword)[1], "introduction point's certificate", kind)
         c.check(signing, when)
         return c.key
 
@@ -2456,41 +2257,39 @@ class Descriptor:
 
 
 def parse_descriptor(data, blinded, subcred, when):
-    """Verify and decrypt a descriptor, and return it as a Descriptor.
+    """Verify and decrypt a descriptor by the key `blinded`; return it as a Descriptor.
 
-    `blinded`: the blinded key it must be by; `subcred`: the subcredential; `when`: now.
     Introduction points that are not right are left out.  Raises ProtocolError.
     """
     text, end, signature = data.rpartition(b"\nsignature ")
-    items = _desc_items(text)
+    items = document_items(text.split(b"\n"))
     if not end or not text.startswith(b"hs-descriptor 3\n"):
         raise ProtocolError("descriptor: not of version 3, or cut off")
-    cert = parse_ed_cert(
-        _one(items, b"descriptor-signing-key-cert")[1], "descriptor's certificate",
-        8,
-    )
+    cert = one_item(items, b"descriptor-signing-key-cert")[1]
+    cert = parse_ed_cert(cert, "descriptor's certificate", 8)
     cert.check(blinded, when)
     signature = b64decode(signature.rstrip(b"\n"))
     if len(signature) != 64 or not ed25519_verify(cert.key, _SIGNED + text + b"\n", signature):
         raise ProtocolError("descriptor: bad signature")
     descriptor = Descriptor()
-    descriptor.lifetime = _number(_one(items, b"descriptor-lifetime")[0]) * 60
-    descriptor.revision = revision = _number(_one(items, b"revision-counter")[0])
+    descriptor.lifetime = _number(one_item(items, b"descriptor-lifetime")[0]) * 60
+    descriptor.revision = revision = _number(one_item(items, b"revision-counter")[0])
     if not 0 < descriptor.lifetime <= 43200:
         raise ProtocolError("descriptor: bad lifetime")
     secret = blinded + subcred
-    outer = _unseal(_one(items, b"superencrypted")[1], secret, revision, _OUTER)
+    outer = _unseal(one_item(items, b"superencrypted")[1], secret, revision, _OUTER)
     if outer is None:
-        raise ProtocolError("descriptor: the outer layer's MAC is wrong")
-    inner = _unseal(_one(_desc_items(outer), b"encrypted")[1], secret, revision, _INNER)
+        raise ProtocolError("descriptor: the outer layer is corrupt")
+    outer = one_item(document_items(outer.split(b"\n")), b"encrypted")[1]
+    inner = _unseal(outer, secret, revision, _INNER)
     if inner is None:
         raise ProtocolError("descriptor: it is for authorized clients only, or corrupt")
     sections = [[]]
-    for item in _desc_items(inner):
+    for item in document_items(inner.split(b"\n")):
         if item[0] == b"introduction-point":
             sections.append([])
         sections[-1].append(item)
-    if b"2" not in _one(sections[0], b"create2-formats")[0].split(b" "):
+    if b"2" not in one_item(sections[0], b"create2-formats")[0].split(b" "):
         raise ProtocolError("descriptor: no handshake that we know")
     descriptor.intro_points = []
     for section in sections[1:21]:
@@ -2504,21 +2303,22 @@ def parse_descriptor(data, blinded, subcred, when):
 
 
 # ═══ 10. Channel ════════════════════════════════════════════════════════════
-# One TLS link to a relay, and the circuits that share it.  tor-spec 4 and 3.
+# One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
 # How much one read takes, and how much may wait to be written.
 READ_SIZE = 4112 if MICROPYTHON else 1 << 18
 QUEUE_SIZE = 16448 if MICROPYTHON else 1 << 18
 LARGEST_VARIABLE_CELL = 16384
 HANDSHAKE_SECONDS = 20
+IDLE_MS, KEEPALIVE_MS = 180000, 240000
 
 
 class Channel:
-    """A link to one relay, whose identity CERTS has proved.
+    """A link to one relay.
 
-    `rsa_id`, `ed_id`: the relay's identities; `skew`: its clock minus ours in
-    seconds; `circuits`: those that run over it; `closing`: a Promise that is
-    set when the channel is gone.
+    `rsa_id`, `ed_id`: its identities, proved by CERTS; `skew`: its clock minus ours in
+    seconds; `circuits`: {circuit ID: Circuit}; `closing`: a Promise that is set to the
+    reason when the channel is gone.
     """
 
     def __init__(self, address, port):
@@ -2528,10 +2328,10 @@ class Channel:
         self.circuits = {}
         self.closing = Promise()
         self.used = ticks_ms()
-        self._queue, self._queued = [], 0
+        self._opened, self._version = Promise(), 0
+        self._queue, self._queued, self._blocked = [], 0, []
         self._wake = asyncio.Event()
-        self._blocked = []
-        self._reader = self._writer = self._reading = None
+        self._tasks = []
 
     def __str__(self):
         name = " (%s)" % hexlify(self.rsa_id) if self.rsa_id else ""
@@ -2540,67 +2340,24 @@ class Channel:
     async def open(self, rsa_id, ed_id, seconds=HANDSHAKE_SECONDS):
         """Connect and shake hands; the relay must be `rsa_id` and, where given, `ed_id`.
 
-        Raises ChannelError.  tor-spec 4.
+        Returns the channel.  Raises ChannelError.
         """
+        self._wanted = rsa_id, ed_id
         try:
-            self._reader, self._writer, certificate = await tls_connect(
-                self.address, self.port, seconds
-            )
-            await asyncio.wait_for(self._handshake(certificate, rsa_id, ed_id), seconds)
+            reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
+            self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
+            self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
+            await self._opened.wait(seconds)
         except asyncio.TimeoutError:
-            await self._hang_up()
-            raise ChannelError("%s did not answer within %d s" % (self, seconds))
-        except (OSError, EOFError) as e:
-            await self._hang_up()
-            raise ChannelError("%s cannot be reached: %s" % (self, e or "link closed"))
-        except ProtocolError as e:
-            await self._hang_up()
-            raise ChannelError("%s failed the link handshake: %s" % (self, e))
+            self.close("no answer within %d s" % seconds)
+        except OSError as e:
+            self.close("cannot be reached: %s" % e)
         except asyncio.CancelledError:
-            await self._hang_up()
+            self.close("given up")
             raise
-        self._reading = spawn(self._read())
-        spawn(self._write())
+        if self.closing.done():
+            raise ChannelError("%s: %s" % (self, self.closing.get()))
         return self
-
-    async def _handshake(self, certificate, rsa_id, ed_id):
-        await self._send_now(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
-        circ_id, command, size = struct.unpack(">HBH", await self._reader.readexactly(5))
-        if command != VERSIONS or size % 2 or size > 64:
-            raise ProtocolError("cell %d where VERSIONS was due" % command)
-        versions = await self._reader.readexactly(size)
-        common = [v for v in struct.unpack(">%dH" % (size // 2), versions) if v in (4, 5)]
-        if not common:
-            raise ProtocolError("no link protocol in common")
-        while True:
-            command, body = await self._handshake_cell()
-            if command == CERTS and self.rsa_id is None:
-                self.rsa_id, self.ed_id = parse_certs(body, certificate(), rsa_id, ed_id, now())
-            elif command == NETINFO and self.rsa_id is not None:
-                break
-            elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
-                raise ProtocolError("cell %d out of place in the link handshake" % command)
-        timestamp = parse_netinfo(body)[0]
-        self.skew = timestamp - now() if timestamp else 0
-        answer = cell(0, NETINFO, netinfo(self.address))
-        if max(common) >= 5:
-            # Padding against netflow records is not sent here, so the relay's is turned
-            # down too: one side alone would stand out (padding-spec 2).
-            answer += cell(0, PADDING_NEGOTIATE, padding_negotiate())
-        await self._send_now(answer)
-
-    async def _handshake_cell(self):
-        head = await self._reader.readexactly(5)
-        if head[4] < 128:
-            return head[4], await self._reader.readexactly(509)
-        size = int.from_bytes(await self._reader.readexactly(2), "big")
-        if size > LARGEST_VARIABLE_CELL:
-            raise ProtocolError("cell %d of %d bytes" % (head[4], size))
-        return head[4], await self._reader.readexactly(size)
-
-    async def _send_now(self, data):
-        self._writer.write(data)
-        await self._writer.drain()
 
     # ── Writing ──
 
@@ -2619,46 +2376,40 @@ class Channel:
         if callback not in self._blocked:
             self._blocked.append(callback)
 
-    async def _write(self):
+    async def _write(self, writer):
         try:
-            while not self.closing.done() or self._queue:
+            while self._queue or not self.closing.done():
                 await self._wake.wait()
                 self._wake.clear()
-                if self._queue:
-                    data, self._queue = b"".join(self._queue), []
-                    self._writer.write(data)
-                    self.used = ticks_ms()
-                    await self._writer.drain()
-                    self._queued -= len(data)
-                    blocked, self._blocked = self._blocked, []
-                    for callback in blocked:
-                        callback()
-        except (OSError, EOFError) as e:
+                data, self._queue = b"".join(self._queue), []
+                writer.write(data)
+                self.used = ticks_ms()
+                await writer.drain()
+                self._queued -= len(data)
+                blocked, self._blocked = self._blocked, []
+                for callback in blocked:
+                    callback()
+        except OSError as e:
             self.close("the link broke: %s" % e)
-        await self._hang_up()
-
-    async def _hang_up(self):
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            if self._reading is not None and self._reading is not current_task():
-                self._reading.cancel()
+        finally:
+            self._tasks[0].cancel()
             await hang_up(writer)
 
     # ── Reading ──
 
-    async def _read(self):
+    async def _read(self, reader):
         rest = b""
         try:
             while not self.closing.done():
-                data = await self._reader.read(READ_SIZE)
+                data = await reader.read(READ_SIZE)
                 if not data:
-                    raise EOFError("the relay closed the link")
-                if rest:
-                    data = rest + data
-                done = self._cells(data)
-                rest = data[done:]
-        except (OSError, EOFError, ProtocolError) as e:
-            self.close(str(e))
+                    raise OSError("the relay closed it")
+                data = rest + data if rest else data
+                rest = data[self._cells(data) :]
+        except OSError as e:
+            self.close("the link broke: %s" % e)
+        except ProtocolError as e:
+            self.close("the relay broke the link protocol: %s" % e)
 
     def _cells(self, data):
         """Dispatch the whole cells at the front of `data`; return how many bytes those are.
@@ -2666,50 +2417,77 @@ class Channel:
         Relay cells in a row for one circuit go to it together.
         """
         at, end = 0, len(data)
-        while end - at >= 7:
-            command = data[at + 4]
-            if command == RELAY:
-                head, bodies = data[at : at + 5], []
+        while end - at >= 5:
+            # The circuit ID has 2 bytes in VERSIONS, then 4.
+            body = at + (5 if self._version else 3)
+            command = data[body - 1]
+            if not self._version and command != VERSIONS:
+                raise ProtocolError("cell %d where VERSIONS was due" % command)
+            circuit = self.circuits.get(int.from_bytes(data[at : body - 1], "big"))
+            if command == RELAY and self._opened.done():
+                head, cells = data[at:body], []
                 while at + 514 <= end and data[at : at + 5] == head:
-                    bodies.append(data[at + 5 : at + 514])
+                    cells.append(data[at + 5 : at + 514])
                     at += 514
-                if not bodies:
+                if not cells:
                     break
-                circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
                 if circuit is not None:
-                    circuit.receive(b"".join(bodies))
+                    circuit.receive(b"".join(cells))
                 continue
             size = 509
-            body = at + 5
             if command >= 128 or command == VERSIONS:
-                size = data[at + 5] << 8 | data[at + 6]
-                body = at + 7
+                if body + 2 > end:
+                    break
+                size, body = data[body] << 8 | data[body + 1], body + 2
                 if size > LARGEST_VARIABLE_CELL:
-                    raise ProtocolError("the relay sent cell %d of %d bytes" % (command, size))
+                    raise ProtocolError("cell %d of %d bytes" % (command, size))
             if body + size > end:
                 break
-            if command in (VERSIONS, NETINFO, CERTS, AUTH_CHALLENGE):
-                raise ProtocolError("the relay sent cell %d after the handshake" % command)
-            circuit = self.circuits.get(int.from_bytes(data[at : at + 4], "big"))
-            if circuit is not None:
+            at = body + size
+            if not self._opened.done():
+                self._handshake(command, data[body:at])
+            elif command in (VERSIONS, NETINFO, CERTS, AUTH_CHALLENGE):
+                raise ProtocolError("cell %d after the handshake" % command)
+            elif circuit is not None:
                 if command in (CREATED2, CREATED_FAST):
-                    circuit.created(command, data[body : body + size])
+                    circuit.created(command, data[body:at])
                 elif command == DESTROY:
                     circuit.destroyed(data[body])
-            at = body + size
         return at
+
+    def _handshake(self, command, body):
+        # VERSIONS, CERTS, AUTH_CHALLENGE (which clients do not answer), NETINFO.
+        if command == VERSIONS and not self._version:
+            offered = [body[i] << 8 | body[i + 1] for i in range(0, len(body) - 1, 2)]
+            self._version = max([v for v in offered if v in (4, 5)] or [0])
+            if not self._version:
+                raise ProtocolError("no link protocol in common")
+        elif command == CERTS and self.rsa_id is None:
+            ids = parse_certs(body, self._certificate(), self._wanted[0], self._wanted[1], now())
+            self.rsa_id, self.ed_id = ids
+        elif command == NETINFO and self.rsa_id is not None:
+            timestamp = parse_netinfo(body)[0]
+            self.skew = timestamp - now() if timestamp else 0
+            self.send(cell(0, NETINFO, netinfo(self.address)))
+            if self._version == 5:
+                # Padding against netflow records is not sent here, so the relay's is turned
+                # down too: one side alone would stand out (padding-spec 2).
+                self.send(cell(0, PADDING_NEGOTIATE, padding_negotiate()))
+            self._opened.set()
+        elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
+            raise ProtocolError("cell %d out of place in the handshake" % command)
 
     # ── Circuits ──
 
     def adopt(self, circuit):
-        """Give `circuit` an unused circuit ID of the initiator's half and return it."""
+        """Give `circuit` an unused circuit ID of the initiator's half, and return it."""
         if self.closing.done():
             raise ChannelError("the channel to %s is closed" % self)
-        while True:
+        circ_id = 0
+        while not circ_id or circ_id in self.circuits:
             circ_id = int.from_bytes(urandom(4), "big") | 0x80000000
-            if circ_id not in self.circuits:
-                self.circuits[circ_id] = circuit
-                return circ_id
+        self.circuits[circ_id] = circuit
+        return circ_id
 
     def forget(self, circ_id):
         self.used = ticks_ms()
@@ -2720,16 +2498,17 @@ class Channel:
         if not self.closing.done():
             log(INFO, "Channel to %s: %s", self, why)
             self.closing.set(why)
+            self._opened.set()
             for circuit in list(self.circuits.values()):
                 circuit.fail(CircuitError("the channel to %s is gone: %s" % (self, why), 8))
             self._wake.set()
-            if not MICROPYTHON and self._reader is not None:
-                spawn(self._linger())
+            spawn(self._linger())
 
     async def _linger(self):
         # A peer that reads nothing must not keep the socket for ever.
         await asyncio.sleep(2)
-        await self._hang_up()
+        for task in self._tasks:
+            task.cancel()
 
 
 class Channels:
@@ -2743,29 +2522,27 @@ class Channels:
         found = self._open.get(rsa_id)
         if found is None:
             found = self._open[rsa_id] = Promise()
-            channel = Channel(address, port)
             try:
-                found.set(await channel.open(rsa_id, ed_id, seconds))
-                spawn(self._watch(rsa_id, channel))
+                found.set(await Channel(address, port).open(rsa_id, ed_id, seconds))
+                spawn(self._watch(rsa_id, found.get()))
             except BaseException as e:
                 del self._open[rsa_id]
+                found.fail(e if isinstance(e, TorError) else ChannelError("given up: %s" % e))
                 if not isinstance(e, TorError):
-                    found.fail(ChannelError("%s: the attempt was given up" % channel))
                     raise
-                found.fail(e)
         return await found.wait()
 
     async def _watch(self, rsa_id, channel):
-        """Drop the channel when it closes; close it when it is idle; keep it alive until then."""
+        # Drop the channel when it closes; close it when it is idle; keep it alive until then.
         while not channel.closing.done():
             try:
                 await channel.closing.wait(60)
             except asyncio.TimeoutError:
                 idle = ticks_diff(ticks_ms(), channel.used)
-                if idle > 180000 and not channel.circuits:
+                if idle > IDLE_MS and not channel.circuits:
                     channel.close("idle")
-                elif idle > 240000:
-                    channel.send(cell(0, PADDING, b""))
+                elif idle > KEEPALIVE_MS:
+                    channel.send(cell(0, PADDING))
         self._open.pop(rsa_id, None)
 
     def close(self):
@@ -2775,7 +2552,7 @@ class Channels:
                 found.get().close()
 
 
-# ═══ 11. Circuits and streams ═══════════════════════════════════════════════
+# === 11. Circuits and streams ===============================================
 # Relay encryption, extending, flow control, streams, teardown.  tor-spec 5–7.
 
 # The most cells that are encrypted or queued in one go.
@@ -2784,8 +2561,8 @@ CIRCUIT_WINDOW, CIRCUIT_INCREMENT = 1000, 100
 STREAM_WINDOW, STREAM_INCREMENT = 500, 50
 # A stream whose reader lags behind by more than this sends no SENDME.
 READ_AHEAD = 16384 if MICROPYTHON else 1 << 18
-# How much `write` takes before `drain` waits.
-WRITE_AHEAD = 8192 if MICROPYTHON else 1 << 18
+# How much `write` takes before `drain` waits; `pump` moves half of it at a time.
+WRITE_AHEAD = 8192 if MICROPYTHON else 1 << 17
 
 
 class Layer:
@@ -2810,13 +2587,29 @@ class Layer:
             ends.reverse()
         (self.out_digest, self.out_cipher), (self.in_digest, self.in_cipher) = ends
 
+    def sent(self, body):
+        """Return whether this hop sent the decrypted cell, and if so, count it."""
+        trial = self.in_digest.copy()
+        trial.update(body[:5] + b"\0\0\0\0" + body[9:])
+        if trial.digest()[:4] != body[5:9]:
+            return False
+        self.in_digest = trial
+        return True
+
+
+def padded(data):
+    """Fill relay `data` up with four zero bytes and then random ones (tor-spec 6.1)."""
+    gap = RELAY_DATA_MAX - len(data)
+    return data + bytes(min(gap, 4)) + urandom(gap - 4) if gap > 4 else data + bytes(gap)
+
 
 class Circuit:
     """A circuit over `channel`; `path` holds its relays, the nearest first.
 
     `on_control`: {relay command: function(body)} for messages that come unasked;
     `on_begin`: coroutine function(stream, host, port) that answers BEGIN cells, at a
-    service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the reason when the circuit is gone.
+    service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the
+    CircuitError when the circuit is gone.
     """
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
@@ -2826,11 +2619,9 @@ class Circuit:
         self.on_control = {}
         self.on_begin = None
         self.closing = Promise()
-        self.error = self.kh = None
-        self.born = ticks_ms()
+        self.kh = None
         self._layers = []
-        self._early = 8
-        self._next_id = 1 + randbelow(65535)
+        self._next_id = randbelow(65536)
         self._awaited = None
         self._initial = self._package = window
         self._deliver = CIRCUIT_WINDOW
@@ -2847,33 +2638,26 @@ class Circuit:
 
     # ── Building ──
 
-    async def create(self, relay, seconds):
-        """Make the first hop, by CREATE2 with ntor (tor-spec 5.1)."""
-        state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
-        reply = await self._handshake(CREATE2, create2(onionskin), CREATED2, seconds)
-        self._add_hop(relay, ntor_finish, state, reply)
-
-    async def create_fast(self, relay, seconds):
+    async def create_fast(self, seconds):
         """Make the only hop of a directory circuit, by CREATE_FAST (tor-spec 5.1.3)."""
         x = urandom(20)
-        reply = await self._handshake(CREATE_FAST, x, CREATED_FAST, seconds)
-        self._add_hop(relay, fast_finish, x, reply)
+        reply = self.expect((CREATED_FAST,))
+        self.channel.send(cell(self.circ_id, CREATE_FAST, x))
+        self._add_hop(None, fast_finish, x, (await self._answer(reply, seconds))[1])
 
     async def extend(self, relay, seconds):
-        """Extend by one hop, by EXTEND2 with ntor (tor-spec 5.1.2)."""
+        """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
         state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
-        body = extend2(relay, onionskin)
-        reply = (await self.ask(RELAY_EXTEND2, body, (RELAY_EXTENDED2,), seconds))[1]
-        self._add_hop(relay, ntor_finish, state, reply)
-
-    async def _handshake(self, command, body, answer, seconds):
-        self._awaited = ((answer,), Promise())
-        self.channel.send(cell(self.circ_id, command, body))
-        return (await self._answer(seconds))[1]
+        if self.path:
+            asking = self.ask(RELAY_EXTEND2, extend2(relay, onionskin), (RELAY_EXTENDED2,), seconds)
+        else:
+            asking = self._answer(self.expect((CREATED2,)), seconds)
+            self.channel.send(cell(self.circ_id, CREATE2, create2(onionskin)))
+        self._add_hop(relay, ntor_finish, state, (await asking)[1])
 
     def _add_hop(self, relay, finish, state, reply):
         try:
-            keys = finish(state, parse_created2(reply) if finish is ntor_finish else reply)
+            keys = finish(state, reply if finish is fast_finish else parse_created2(reply))
         except ProtocolError as e:
             raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
         self._layers.append(Layer(keys))
@@ -2883,100 +2667,72 @@ class Circuit:
     def add_onion_hop(self, keys, service=False):
         """Add the virtual hop of a rendezvous, `keys` 128 bytes (rend-spec-v3 4.2.1)."""
         self._layers.append(Layer(keys, True, service))
-        self._package, self._deliver = self._initial, CIRCUIT_WINDOW
 
     # ── Control messages ──
 
     def expect(self, commands):
         """Return a Promise for the next message of `commands`, as (command, body).
 
-        Any other unasked message closes the circuit.
+        A message that nobody expects closes the circuit.
         """
         self._awaited = (commands, Promise())
         return self._awaited[1]
 
-    async def wait_control(self, commands, seconds):
-        """Wait for the next message of `commands`: (command, body)."""
-        if self._awaited is None or self._awaited[0] != commands:
-            self.expect(commands)
-        return await self._answer(seconds)
-
     async def ask(self, command, body, answers, seconds):
         """Send a message to the last hop and wait for one of `answers`: (command, body)."""
-        self._check()
-        self.expect(answers)
-        self._send_relay(command, 0, body)
-        return await self._answer(seconds)
+        promise = self.expect(answers)
+        self.send(command, 0, body)
+        return await self._answer(promise, seconds)
 
-    async def send_control(self, command, body):
-        """Send a message to the last hop."""
-        self._check()
-        self._send_relay(command, 0, body)
-
-    async def _answer(self, seconds):
-        promise = self._awaited[1]
+    async def _answer(self, promise, seconds):
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
             raise self.fail(CircuitError("%s: no answer within %d s" % (self, seconds), 10))
 
-    def _check(self):
-        if self.closing.done():
-            raise self.error
-
     # ── Streams ──
 
     async def open_stream(self, host, port, seconds, flags=1):
         """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return await self._open(RELAY_BEGIN, begin(host, port, flags), seconds)
+        return (await self._open(RELAY_BEGIN, begin(host, port, flags), seconds))[0]
 
     async def open_directory_stream(self, seconds):
         """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
-        return await self._open(RELAY_BEGIN_DIR, b"", seconds)
+        return (await self._open(RELAY_BEGIN_DIR, b"", seconds))[0]
+
+    async def resolve(self, host, seconds=30):
+        """Resolve `host` at the exit: what `parse_resolved` returns (tor-spec 6.4)."""
+        stream, body = await self._open(RELAY_RESOLVE, host.encode() + b"\0", seconds)
+        self.streams.pop(stream.stream_id, None)
+        return parse_resolved(body)
 
     async def _open(self, command, body, seconds):
-        stream = self._new_stream()
-        self._send_relay(command, stream.stream_id, body)
+        if len(self.streams) > 60000:
+            raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
+        while not self._next_id or self._next_id in self.streams:
+            self._next_id = (self._next_id + 1) & 0xFFFF
+        stream = Stream(self, self._next_id)
+        # Not used again soon: the END of a stream that was closed here may still be on its way.
+        self._next_id = (self._next_id + 1) & 0xFFFF
+        self.send(command, stream.stream_id, body)
         try:
-            await stream.opened.wait(seconds)
+            return stream, await stream.opened.wait(seconds)
         except asyncio.TimeoutError:
             stream.close()
-            raise StreamError("no answer within %d s" % seconds, 7)
+            raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
         except asyncio.CancelledError:
             stream.close()
             raise
-        return stream
-
-    async def resolve(self, host, seconds=30):
-        """Resolve `host` at the exit: a list of (type, value bytes) (tor-spec 6.4)."""
-        stream = self._new_stream()
-        self._send_relay(RELAY_RESOLVE, stream.stream_id, host.encode() + b"\0")
-        try:
-            body = await stream.opened.wait(seconds)
-        except asyncio.TimeoutError:
-            raise StreamError("no answer within %d s" % seconds, 7)
-        finally:
-            self.streams.pop(stream.stream_id, None)
-        return parse_resolved(body)
-
-    def _new_stream(self):
-        self._check()
-        for _ in range(65535):
-            self._next_id = self._next_id % 65535 + 1
-            if self._next_id not in self.streams:
-                stream = self.streams[self._next_id] = Stream(self, self._next_id)
-                return stream
-        raise StreamError("the circuit has no stream ID left", 5)
 
     # ── Sending ──
 
-    def _send_relay(self, command, stream_id, data):
-        padding = RELAY_DATA_MAX - len(data)
-        filler = bytes(min(padding, 4)) + (urandom(padding - 4) if padding > 4 else b"")
-        kind = RELAY
-        if command == RELAY_EXTEND2:
-            kind, self._early = RELAY_EARLY, self._early - 1
-        self._seal(kind, [(command, stream_id, len(data), data + filler)])
+    def send(self, command, stream_id, data):
+        """Send a relay message to the last hop; CircuitError on a closed circuit."""
+        if self.closing.done():
+            raise self.closing.get()
+        # At most eight, of which no path here has more than four (tor-spec 5.6).
+        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
+        self._seal(kind, [(command, stream_id, len(data), padded(data))])
 
     def _seal(self, kind, messages):
         """Encrypt relay cells to the last hop, all at once, and queue them."""
@@ -3025,10 +2781,7 @@ class Circuit:
                     self._short_after = CIRCUIT_INCREMENT // 2 + randbelow(CIRCUIT_INCREMENT // 2)
                 size = len(piece)
                 at += size
-                if size < RELAY_DATA_MAX:
-                    gap = RELAY_DATA_MAX - size
-                    piece += bytes(min(gap, 4)) + (urandom(gap - 4) if gap > 4 else b"")
-                messages.append((RELAY_DATA, stream.stream_id, size, piece))
+                messages.append((RELAY_DATA, stream.stream_id, size, padded(piece)))
             data = None
             stream.outgoing = stream.outgoing[at:]
             stream.package -= len(messages)
@@ -3043,11 +2796,9 @@ class Circuit:
     # ── Receiving ──
 
     def created(self, command, body):
-        awaited, self._awaited = self._awaited, None
-        if awaited is None or command not in awaited[0] or self._layers:
+        """Take a CREATED cell."""
+        if not self._answers(command, bytes(body)):
             self.fail(CircuitError("%s: CREATED out of place" % self, 1))
-        else:
-            awaited[1].set((command, bytes(body)))
 
     def destroyed(self, reason):
         text = reason_text(DESTROY_REASONS, reason)
@@ -3055,47 +2806,33 @@ class Circuit:
 
     def receive(self, data):
         """Decrypt and dispatch relay cells (509 bytes each) that came in a row."""
-        early, last = [], len(self._layers) - 1
         try:
-            for depth in range(last):
-                data = self._layers[depth].in_cipher.crypt(data)
-                for at in range(0, len(data), 509):
-                    if data[at + 1] == 0 == data[at + 2]:
-                        one = data[at : at + 509]
-                        if self._recognise(depth, one):
-                            # The layers behind never saw this cell: their key streams go on
-                            # without it.
-                            self._from_middle(one)
-                            early.append(at)
-                for at in reversed(early):
-                    data = data[:at] + data[at + 509 :]
-                early = []
-            if last < 0:
+            if not self._layers:
                 raise ProtocolError("a relay cell before the first hop")
-            self._from_last(self._layers[last], bytearray(self._layers[last].in_cipher.crypt(data)))
+            for layer in self._layers[:-1]:
+                data, at = layer.in_cipher.crypt(data), 0
+                while at < len(data):
+                    if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
+                        self._from_middle(data[at], data[at + 11])
+                        # The layers behind never saw it: their key streams go on without it.
+                        data = data[:at] + data[at + 509 :]
+                    else:
+                        at += 509
+            layer = self._layers[-1]
+            self._from_last(layer.in_digest, bytearray(layer.in_cipher.crypt(data)))
         except ProtocolError as e:
             self.fail(CircuitError("%s: %s" % (self, e), 1))
         except MemoryError:
             self.fail(CircuitError("%s: out of memory" % self, 5))
 
-    def _recognise(self, depth, one):
-        trial = self._layers[depth].in_digest.copy()
-        trial.update(one[:5] + b"\0\0\0\0" + one[9:])
-        if trial.digest()[:4] != one[5:9]:
-            return False
-        self._layers[depth].in_digest = trial
-        return True
-
-    def _from_middle(self, one):
-        command = one[0]
+    def _from_middle(self, command, reason):
         if command == RELAY_TRUNCATED:
-            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, one[11]))
+            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
         if command != RELAY_DROP:
-            raise ProtocolError("relay command %d from a middle hop" % command)
+            raise ProtocolError("relay command %d out of place" % command)
 
-    def _from_last(self, layer, cells):
-        """Check and dispatch the decrypted cells of the last hop."""
-        view, digest, touched = memoryview(cells), layer.in_digest, None
+    def _from_last(self, digest, cells):
+        view, touched = memoryview(cells), None
         for at in range(0, len(cells), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
             view[at + 5 : at + 9] = b"\0\0\0\0"
@@ -3111,14 +2848,14 @@ class Circuit:
                 if self._deliver < 0 or not stream_id:
                     raise ProtocolError("more DATA than the window allows")
                 stream = self.streams.get(stream_id)
-                if stream is not touched and touched is not None:
+                if touched is not None and stream is not touched:
                     touched.arrived()
                 touched = stream
                 if stream is not None:
                     stream.feed(data)
                 if self._deliver <= CIRCUIT_WINDOW - CIRCUIT_INCREMENT:
                     self._deliver += CIRCUIT_INCREMENT
-                    self._send_relay(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
+                    self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
             else:
                 if touched is not None:
                     touched.arrived()
@@ -3128,6 +2865,13 @@ class Circuit:
                     return
         if touched is not None:
             touched.arrived()
+
+    def _answers(self, command, body):
+        if self._awaited is None or command not in self._awaited[0]:
+            return False
+        promise, self._awaited = self._awaited[1], None
+        promise.set((command, body))
+        return True
 
     def _message(self, command, stream_id, data):
         if stream_id:
@@ -3141,16 +2885,10 @@ class Circuit:
                 raise ProtocolError("relay command %d for stream %d" % (command, stream_id))
         elif command == RELAY_SENDME:
             self._sendme(data)
-        elif self._awaited is not None and command in self._awaited[0]:
-            awaited, self._awaited = self._awaited, None
-            awaited[1].set((command, data))
         elif command in self.on_control:
             self.on_control[command](data)
-        elif command == RELAY_TRUNCATED:
-            reason = data[0] if data else 0
-            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        elif command != RELAY_DROP:
-            raise ProtocolError("relay command %d out of place" % command)
+        elif not self._answers(command, data):
+            self._from_middle(command, data[0] if data else 0)
 
     def _sendme(self, data):
         # Version 1: the tag of the cell that made it due (tor-spec 7.3).
@@ -3165,7 +2903,7 @@ class Circuit:
         if stream_id in self.streams:
             raise ProtocolError("BEGIN for stream %d, which is open" % stream_id)
         host, port = parse_begin(data)
-        stream = self.streams[stream_id] = Stream(self, stream_id)
+        stream = Stream(self, stream_id)
         spawn(self.on_begin(stream, host, port))
 
     # ── Closing ──
@@ -3177,7 +2915,7 @@ class Circuit:
     def fail(self, error, tell=True):
         """Close the circuit because of `error`, and return it."""
         if not self.closing.done():
-            self.error = error
+            self.closing.set(error)
             self.channel.forget(self.circ_id)
             if tell and not self.channel.closing.done():
                 self.channel.send(cell(self.circ_id, DESTROY, b"\0"))
@@ -3187,8 +2925,7 @@ class Circuit:
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
             self.streams = {}
-            self.closing.set(error)
-        return self.error
+        return self.closing.get()
 
 
 class Stream:
@@ -3196,6 +2933,7 @@ class Stream:
 
     def __init__(self, circuit, stream_id):
         self.circuit, self.stream_id = circuit, stream_id
+        circuit.streams[stream_id] = self
         self.opened = Promise()
         self.package = self._deliver = STREAM_WINDOW
         self.outgoing = b""
@@ -3227,7 +2965,7 @@ class Stream:
             and not self._ended
         ):
             self._deliver += STREAM_INCREMENT
-            self.circuit._send_relay(RELAY_SENDME, self.stream_id, b"")
+            self.circuit.send(RELAY_SENDME, self.stream_id, b"")
 
     def message(self, command, data):
         if command == RELAY_END:
@@ -3264,7 +3002,7 @@ class Stream:
     def _send_end(self, reason):
         if not self._ended and self.circuit.streams.pop(self.stream_id, None):
             self._ended = True
-            self.circuit._send_relay(RELAY_END, self.stream_id, bytes([reason]))
+            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
             self._readable.set()
             self._writable.set()
 
@@ -3274,7 +3012,7 @@ class Stream:
         """Answer BEGIN with CONNECTED."""
         if not self._ended:
             self.opened.set()
-            self.circuit._send_relay(RELAY_CONNECTED, self.stream_id, b"")
+            self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
 
     async def reject(self, reason):
         """Answer BEGIN with END."""
@@ -3315,13 +3053,13 @@ class Stream:
 
     async def readexactly(self, n):
         """Return `n` bytes; EOFError when the stream ends before."""
-        pieces = []
-        while n:
-            pieces.append(await self.read(n))
-            if not pieces[-1]:
-                raise EOFError("the stream ended %d bytes early" % n)
-            n -= len(pieces[-1])
-        return b"".join(pieces)
+        data = b""
+        while len(data) < n:
+            piece = await self.read(n - len(data))
+            if not piece:
+                raise EOFError("the stream ended %d bytes early" % (n - len(data)))
+            data += piece
+        return data
 
     async def readuntil(self, separator=b"\n", limit=65536):
         """Return bytes up to and with `separator`; EOFError, or StreamError past `limit`."""
@@ -3343,9 +3081,6 @@ class Stream:
         except EOFError:
             return self._take(len(self._incoming))
 
-    def at_eof(self):
-        return bool(self._ended) and not self._incoming
-
     # ── Writing ──
 
     def write(self, data):
@@ -3359,21 +3094,14 @@ class Stream:
 
     async def drain(self):
         """Wait until there is room for more; StreamError where the stream broke."""
-        while len(self.outgoing) > WRITE_AHEAD // 2 and not self._ended:
+        while len(self.outgoing) > WRITE_AHEAD and not self._ended:
             self._writable.clear()
             await self._writable.wait()
         if self._error is not None:
             raise self._error
 
-    def write_eof(self):
-        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
-        self.close()
-
-    def can_write_eof(self):
-        return False
-
     def close(self):
-        """End the stream when all is sent."""
+        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
         if not self._closing:
             self._closing = True
             self._readable.set()
@@ -3393,31 +3121,22 @@ class Stream:
 
 
 async def pump(stream, reader, writer):
-    """Move bytes both ways between a Tor stream and a local connection until both ended."""
+    """Move bytes both ways between a Tor stream and a local connection until one ends."""
 
-    async def outward():
+    async def move(source, sink):
         try:
             while True:
-                data = await reader.read(16 * RELAY_DATA_MAX if MICROPYTHON else 65536)
+                data = await source.read(WRITE_AHEAD // 2)
                 if not data:
                     break
-                stream.write(data)
-                await stream.drain()
+                sink.write(data)
+                await sink.drain()
         except (OSError, EOFError, TorError):
             pass
         stream.close()
 
-    task = spawn(outward())
-    try:
-        while True:
-            data = await stream.read(8192 if MICROPYTHON else 65536)
-            if not data:
-                break
-            writer.write(data)
-            await writer.drain()
-    except (OSError, TorError):
-        pass
-    stream.close()
+    task = spawn(move(reader, stream))
+    await move(stream, writer)
     task.cancel()
     try:
         writer.close()
@@ -3432,7 +3151,6 @@ async def pump(stream, reader, writer):
 
 # LongLivedPorts of tor: streams to them ask for Stable relays.
 _LONG_LIVED = (21, 22, 706, 1863, 5050, 5190, 5222, 5223, 6523, 6667, 6697, 8300)
-_DAY = 86400
 _EVERY = RUNNING | VALID | PROTO_RELAY2 | PROTO_FLOWCTRL1 | FAST
 # Role: position of its bandwidth weights, flags it must have, flags it must not have.
 _ROLES = {
@@ -3451,7 +3169,7 @@ _KIND = GUARD | EXIT | BADEXIT | V2DIR
 def weight_factors(consensus, position):
     """Return {flags & _KIND: factor of the bandwidth} for the position "g", "m" or "e".
 
-    Only the ratios of the factors count, which are integers (dir-spec, bandwidth-weights).
+    Only the ratios of the factors count, which are integers (dir-spec 3.4.1).
     """
     w = dict(consensus.bandwidth_weights, Wge=0)
     scale = consensus.param("bwweightscale", 10000, 1)
@@ -3467,7 +3185,7 @@ def weight_factors(consensus, position):
 
 
 def distinct(table, i, j):
-    """Tell whether relays `i` and `j` may share a path: other network, other family."""
+    """Tell whether relays `i` and `j` may share a path: of other networks and families."""
     (net, net6), (other, other6) = table.subnets(i), table.subnets(j)
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
@@ -3512,7 +3230,7 @@ class Weights:
                 return None
 
     def percent(self):
-        """Return for how many of 100 paths all microdescriptors are there (path-spec 2.1.0)."""
+        """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
         percent = 100
         for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
             total = sum(w for _, w in self.weigh(position, need))
@@ -3521,36 +3239,23 @@ class Weights:
         return percent
 
 
-# guard-spec 4.5: after failing for up to so long, a guard is tried again after so
-# many seconds, if it is primary, and if it is not.
-_RETRY_SCHEDULE = (
-    (6 * 3600, 600, 3600),
-    (4 * _DAY, 5400, 4 * 3600),
-    (7 * _DAY, 4 * 3600, 18 * 3600),
-    (1 << 40, 9 * 3600, 36 * 3600),
-)
+# guard-spec 4.5: after failing for up to so many hours, a guard is tried again after
+# so many minutes, if it is primary, and if it is not.
+_RETRY_SCHEDULE = ((6, 10, 60), (96, 90, 240), (168, 240, 1080), (1 << 30, 540, 2160))
 
 
 class Guard:
     """A sampled guard (guard-spec 4.1); times in seconds since 1970, 0 for never."""
 
+    # Place in the table, -1 while it is not listed as a guard; None: maybe.
+    index, reachable = -1, None
+    tried = failing_since = 0
+    # Better guards that were down when it was picked.
+    passed = ()
+
     def __init__(self, rsa_id, sampled_on, confirmed_on=0, unlisted_since=0):
         self.rsa_id, self.sampled_on = rsa_id, sampled_on
         self.confirmed_on, self.unlisted_since = confirmed_on, unlisted_since
-        # Its place in the table, -1 while it is not listed as a guard; None: maybe.
-        self.index, self.reachable = -1, None
-        self.tried = self.failing_since = 0
-        # Better guards that were down when it was picked.
-        self.passed = ()
-
-    def retry(self, primary, t):
-        """Take it for reachable again if its time has come (guard-spec 4.5)."""
-        if self.reachable is False:
-            for longest, delay, other in _RETRY_SCHEDULE:
-                if t - self.failing_since <= longest:
-                    break
-            if not 0 <= t - self.tried < (delay if primary else other):
-                self.reachable = None
 
 
 class Guards:
@@ -3561,14 +3266,12 @@ class Guards:
 
     def __init__(self, path=None):
         self.sample, self.online, self._path = [], 0, path
-        data = path and read_file(path)
-        if data:
-            try:
-                for rsa_id, *times in json.loads(data):
-                    self.sample.append(Guard(b32decode(rsa_id), *[int(t) for t in times]))
-            except (ValueError, TypeError, AttributeError, RuntimeError, ProtocolError):
-                log(WARN, "%s is damaged: choosing new guards", path)
-                self.sample = []
+        try:
+            for rsa_id, s, c, u in json.loads(path and read_file(path) or b"[]"):
+                self.sample.append(Guard(b32decode(rsa_id), int(s), int(c), int(u)))
+        except (ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError, TorError):
+            log(WARN, "%s is damaged: choosing new guards", path)
+            self.sample = []
 
     def _save(self):
         kept = []
@@ -3580,14 +3283,20 @@ class Guards:
         except OSError as e:
             log(WARN, "cannot store the guards in %s: %s", self._path, e)
 
+    def _days(self, name, default):
+        return self._weights.param("guard-%s-days" % name, default, 1, 3650) * 86400
+
+    def _some_days_ago(self):
+        # RAND(now, {GUARD_LIFETIME}/10): what is stored tells no exact time.
+        return now() - randbelow(self._days("lifetime", 120) // 10)
+
     def update(self, weights):
         """Take over a new consensus, as the Weights of one that is usable now (guard-spec 4.10)."""
-        self._weights, self._param = weights, weights.param
-        self._lifetime = self._param("guard-lifetime-days", 120, 1, 3650) * _DAY
-        confirmed = self._param("guard-confirmed-min-lifetime-days", 60, 1, 3650) * _DAY
-        unlisted = self._param("guard-remove-unlisted-guards-after-days", 20, 1, 3650) * _DAY
+        self._weights = weights
         listed = set([i for i, _ in weights.weigh(*_ROLES["guard"])])
         self._n_listed = len(listed)
+        lifetime, confirmed = self._days("lifetime", 120), self._days("confirmed-min-lifetime", 60)
+        unlisted = self._days("remove-unlisted-guards-after", 20)
         t, kept = now(), []
         for g in self.sample:
             i = weights.table.find(g.rsa_id)
@@ -3596,21 +3305,22 @@ class Guards:
                 g.unlisted_since = 0
             elif not g.unlisted_since:
                 g.unlisted_since = t - randbelow(unlisted // 5)
-            old = g.sampled_on < t - self._lifetime and g.confirmed_on < t - confirmed
+            old = g.sampled_on < t - lifetime and g.confirmed_on < t - confirmed
             if not old and (i in listed or g.unlisted_since >= t - unlisted):
                 kept.append(g)
-        # Guards of which none is listed are those of another network.
-        self.sample = kept if [g for g in kept if g.index >= 0] else []
+        # Where there are guards, and none of these, they are another network's.
+        self.sample = kept if not listed or [g for g in kept if g.index >= 0] else []
         self._fill()
         self._save()
 
     def _offline(self):
-        return now() - self.online > self._param("guard-internet-likely-down-interval", 600, 1)
+        silence = self._weights.param("guard-internet-likely-down-interval", 600, 1)
+        return now() - self.online > silence
 
     def _fill(self):
         # guard-spec 4.2.  While the network seems to be down, failures do not count: or
         # relays would be sampled up to the limit.
-        p, table, offline = self._param, self._weights.table, self._offline()
+        p, offline = self._weights.param, self._offline()
         usable = len([g for g in self.order() if offline or g.reachable is not False])
         least = p("guard-min-filtered-sample-size", 20, 1)
         most = self._n_listed * p("guard-max-sample-threshold-percent", 20, 1, 100) // 100
@@ -3620,7 +3330,7 @@ class Guards:
             i = self._weights.pick("guard", lambda i: i not in sampled)
             if i is None:
                 break
-            g = Guard(table.relay(i).rsa_id, now() - randbelow(self._lifetime // 10))
+            g = Guard(self._weights.table.relay(i).rsa_id, self._some_days_ago())
             g.index = i
             sampled.add(i)
             self.sample.append(g)
@@ -3633,7 +3343,7 @@ class Guards:
 
     def primary(self):
         """Return the primary guards (guard-spec 4.4)."""
-        return self.order()[: self._param("guard-n-primary-guards", 3, 1)]
+        return self.order()[: self._weights.param("guard-n-primary-guards", 3, 1)]
 
     def pick(self, accept=None, directory=False):
         """Return the Relay to enter by (guard-spec 4.6); CircuitError if there is none.
@@ -3648,8 +3358,12 @@ class Guards:
         primary, fit = self.primary(), []
         for g in self.order():
             if (directory or table.flags[g.index] & USABLE) and (not accept or accept(g.index)):
-                g.retry(g in primary, t)
                 fit.append(g)
+                if g.reachable is False:
+                    hours = (t - g.failing_since) // 3600
+                    minutes = [row for row in _RETRY_SCHEDULE if hours < row[0]][0]
+                    if not 0 <= t - g.tried < 60 * minutes[1 if g in primary else 2]:
+                        g.reachable = None
         if not fit:
             raise CircuitError("no entry guard is left for this path")
         up = [g for g in fit if g.reachable is not False]
@@ -3657,9 +3371,8 @@ class Guards:
             up = fit
             for g in fit:
                 g.reachable = None
-        use = self._param("guard-n-primary-guards-to-use", 1, 1)
-        if directory:
-            use = self._param("guard-n-primary-dir-guards-to-use", 3, 1)
+        kind, default = ("dir-guards", 3) if directory else ("guards", 1)
+        use = self._weights.param("guard-n-primary-%s-to-use" % kind, default, 1)
         best = [g for g in up if g in primary][:use] or up[:1]
         g = best[randbelow(len(best))]
         g.tried = t
@@ -3689,7 +3402,7 @@ class Guards:
                 if [better for better in g.passed if better.reachable is not False]:
                     return False
                 if not g.confirmed_on:
-                    g.confirmed_on = now() - randbelow(self._lifetime // 10)
+                    g.confirmed_on = self._some_days_ago()
                     self._save()
         return True
 
@@ -3712,13 +3425,13 @@ class PathSelector:
         self.table, self.weights = table, Weights(table, consensus)
         self.guards.update(self.weights)
 
-    def _pick(self, role, used, exclude, stable=STABLE, apart=distinct, allows=None):
+    def _pick(self, role, used, exclude, stable=STABLE, families=True, allows=None):
         table = self.table
 
         def accept(i):
             if i in used or allows and not allows(i) or table.relay(i).rsa_id in exclude:
                 return False
-            return not [j for j in used if not apart(table, i, j)]
+            return not families or all([distinct(table, i, j) for j in used])
 
         i = self.weights.pick(role, accept, stable)
         if i is None:
@@ -3729,47 +3442,42 @@ class PathSelector:
         """Return the Relay for a one-hop directory circuit."""
         return self.guards.pick(None, True)
 
-    def introduction_point(self, exclude=()):
-        """Return a Relay that a service can make its introduction point."""
-        return self.table.relay(self._pick("intro", (), exclude))
-
     def exit_path(self, port=None, exclude=()):
         """Return guard, middle and an exit that allows `port` (None: one to resolve names)."""
         table = self.table
         stable = STABLE if port in _LONG_LIVED else 0
         allows = (lambda i: table.exit_allows(i, port)) if port else table.exits
-        last = self._pick("exit", (), exclude, stable, distinct, allows)
-        guard = self.guards.pick(lambda i: i != last and distinct(table, i, last))
+        last = self._pick("exit", (), exclude, stable, True, allows)
+        guard = self.guards.pick(lambda i: distinct(table, i, last))
         middle = self._pick("middle", (last, guard.index), exclude, stable)
         return [guard, table.relay(middle), table.relay(last)]
 
     def onion_path(self, purpose, target=None, exclude=()):
         """Return the path of an onion circuit: guard, layer 2, middle and `target`.
 
-        `target` is anything with an `rsa_id`.  Only a client's rendezvous point, which
-        is chosen here, is the third hop: `purpose` "rend" without a target.
+        `target` is anything with an `rsa_id`; for `purpose` "intro" one can be chosen here.
+        Without one, for "rend", a client's rendezvous point stands in the middle's place.
         """
         table = self.table
-        vanguards = self.weights.param("vanguards-lite-enabled", 1, 0, 1)
-        # Vanguards may be of one network or family, and the guard may be the target: what
-        # avoided them would tell of them.  Only A-B-A is kept out, as in tor.
-        apart = (lambda table, i, j: True) if vanguards else distinct
+        if target is None and purpose == "intro":
+            target = table.relay(self._pick(purpose, (), exclude))
         known = table.find(target.rsa_id) if target else -1
         used = [known] if known >= 0 else []
-        guard = self.guards.pick(
-            lambda i: vanguards or not used or i != known and distinct(table, i, known)
-        )
+        # Vanguards may be of one network or family, and the guard may be the target: what
+        # avoided them would tell of them.  Only A-B-A is kept out, as in tor.
+        vanguards = self.weights.param("vanguards-lite-enabled", 1, 0, 1)
+        guard = self.guards.pick(lambda i: vanguards or not used or distinct(table, i, known))
         used.append(guard.index)
         used.append(self._layer_two(used) if vanguards else self._pick("middle", used, exclude))
-        last = self._pick("middle" if target else purpose, used, exclude, STABLE, apart)
+        last = self._pick("middle" if target else purpose, used, exclude, STABLE, not vanguards)
         path = [guard, table.relay(used[-1]), table.relay(last)]
         return path + [target] if target else path
 
     def _layer_two(self, used):
         # Each lives for the longer of two times drawn at random.
         t, p, table, kept = now(), self.weights.param, self.table, {}
-        low = p("guard-hs-l2-lifetime-min", _DAY, 1)
-        span = max(p("guard-hs-l2-lifetime-max", 12 * _DAY, 1) - low, 1)
+        low = p("guard-hs-l2-lifetime-min", 86400, 1)
+        span = max(p("guard-hs-l2-lifetime-max", 12 * 86400, 1) - low, 1)
         for rsa_id, end in self.layer_two.items():
             if t < end <= t + low + span and table.find(rsa_id) >= 0:
                 kept[rsa_id] = end
@@ -3791,26 +3499,26 @@ class PathSelector:
 # Which network this is; fetching, checking, caching and refreshing its directory
 # (dir-spec 4 and 5).  Everything goes over OR ports, by BEGIN_DIR.
 
-# Of tor 0.4.9.11: nickname, address and OR port, v3 identity, RSA identity.
+# Of tor 0.4.9.11: as in DirAuthority lines, each in two.
 _AUTHORITIES = """
-moria1 128.31.0.39:9201
-F533C81CEF0BC0267857C99B2F471ADF249FA232 1A25C6358DB91342AA51720A5038B72742732498
-tor26 217.196.147.77:443
-2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C FAA4BCA4A6AC0FB4CA2F8AD5A11D9E122BA894F6
-dizum 45.66.35.11:443
-E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58 7EA6EAD6FD83083C538F44038BBFA077587DD755
-gabelmoo 131.188.40.189:443
-ED03BB616EB2F60BEC80151114BB25CEF515B226 F2044413DAC2E02E3D6BCF4735A19BCA1DE97281
-dannenberg 193.23.244.244:443
-0232AF901C31A04EE9848595AF9BB7620D4C5B2E 7BE683E65D48141321C5ED92F075C55364AC7123
-maatuska 171.25.193.9:80
-49015F787433103580E3B66A1707A00E60F2D15B BD6A829255CB08E66FBE7D3748363586E46B3810
-longclaw 199.58.81.140:443
-23D15D965BC35114467363C165C4F724B64B4F66 74A910646BCEEFBCD2E874FC1DC997430F968145
-bastet 204.13.164.118:443
-27102BC123E7AF1D4741AE047E160C91ADC76B21 24E2F139121D4394C54B5BCC368B3B411857C413
-faravahar 216.218.219.41:443
-70849B868D606BAECFB6128C5E3D782029AA394F E3E42D35F801C9D5AB23584E0025D56FE2B33396
+moria1 orport=9201 v3ident=F533C81CEF0BC0267857C99B2F471ADF249FA232
+128.31.0.39: 1A25C6358DB91342AA51720A5038B72742732498
+tor26 orport=443 v3ident=2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
+217.196.147.77: FAA4BCA4A6AC0FB4CA2F8AD5A11D9E122BA894F6
+dizum orport=443 v3ident=E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58
+45.66.35.11: 7EA6EAD6FD83083C538F44038BBFA077587DD755
+gabelmoo orport=443 v3ident=ED03BB616EB2F60BEC80151114BB25CEF515B226
+131.188.40.189: F2044413DAC2E02E3D6BCF4735A19BCA1DE97281
+dannenberg orport=443 v3ident=0232AF901C31A04EE9848595AF9BB7620D4C5B2E
+193.23.244.244: 7BE683E65D48141321C5ED92F075C55364AC7123
+maatuska orport=80 v3ident=49015F787433103580E3B66A1707A00E60F2D15B
+171.25.193.9: BD6A829255CB08E66FBE7D3748363586E46B3810
+longclaw orport=443 v3ident=23D15D965BC35114467363C165C4F724B64B4F66
+199.58.81.140: 74A910646BCEEFBCD2E874FC1DC997430F968145
+bastet orport=443 v3ident=27102BC123E7AF1D4741AE047E160C91ADC76B21
+204.13.164.118: 24E2F139121D4394C54B5BCC368B3B411857C413
+faravahar orport=443 v3ident=70849B868D606BAECFB6128C5E3D782029AA394F
+216.218.219.41: E3E42D35F801C9D5AB23584E0025D56FE2B33396
 """
 # Of the same: 200 fallback mirrors, each 4 bytes IPv4 address, 2 port, 20 RSA identity.
 _FALLBACKS = """
@@ -3889,34 +3597,36 @@ AbsmzSnQf64sJ+sxbuVR78fvlrpXhDmDH3wjjJgl2EmRkRS46QBcXQk7lfkSURqIQEEBmAG7FDq0gnG7
 
 class Network:
     """A Tor network: `authorities` [(nickname, v3 identity, RSA identity, address, OR port)],
-    `fallbacks` [(RSA identity, address, OR port)], `testing` (TestingTorNetwork).
+    `fallbacks` [(RSA identity, address, OR port)], `testing` (TestingTorNetwork),
+    `identities` (the set of v3 identities), `id` (32 bytes that tell it from others).
     """
 
-    def __init__(self):
-        self.authorities, self.fallbacks, self.testing = [], [], False
+    def __init__(self, authorities, fallbacks, testing=False):
+        self.authorities, self.fallbacks, self.testing = authorities, fallbacks, testing
+        self.identities = {authority[1] for authority in authorities}
+        self.id = sha256(b"".join(sorted(self.identities)))
 
-    def identities(self):
-        """Return the set of the authorities' v3 identities."""
-        return {authority[1] for authority in self.authorities}
 
-    def network_id(self):
-        """Return 32 bytes that tell this network from others."""
-        return sha256(b"".join(sorted(self.identities())))
+def _identity(text):
+    data = binascii.unhexlify(text)
+    if len(data) != 20:
+        raise ValueError
+    return data
 
 
 def load_network(path=None):
-    """Return the Network that the file `path` describes; None: the public one."""
+    """Return the Network that the file `path` describes (ConfigError); None: the public one."""
     if path is not None:
         text = read_file(path)
         if text is None:
             raise ConfigError("cannot read the network file %s" % path)
-        return parse_network(text.decode())
-    network = Network()
-    words = _AUTHORITIES.split()
-    for i in range(0, len(words), 4):
-        address, _, port = words[i + 1].partition(":")
-        v3ident, rsa_id = binascii.unhexlify(words[i + 2]), binascii.unhexlify(words[i + 3])
-        network.authorities.append((words[i], v3ident, rsa_id, address, int(port)))
+        try:
+            return parse_network(text.decode())
+        except UnicodeError:
+            raise ConfigError("the network file %s is not text" % path)
+    half = _AUTHORITIES.strip().split("\n")
+    lines = ["DirAuthority %s %s" % pair for pair in zip(half[::2], half[1::2])]
+    network = parse_network("\n".join(lines))
     r = Reader(b64decode(_FALLBACKS.replace("\n", "")))
     while r.left():
         address, port = "%d.%d.%d.%d" % tuple(r.take(4)), r.uint(2)
@@ -3930,40 +3640,32 @@ def parse_network(text):
     Authorities without v3ident (of bridges) are left out, other lines are passed over.
     Raises ConfigError, which names the line.
     """
-    network = Network()
+    authorities, fallbacks, testing = [], [], False
     for line in text.split("\n"):
-        word = line.split("#")[0].split()
-        keyword = word[0].lower() if word else ""
+        word = line.split("#")[0].split() or [""]
+        kind = word[0].lower()
         try:
-            if keyword == "testingtornetwork":
-                network.testing = word[1] == "1"
-            elif keyword in ("dirauthority", "fallbackdir"):
-                options = dict([w.split("=") for w in word[1:] if "=" in w])
-                [at] = [i for i in range(1, len(word)) if ":" in word[i] and "=" not in word[i]]
-                address, port = word[at].split(":")[0], int(options["orport"])
+            if kind == "testingtornetwork":
+                testing = word[1] == "1"
+            elif kind in ("dirauthority", "fallbackdir"):
+                options = dict([w.split("=") for w in word if "=" in w])
+                [at] = [i for i in range(len(word)) if ":" in word[i] and "=" not in word[i]]
                 rsa_id = _identity(options.get("id") or "".join(word[at + 1 :]))
-                if keyword == "fallbackdir":
-                    network.fallbacks.append((rsa_id, address, port))
+                place = rsa_id, word[at].split(":")[0], int(options["orport"])
+                if kind == "fallbackdir":
+                    fallbacks.append(place)
                 elif "v3ident" in options:
-                    v3ident = _identity(options["v3ident"])
-                    network.authorities.append((word[1], v3ident, rsa_id, address, port))
+                    authorities.append((word[1], _identity(options["v3ident"])) + place)
         except (ValueError, KeyError, IndexError):
             raise ConfigError("bad line in the network file: %s" % line.strip())
-    if not network.authorities:
-        raise ConfigError("the network file has no DirAuthority line with a v3ident")
-    return network
-
-
-def _identity(text):
-    data = binascii.unhexlify(text)
-    if len(data) != 20:
-        raise ValueError
-    return data
+    if not authorities:
+        raise ConfigError("the network file has no DirAuthority with a v3ident")
+    return Network(authorities, fallbacks, testing)
 
 
 # ── HTTP ──
 
-# Expanding by more than that, once so much has come out, is an attack, as in tor.
+# Expanding by more than that, once so much has come out, is an attack (as in tor).
 _MAX_FACTOR, _FACTOR_AFTER = 25, 5 << 20
 
 if not MICROPYTHON:
@@ -4001,8 +3703,8 @@ if not MICROPYTHON:
 async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
     """Make a request over a directory stream, and return (status, body).
 
-    At most `limit` bytes are taken.  With `sink`, a function, compression is allowed,
-    and the body of a 200 answer goes there piece by piece.  ProtocolError, StreamError.
+    At most `limit` bytes are taken.  With `sink`, a function, compression is allowed, and
+    the body of a 200 answer goes there piece by piece.  Raises TorErrors.
     """
     head = "%s %s HTTP/1.0\r\n" % (method, path)
     if sink and not MICROPYTHON:
@@ -4013,19 +3715,17 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().split("\r\n")
-        version, status = lines[0].split(" ")[:2]
-        fields = [line.partition(":") for line in lines[1:]]
+        status = int(lines[0].split(" ")[1])
+        fields = [line.partition(":") for line in lines]
         fields = {name.lower(): value.strip() for name, _, value in fields}
-        status, length = int(status), int(fields.get("content-length", -1))
-        encoding = fields.get("content-encoding", "identity")
-        decoder = None if encoding == "identity" or MICROPYTHON else Decoder(encoding)
-    except (ValueError, KeyError, EOFError):
+        length, encoding = fields.get("content-length"), fields.get("content-encoding", "identity")
+        decoder = None if encoding == "identity" else Decoder(encoding)
+        missing = int(length or 0)
+    except (ValueError, KeyError, IndexError, EOFError, NameError):
         raise ProtocolError("the directory's answer is no HTTP")
     got, out, pieces = 0, 0, []
-    while True:
-        data = await stream.read(65536)
-        if not data:
-            break
+    data = await stream.read(65536)
+    while data:
         got += len(data)
         for piece in decoder.feed(data) if decoder else (data,):
             out += len(piece)
@@ -4035,7 +3735,8 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
                 sink(piece)
             else:
                 pieces.append(piece)
-    if length not in (-1, got) or decoder and decoder.stream:
+        data = await stream.read(65536)
+    if length and missing != got or decoder and decoder.stream:
         raise ProtocolError("the directory's answer is cut off")
     return status, b"".join(pieces)
 
@@ -4044,12 +3745,12 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
 
 # A consensus that is newer than this release may require what it lacks.
 _RELEASED = 1795132800
-_MAX_CONSENSUS, _MAX_MICRODESCS = 32 << 20, 8 << 20
-_BATCH = 16 if MICROPYTHON else 92
-_WORKERS = 1 if MICROPYTHON else 3
+_MAX_CONSENSUS, _MAX_CERTS, _MAX_MICRODESCS = 32 << 20, 128 << 10, 8 << 20
+_BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
 # The next directory is tried when the last has not answered for so long.
-_HEDGE_SECONDS, _CONNECT_SECONDS, _FETCH_SECONDS = 5, 15, 120
+_HEDGE_SECONDS, _CONNECT_SECONDS, _STALL_SECONDS = 5, 15, 30
 _ATTEMPTS = 12
+# tor's words.
 _PHASES = {
     5: ("conn", "Connecting to a relay"),
     10: ("conn_done", "Connected to a relay"),
@@ -4077,23 +3778,19 @@ class Directory:
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.directory_relay = None
         self.on_update = lambda: None
-        self._certs = {}
-        self._percent = 0
-        self._left = []
+        self._certs, self._percent, self._sources = {}, 0, []
 
     def _report(self, percent):
         if percent > self._percent:
             self._percent = percent
-            phase = percent if percent in _PHASES else 50
-            self._progress(percent, *_PHASES[phase])
+            self._progress(percent, *_PHASES.get(percent, _PHASES[50]))
 
     async def bootstrap(self):
-        """Return when there is directory information enough for circuits.
+        """Return when circuits can be built.
 
-        Raises DirectoryError, ClockError, and ConfigError when the network asks for what
-        this release lacks.
+        DirectoryError, ClockError; ConfigError if the network asks for what minitor lacks.
         """
-        cached = load_table(self._path, self.network.network_id())
+        cached = load_table(self._path, self.network.id)
         if cached:
             # Even if it is too old, most microdescriptors in it are still good.
             self.table, consensus = cached
@@ -4102,8 +3799,7 @@ class Directory:
                 return await self._fill(self.table, consensus, True)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
-        table, consensus = await self._fetch_consensus()
-        await self._fill(table, consensus, True)
+        await self._fill(*await self._fetch_consensus(), True)
 
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
@@ -4114,8 +3810,7 @@ class Directory:
                 when = self._next_time()
                 while now() < when:
                     await asyncio.sleep(min(when - now(), 60))
-                table, consensus = await self._fetch_consensus()
-                await self._fill(table, consensus, True)
+                await self._fill(*await self._fetch_consensus(), True)
                 delay = 0
             except TorError as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
@@ -4131,40 +3826,37 @@ class Directory:
 
     def _judge(self, consensus):
         consensus.check_times(now())
-        lacking = [p for p in consensus.required_client_protocols if p.encode() not in _SUPPORTED]
+        lacking = [p for p in consensus.required_client_protocols if p not in SUPPORTED_PROTOCOLS]
         if lacking and consensus.valid_after >= _RELEASED:
-            raise ConfigError(
-                "the network requires %s, which this release lacks: get a newer minitor"
-                % " ".join(lacking)
-            )
+            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
 
     # ── Asking ──
 
-    def _source(self):
+    def _source(self, attempt):
         # Fallback mirrors come before authorities, directory guards before both.
-        if self.directory_relay and not self._left:
+        if self.directory_relay and attempt < _ATTEMPTS // 2:
             relay = self.directory_relay()
             return relay.rsa_id, relay.address, relay.port
-        if not self._left:
-            for sources in [a[2:] for a in self.network.authorities], list(self.network.fallbacks):
-                while sources:
-                    self._left.append(sources.pop(randbelow(len(sources))))
-        return self._left.pop()
+        if not self._sources:
+            for left in [a[2:] for a in self.network.authorities], list(self.network.fallbacks):
+                while left:
+                    self._sources.append(left.pop(randbelow(len(left))))
+        return self._sources.pop()
 
     async def _circuit(self):
         # A one-hop circuit to a directory: to the first of several that answers.
-        found, wake, error = Promise(), asyncio.Event(), None
+        found, wake, error = Promise(), asyncio.Event(), "no answer"
 
-        async def attempt():
+        async def attempt(n):
             nonlocal error
             try:
-                rsa_id, address, port = self._source()
+                rsa_id, address, port = self._source(n)
                 self._report(5)
                 channel = await self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
                 for percent in 10, 14, 15, 20:
                     self._report(percent)
                 circuit = Circuit(channel)
-                await circuit.create_fast(None, _CONNECT_SECONDS)
+                await circuit.create_fast(_CONNECT_SECONDS)
                 if found.done():
                     circuit.close()
                 found.set(circuit)
@@ -4174,38 +3866,46 @@ class Directory:
             wake.set()
 
         try:
-            for _ in range(_ATTEMPTS):
+            for n in range(_ATTEMPTS):
                 wake.clear()
-                spawn(attempt())
+                spawn(attempt(n))
                 try:
                     await asyncio.wait_for(wake.wait(), _HEDGE_SECONDS)
                 except asyncio.TimeoutError:
                     pass
                 if found.done():
-                    return await found.wait()
-            raise DirectoryError("no directory can be reached: %s" % (error or "no answer"))
+                    return found.get()
+            raise DirectoryError("no directory can be reached: %s" % error)
         finally:
+            # For those that answer later.
             found.fail(CircuitError("given up"))
 
     async def _get(self, circuit, path, limit, sink):
-        async def get():
-            stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
-            try:
-                return await http_request(stream, "GET", path, b"", limit, sink)
-            finally:
-                stream.close()
+        moved = True
 
+        async def watch():
+            nonlocal moved
+            while moved:
+                moved = False
+                await asyncio.sleep(_STALL_SECONDS)
+            circuit.close()
+
+        def take(piece):
+            nonlocal moved
+            moved = True
+            sink(piece)
+
+        watchdog = spawn(watch())
         try:
-            status, _ = await asyncio.wait_for(get(), _FETCH_SECONDS)
-        except asyncio.TimeoutError:
-            raise DirectoryError("the directory is too slow")
+            stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
+            status, _ = await http_request(stream, "GET", path, b"", limit, take)
+            stream.close()
+        finally:
+            watchdog.cancel()
         if status != 200:
             raise DirectoryError("the directory answered with status %d" % status)
 
-    # ── Consensus ──
-
     async def _fetch_consensus(self):
-        error = None
         for _ in range(_ATTEMPTS):
             circuit = await self._circuit()
             try:
@@ -4218,7 +3918,7 @@ class Directory:
         raise DirectoryError("no directory gave a consensus that can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        identities, table = self.network.identities(), RelayTable()
+        identities, table = self.network.identities, RelayTable()
         parser = ConsensusParser(identities, table)
 
         def sink(piece):
@@ -4226,7 +3926,7 @@ class Directory:
             parser.feed(piece)
 
         self._report(25)
-        # A mirror answers only if the consensus is signed by more than half of these.
+        # A mirror answers only if more than half of these signed what it has.
         wanted = "+".join([hexlify(i[:3]).upper() for i in sorted(identities)])
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await self._get(circuit, path, _MAX_CONSENSUS, sink)
@@ -4236,9 +3936,9 @@ class Directory:
         missing = consensus.missing_certs(self._certs, when)
         if missing:
             self._report(40)
-            wanted = "+".join(["-".join([hexlify(i).upper() for i in pair]) for pair in missing])
+            wanted = "+".join([hexlify(i).upper() + "-" + hexlify(k).upper() for i, k in missing])
             try:
-                await self._get(circuit, "/tor/keys/fp-sk/" + wanted, 131072, text.append)
+                await self._get(circuit, "/tor/keys/fp-sk/" + wanted, _MAX_CERTS, text.append)
                 self._certs.update(parse_authority_certs(b"".join(text), identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
@@ -4248,792 +3948,685 @@ class Directory:
             raise DirectoryError("the directory's consensus is older than the one in use")
         return table, consensus
 
-    # ── Microdescriptors ──
-
     async def _fill(self, table, consensus, until_ready):
-        # Fetch microdescriptors, enough or all; then use the table.
-        if self.table and table is not self.table:
+        # Fetch the microdescriptors, enough or all; then use the table.
+        new = consensus is not self.consensus
+        if self.table and self.table is not table:
             table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
-        least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
         weights = Weights(table, consensus)
-        queue, again, step = table.missing(), [], len(table) // 32
-        percent = arrived = failures = 0
-
-        async def worker():
-            nonlocal percent, arrived, failures
-            circuit = None
-            try:
-                while failures < _ATTEMPTS:
-                    if arrived >= step or not percent:
-                        percent, arrived = weights.percent(), 0
-                        if until_ready and percent >= least:
-                            break
-                        self._report(min(50 + 24 * percent // least, 74))
-                    batch = again.pop() if again else []
-                    while len(batch) < _BATCH:
-                        pair = next(queue, None)
-                        if pair is None:
-                            break
-                        batch.append(pair)
-                    if not batch:
-                        break
-                    try:
-                        circuit = circuit or await self._circuit()
-                        await self._microdescs_from(circuit, table, batch)
-                    except TorError as e:
-                        log(INFO, "No microdescriptors from %s: %s", circuit, e)
-                    left = [pair for pair in batch if not table.flags[pair[0]] & HAVE_MICRODESC]
-                    arrived += len(batch) - len(left)
-                    if left:
-                        failures += 1
-                        again.append(left)
-                        if circuit:
-                            circuit.close()
-                        circuit = None
-            finally:
-                if circuit:
-                    circuit.close()
-
-        before = sum([flags & HAVE_MICRODESC > 0 for flags in table.flags])
-        if before < len(table):
+        least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
+        for _ in range(3):
+            ready = until_ready and weights.percent() >= least
+            if ready or next(table.missing(), None) is None:
+                break
+            new = True
             self._report(45)
-            await asyncio.gather(*[worker() for _ in range(_WORKERS)])
+            args = weights, least if until_ready else 101, table.missing()
+            await asyncio.gather(*[self._worker(*args) for _ in range(_WORKERS)])
         if weights.percent() < least:
             raise DirectoryError("too few microdescriptors came: %d %%" % weights.percent())
-        if before < sum([flags & HAVE_MICRODESC > 0 for flags in table.flags]) or (
-            consensus is not self.consensus
-        ):
+        if new:
             self.table, self.consensus = table, consensus
             try:
-                table.save(self._path, self.network.network_id(), consensus)
+                table.save(self._path, self.network.id, consensus)
             except OSError as e:
                 log(WARN, "The directory cannot be stored in %s: %s", self._path, e)
             self._report(75)
             self.on_update()
 
+    async def _worker(self, weights, least, queue):
+        # Fetch the microdescriptors of `queue` until `least` percent of paths can be built.
+        circuit, count = None, 0
+        try:
+            while True:
+                if count % 8 == 0:
+                    percent = weights.percent()
+                    if percent >= least:
+                        break
+                    self._report(50 + 24 * percent // least)
+                count += 1
+                batch = [pair for _, pair in zip(range(_BATCH), queue)]
+                if not batch:
+                    break
+                circuit = circuit or await self._circuit()
+                try:
+                    await self._microdescs_from(circuit, weights.table, batch)
+                except TorError as e:
+                    log(INFO, "No microdescriptors from %s: %s", circuit, e)
+                    circuit.close()
+                    circuit = None
+        finally:
+            if circuit:
+                circuit.close()
+
     async def _microdescs_from(self, circuit, table, batch):
         wanted = {digest: i for i, digest in batch}
 
-        def take(md):
+        def sink(md):
             i = wanted.pop(md.digest, None)
             if i is not None:
                 table.set_microdesc(i, md)
 
-        parser = MicrodescParser(take)
+        parser = MicrodescParser(sink)
         path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
         await self._get(circuit, path, _MAX_MICRODESCS, parser.feed)
         parser.finish()
 
 
-# ═══ 13b. Circuit pool ══════════════════════════════════════════════════════
-# Which circuit serves which purpose; building, retrying, keeping a few ready.
+# === 13b. Circuit pool ======================================================
+# Which circuit serves which purpose: building, retrying, sharing, keeping some ready.
 
 BUILD_SECONDS = 20
 ATTEMPTS = 6
 # tor's MaxCircuitDirtiness: no new stream joins an older exit circuit.
 DIRTY_MS = 600000
 SPARES = 0 if MICROPYTHON else 2
-
-
-_PURPOSES = {
-    "rendezvous": "rend",
-    "hsdir": "hsdir",
-    "intro": "intro",
-    "service_intro": "intro",
-    "service_rendezvous": "rend",
-}
+_ROLE = {"intro": "intro", "service_intro": "intro", "hsdir": "hsdir"}
 
 
 class TorCore:
-    """Channels, directory, paths and the circuits built from them.
+    """Channels, directory, paths, and the circuits built from them.
 
-    `network`: the path of a file that describes a network, None for the public one.
+    `network`: the path of a file that describes a network, None for the public one;
+    `progress`: function(percent, tag, summary).
     """
 
     def __init__(self, data_dir, network=None, progress=None):
-        self.data_dir = data_dir
-        self.network = load_network(network)
+        self.data_dir, self.network = data_dir, load_network(network)
         self.progress = progress or (lambda percent, tag, summary: None)
         self.channels = Channels()
         self.directory = Directory(self.network, data_dir, self.channels, self.progress)
-        self.paths = None
-        self.onion_circuits = {}
-        self._exits = []
-        self._spare, self._filling = [], False
-        self._tasks = []
+        self.paths, self.onion_circuits = None, {}
+        self._exits, self._spares, self._filling, self._task = [], [], False, None
 
     async def bootstrap(self):
-        """Get the directory ready; from then on it is refreshed in the background."""
-        await self.directory.bootstrap()
+        """Get the directory ready, and one circuit; from then on refresh in the background."""
+        directory = self.directory
+        await directory.bootstrap()
         guards = Guards(self.data_dir + "/guards.json")
-        self.paths = PathSelector(self.directory.table, self.directory.consensus, guards)
-        self.directory.on_update = self._updated
-        self.directory.directory_relay = self.paths.directory_guard
-        self._tasks.append(spawn(self.directory.refresh()))
+        self.paths = PathSelector(directory.table, directory.consensus, guards)
+        directory.on_update = lambda: self.paths.update(directory.table, directory.consensus)
+        directory.directory_relay = self.paths.directory_guard
+        self._task = spawn(directory.refresh())
         self.progress(90, "ap_handshake_done", "Handshake finished with a relay to build circuits")
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        self._keep(await self.circuit_to("rendezvous"))
+        circuit = await self._onion_circuit("rend", None)
+        if SPARES:
+            self._spares.append((ticks_ms(), circuit))
+        else:
+            circuit.close()
         self.progress(100, "done", "Done")
-
-    def _updated(self):
-        self.paths.update(self.directory.table, self.directory.consensus)
 
     async def aclose(self):
         """Close every circuit and channel, and stop the background tasks."""
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
+        if self._task:
+            self._task.cancel()
         self.channels.close()
         # The writer tasks send what is queued, DESTROY cells among it.
         await asyncio.sleep(0.05)
 
-    # ── Building ──
-
     async def build_circuit(self, path, seconds=BUILD_SECONDS):
         """Build a circuit through the relays of `path`; ChannelError, CircuitError."""
-        first, guards = path[0], self.paths.guards
+        first, guards, circuit = path[0], self.paths.guards, None
         try:
             channel = await self.channels.get(
                 first.address, first.port, first.rsa_id, first.ed_id, seconds
             )
             window = self.directory.consensus.param("circwindow", CIRCUIT_WINDOW, 100, 1000)
             circuit = Circuit(channel, window)
-            await circuit.create(first, seconds)
-        except TorError:
-            guards.failed(first.rsa_id)
-            raise
-        try:
+            await circuit.extend(first, seconds)
             if not guards.succeeded(first.rsa_id):
                 raise CircuitError("better guards may be back")
             for relay in path[1:]:
                 await circuit.extend(relay, seconds)
-        except BaseException:
-            circuit.close()
+        except BaseException as e:
+            if isinstance(e, TorError) and not (circuit and circuit.path):
+                guards.failed(first.rsa_id)
+            if circuit:
+                circuit.close()
             raise
         return circuit
 
     async def circuit_to(self, purpose, target=None, attempts=ATTEMPTS):
         """Return a circuit for `purpose`, trying other paths where one fails; CircuitError.
 
-        "exit": an exit circuit that may be shared, for port `target`; "rendezvous": three
-        hops, the last one random; "hsdir", "intro", "service_intro", "service_rendezvous":
-        to `target`, by three hops.
+        "exit": one that may be shared, for port `target`; "rendezvous": three hops, the
+        last one random; "hsdir", "intro", "service_intro", "service_rendezvous": three
+        hops and `target`.
         """
         if purpose == "exit":
             return await self._exit_circuit(target)
-        purpose = _PURPOSES[purpose]
-        circuit = self._take_spare(target)
-        if circuit is None:
-            return await self._onion_circuit(purpose, target, attempts)
-        if target is not None:
+        circuit = self._spare(target)
+        if circuit is not None:
             try:
-                await circuit.extend(target, BUILD_SECONDS)
+                if target is not None:
+                    await circuit.extend(target, BUILD_SECONDS)
+                return circuit
             except CircuitError as e:
                 log(INFO, "%s", e)
-                if attempts < 2:
-                    raise
-                return await self._onion_circuit(purpose, target, attempts - 1)
-        return circuit
+                attempts -= 1
+        return await self._onion_circuit(_ROLE.get(purpose, "rend"), target, attempts)
 
-    async def _onion_circuit(self, purpose, target, attempts=ATTEMPTS):
-        error = None
+    async def _onion_circuit(self, role, target, attempts=ATTEMPTS):
+        return await self._retry(lambda: self.paths.onion_path(role, target), attempts)
+
+    async def _retry(self, choose, attempts=ATTEMPTS):
+        error = "none was allowed"
         for _ in range(attempts):
             try:
-                return await self.build_circuit(self.paths.onion_path(purpose, target))
+                return await self.build_circuit(choose())
             except (ChannelError, CircuitError) as e:
                 error = e
-                log(INFO, "A circuit for %s failed: %s", purpose, e)
-        raise CircuitError("no circuit for %s in %d attempts: %s" % (purpose, attempts, error))
+                log(INFO, "A circuit failed: %s", e)
+        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
-    # ── Circuits kept ready: three hops that any target can follow ──
+    # Circuits kept ready have three hops, which any target can follow.
 
-    def _keep(self, circuit):
-        if len(self._spare) < SPARES:
-            self._spare.append(circuit)
-        else:
-            circuit.close()
-
-    def _take_spare(self, target):
-        self._spare = [c for c in self._spare if not c.closed]
-        for circuit in self._spare:
+    def _spare(self, target):
+        found, t = None, ticks_ms()
+        for entry in self._spares[:]:
+            born, circuit = entry
+            if circuit.closed or ticks_diff(t, born) > DIRTY_MS:
+                self._spares.remove(entry)
+                circuit.close()
             # Not A-B-A; the guard may be the target, as in tor.
-            if target is None or target.rsa_id not in [r.rsa_id for r in circuit.path[1:]]:
-                self._spare.remove(circuit)
-                break
-        else:
-            circuit = None
+            elif not found and (
+                target is None or target.rsa_id not in [r.rsa_id for r in circuit.path[1:]]
+            ):
+                self._spares.remove(entry)
+                found = circuit
         if SPARES and not self._filling:
             self._filling = True
             spawn(self._fill())
-        return circuit
+        return found
 
     async def _fill(self):
         try:
-            while len(self._spare) < SPARES:
-                self._keep(await self._onion_circuit("rend", None))
+            while len(self._spares) < SPARES:
+                self._spares.append((ticks_ms(), await self._onion_circuit("rend", None)))
         except TorError as e:
             log(INFO, "%s", e)
-        finally:
-            self._filling = False
-
-    # ── Exit circuits ──
+        self._filling = False
 
     async def _exit_circuit(self, port):
-        self._exits = [
-            entry
-            for entry in self._exits
-            if not (entry[1].done() and (entry[1].get() is None or entry[1].get().closed))
-            and ticks_diff(ticks_ms(), entry[0]) < DIRTY_MS
-        ]
-        for _, promise, ports in self._exits:
-            if port in ports or promise.done() and self._allows(promise.get(), port):
+        # An entry: when it was begun, a Promise of the circuit, the ports it was asked for.
+        t = ticks_ms()
+        for entry in self._exits[:]:
+            born, promise, ports = entry
+            circuit = promise.get()
+            if promise.done() and (not circuit or circuit.closed) or ticks_diff(t, born) > DIRTY_MS:
+                self._exits.remove(entry)
+            elif port in ports or circuit and self._allows(circuit.path[-1].rsa_id, port):
                 ports.add(port)
                 return await promise.wait()
         promise = Promise()
-        self._exits.append((ticks_ms(), promise, {port}))
-        error = None
-        for _ in range(ATTEMPTS):
-            try:
-                promise.set(await self.build_circuit(self.paths.exit_path(port)))
-                return promise.get()
-            except (ChannelError, CircuitError) as e:
-                error = e
-            except BaseException as e:
-                promise.fail(CircuitError("the attempt was given up: %s" % e))
-                raise
-        error = CircuitError("no circuit to an exit in %d attempts: %s" % (ATTEMPTS, error))
-        promise.fail(error)
-        raise error
+        self._exits.append((t, promise, {port}))
+        try:
+            promise.set(await self._retry(lambda: self.paths.exit_path(port)))
+        except BaseException as e:
+            promise.fail(e if isinstance(e, TorError) else CircuitError("given up: %s" % e))
+            raise
+        return promise.get()
 
-    def _allows(self, circuit, port):
-        table = self.directory.table
-        i = table.find(circuit.path[-1].rsa_id)
-        return i >= 0 and table.exit_allows(i, port)
+    def _allows(self, rsa_id, port):
+        i = self.directory.table.find(rsa_id)
+        return i >= 0 and self.directory.table.exit_allows(i, port)
 
     def retire(self, circuit):
         """Give `circuit` no new stream."""
-        self._exits = [e for e in self._exits if not e[1].done() or e[1].get() is not circuit]
+        self._exits = [entry for entry in self._exits if entry[1].get() is not circuit]
 
 
 # ═══ 14. Onion client ═══════════════════════════════════════════════════════
 # Descriptor, introduction, rendezvous (rend-spec-v3 3 and 4), and streams over
 # the circuit that comes of it; all streams to a service share one.
 
-_HSDIR_SECONDS = 30
-_ANSWER_SECONDS = 20
-_REND_SECONDS = 40
-_BEGIN_SECONDS = 40
-# A rendezvous circuit without streams is kept so long: tor's MaxCircuitDirtiness.
-_IDLE_SECONDS = 600
-_MAX_PEERS = 8 if MICROPYTHON else 256
 MAX_DESCRIPTOR = 50000
+_HSDIR_SECONDS, _ANSWER_SECONDS, _REND_SECONDS = 30, 20, 40
+# tor's MaxCircuitDirtiness.
+IDLE_SECONDS = 600
+_MAX_PEERS = 8 if MICROPYTHON else 256
 
 
 class OnionPeer:
-    """What the client keeps of one service: its descriptor, and the circuit to it.
-
-    `circuit`: a Promise, set while the circuit is being built or stands.
-    """
+    """What the client keeps of a service: `descriptor`, good `until`; `circuit`, a Promise."""
 
     def __init__(self, key):
         self.key = key
-        self.circuit = self.descriptor = self.blinded = self.subcredential = None
+        self.circuit = self.descriptor = self.blinded = self.subcred = None
         self.until = 0
-
-    def find_blinded(self, tor):
-        """Compute the blinded key in force; return the time period it is for."""
-        network = tor.directory.network
-        period = time_periods(tor.directory.consensus, network.testing)[2]
-        blinded = ed25519_blind_public(self.key, blinding_param(self.key, period))
-        if blinded != self.blinded:
-            self.blinded, self.descriptor = blinded, None
-            self.subcredential = subcredential(self.key, blinded)
-        return period
 
 
 async def hsdir_request(tor, relay, method, path, body=b""):
-    """Ask a directory of onion services over four hops: (status, body)."""
+    """Ask an onion-service directory over four hops: the body of its answer; TorError."""
     circuit = await tor.circuit_to("hsdir", relay)
     try:
         stream = await circuit.open_directory_stream(_HSDIR_SECONDS)
         asking = http_request(stream, method, path, body, MAX_DESCRIPTOR)
-        return await asyncio.wait_for(asking, _HSDIR_SECONDS)
+        status, body = await asyncio.wait_for(asking, _HSDIR_SECONDS)
     except asyncio.TimeoutError:
         raise DirectoryError("a directory of onion services does not answer")
     finally:
         circuit.close()
+    if status != 200:
+        raise DirectoryError("a directory of onion services answers %d" % status)
+    return body
 
 
-async def _fetch_descriptor(tor, peer):
-    # From one responsible directory after the other, in random order (2.2.3).
-    directory, period = tor.directory, peer.find_blinded(tor)
-    ring = hsdir_ring(directory.table, directory.consensus, peer.blinded, period, False)
-    path = "/tor/hs/3/" + b64encode(peer.blinded)
-    problem = "none of %d directories has it. Is the address right, and the service up?" % len(ring)
+async def close_idle(circuit):
+    """Wait until `circuit` is closed, and close it when it has no streams for long."""
+    while not circuit.closed:
+        try:
+            await circuit.closing.wait(IDLE_SECONDS)
+        except asyncio.TimeoutError:
+            if not circuit.streams:
+                circuit.close()
+
+
+async def _find_descriptor(tor, peer):
+    # The one at hand, or from the responsible directories in random order (2.2.3).
+    directory, key, error = tor.directory, peer.key, None
+    period = time_periods(directory.consensus, directory.network.testing)[2]
+    blinded = ed25519_blind_public(key, blinding_param(key, period))
+    if peer.descriptor and blinded == peer.blinded and now() < peer.until:
+        return
+    peer.blinded, peer.subcred = blinded, subcredential(key, blinded)
+    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, False)
     while ring:
         relay = directory.table.relay(ring.pop(randbelow(len(ring))))
         try:
-            status, body = await hsdir_request(tor, relay, "GET", path)
-            if status == 200:
-                found = parse_descriptor(body, peer.blinded, peer.subcredential, now())
-                peer.descriptor, peer.until = found, now() + found.lifetime
-                return
-            log(INFO, "a directory has no descriptor: status %d", status)
+            body = await hsdir_request(tor, relay, "GET", "/tor/hs/3/" + b64encode(blinded))
+            peer.descriptor = parse_descriptor(body, blinded, peer.subcred, now())
+            peer.until = now() + peer.descriptor.lifetime
+            return
         except TorError as e:
-            problem = "%s" % e
-            log(INFO, "fetching a descriptor failed: %s", e)
-    raise DescriptorError("no descriptor of %s: %s" % (onion_address(peer.key), problem))
+            error = e
+            log(INFO, "no descriptor: %s", e)
+    raise DescriptorError(
+        "no descriptor of %s, check the address and that the service is up: %s"
+        % (onion_address(key), error)
+    )
 
 
 async def _rendezvous_point(tor, cookie):
     circuit = await tor.circuit_to("rendezvous")
-    await circuit.ask(
-        RELAY_ESTABLISH_RENDEZVOUS, cookie, (RELAY_RENDEZVOUS_ESTABLISHED,), _ANSWER_SECONDS
-    )
+    answers = (RELAY_RENDEZVOUS_ESTABLISHED,)
+    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answers, _ANSWER_SECONDS)
     return circuit
 
 
 async def _introduce(tor, peer, intro):
     # Meet the service through one introduction point; the joined circuit.
-    if not tor.directory.network.testing and is_private(intro.address):
+    if is_private(intro.address) and not tor.directory.network.testing:
         raise OnionError("an introduction point has a private address")
     cookie = urandom(20)
-    rend, introducing = circuits = await asyncio.gather(
+    circuits = await asyncio.gather(
         _rendezvous_point(tor, cookie), tor.circuit_to("intro", intro), return_exceptions=True
     )
+    rend, introducing = circuits
     try:
         for circuit in circuits:
             if isinstance(circuit, BaseException):
                 raise circuit
         if rend.closed:
-            raise rend.error
-        # A circuit takes each message only where it is expected, and once: RENDEZVOUS2 not
-        # before INTRODUCE1 is on its way and the keys are bound to it (bug 41297).
-        state, body = hs_ntor_client_intro(intro, peer.subcredential, cookie, rend.path[-1])
+            raise rend.closing.get()
+        # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
+        # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
+        state, body = hs_ntor_client_intro(intro, peer.subcred, cookie, rend.path[-1])
         joined = rend.expect((RELAY_RENDEZVOUS2,))
-        _, ack = await introducing.ask(
-            RELAY_INTRODUCE1, body, (RELAY_INTRODUCE_ACK,), _ANSWER_SECONDS
-        )
-        status = parse_introduce_ack(ack)
+        answers = (RELAY_INTRODUCE_ACK,)
+        answer = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
+        status = Reader(answer[1], "INTRODUCE_ACK").uint(2)
         if status:
             raise OnionError("an introduction point refused: status %d" % status)
-        try:
-            _, reply = await joined.wait(_REND_SECONDS)
-        except asyncio.TimeoutError:
-            raise CircuitError("the service did not come to the rendezvous point")
-        rend.add_onion_hop(hs_ntor_client_finish(state, reply))
+        answer = await joined.wait(_REND_SECONDS)
+        rend.add_onion_hop(hs_ntor_client_finish(state, answer[1]))
         introducing.close()
         return rend
-    except BaseException:
+    except BaseException as e:
         for circuit in circuits:
             if not isinstance(circuit, BaseException):
                 circuit.close()
+        if isinstance(e, asyncio.TimeoutError):
+            raise CircuitError("the service did not come to the rendezvous point")
         raise
 
 
 async def _meet(tor, peer):
-    # Try the introduction points, and once more with a new descriptor.
-    error, tried = None, -1
-    for _ in range(2):
-        peer.find_blinded(tor)
-        if peer.descriptor is None or peer.until < now():
-            await _fetch_descriptor(tor, peer)
-        if peer.descriptor.revision == tried:
-            break
-        tried = peer.descriptor.revision
-        points = sorted(peer.descriptor.intro_points, key=lambda _: randbelow(1 << 30))
-        for _ in range(6):
-            if not points:
-                break
-            intro = points.pop(0)
+    # Try all introduction points, and those of newer descriptors for a while: a service that
+    # lost relays publishes anew within seconds.
+    begun, pause = ticks_ms(), 0
+    while True:
+        await _find_descriptor(tor, peer)
+        for intro in sorted(peer.descriptor.intro_points, key=lambda _: randbelow(1 << 30)):
             try:
                 return await _introduce(tor, peer, intro)
             except TorError as e:
                 error = e
                 log(INFO, "introduction failed: %s", e)
-                if not isinstance(e, OnionError):
-                    points.append(intro)
         peer.descriptor = None
-    raise OnionError(
-        "%s cannot be reached, it may be down: %s" % (onion_address(peer.key), error)
-    )
+        if ticks_diff(ticks_ms(), begun) > 1000 * _REND_SECONDS:
+            break
+        await asyncio.sleep(pause)
+        pause = 3
+    raise OnionError("%s cannot be reached, is it up? %s" % (onion_address(peer.key), error))
 
 
-async def _serve_peer(tor, peer, promise):
-    # Build the circuit, and close it when it was idle for long.
+async def _keep_circuit(tor, peer, promise):
     try:
-        circuit = await _meet(tor, peer)
-    except BaseException as e:
-        peer.circuit = None
-        known = isinstance(e, TorError)
-        promise.fail(e if known else OnionError("the attempt was given up: %s" % e))
-        if not known:
-            raise
-        return
-    promise.set(circuit)
-    while not circuit.closed:
-        try:
-            await circuit.closing.wait(_IDLE_SECONDS)
-        except asyncio.TimeoutError:
-            if not circuit.streams:
-                circuit.close()
-    if peer.circuit is promise:
-        peer.circuit = None
+        promise.set(await _meet(tor, peer))
+        await close_idle(promise.get())
+    except TorError as e:
+        promise.fail(e)
+    finally:
+        promise.fail(OnionError("the attempt was given up"))
+        if peer.circuit is promise:
+            peer.circuit = None
 
 
-async def onion_circuit(tor, key, isolation=None):
-    """Return the circuit to the service `key`, building it if there is none; OnionError."""
-    name = (key, isolation)
+async def onion_circuit(tor, name):
+    """Return the circuit to a service, `name` is (key, isolation); build it if there is none."""
     peers = tor.onion_circuits
-    peer = peers.get(name)
-    if peer is None:
+    if name not in peers:
         for old in list(peers) if len(peers) >= _MAX_PEERS else ():
             if peers[old].circuit is None:
                 del peers[old]
-        peer = peers[name] = OnionPeer(key)
-    promise = peer.circuit
-    if promise is None or promise.done() and promise.get().closed:
-        promise = peer.circuit = Promise()
-        spawn(_serve_peer(tor, peer, promise))
-    return await promise.wait()
+        peers[name] = OnionPeer(name[0])
+    peer = peers[name]
+    if peer.circuit is None or peer.circuit.done() and peer.circuit.get().closed:
+        peer.circuit = Promise()
+        spawn(_keep_circuit(tor, peer, peer.circuit))
+    return await peer.circuit.wait()
 
 
 async def connect_onion(tor, key, port, isolation=None):
     """Open a stream to `port` of the service with the identity `key` (32 bytes).
 
-    Streams of one `isolation` (anything hashable) share a circuit.  Raises OnionError,
-    StreamError.
+    Streams of one `isolation` share a circuit.  Raises OnionError, StreamError.
     """
-    for last in (False, False, True):
-        circuit = await onion_circuit(tor, key, isolation)
+    for last in (False, True):
+        circuit = await onion_circuit(tor, (key, isolation))
         try:
-            return await circuit.open_stream("", port, _BEGIN_SECONDS, 0)
+            return await circuit.open_stream("", port, _REND_SECONDS, 0)
         except (CircuitError, StreamError) as e:
-            if isinstance(e, StreamError) and e.reason == END_DONE:
-                raise StreamError("%s has no port %d" % (onion_address(key), port), END_DONE)
             if e.reason == END_TIMEOUT:
                 # The service may have gone without a word.
                 circuit.close()
             if last or not circuit.closed:
-                raise
+                raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
 
 
 # ═══ 15. Onion service ══════════════════════════════════════════════════════
 # Introduction points, publishing, and answering introductions (rend-spec-v3 2
-# to 4); keys as tor's HiddenServiceDir holds them.
+# to 4); keys as in tor's HiddenServiceDir.
 
 INTRO_POINTS = 3
-# tor: at most so many introduction circuits in so many seconds.
+# tor: at most so many introduction circuits in so long.
 _INTRO_LAUNCHES, _INTRO_SPAN_MS = 10, 300000
 _UPLOADS = 1 if MICROPYTHON else 4
-# Rendezvous circuits of one service: being built, and in all.
-_MAX_MEETINGS, _MAX_CIRCUITS = (4, 8) if MICROPYTHON else (64, 1024)
-_MAX_STREAMS = 8 if MICROPYTHON else 512
-_SERVICE_IDLE_SECONDS = 1200
-_SECRET_HEAD = b"== ed25519v1-secret: type0 ==\x00\x00\x00"
-_PUBLIC_HEAD = b"== ed25519v1-public: type0 ==\x00\x00\x00"
+# Of one service: introductions being answered, rendezvous circuits; streams on each.
+_MAX_MEETINGS, _MAX_CIRCUITS, _MAX_STREAMS = (4, 12, 8) if MICROPYTHON else (64, 1024, 512)
+# An introduction point is replaced after once or twice so many: this bounds memory, too.
+_INTRODUCTIONS = 512 if MICROPYTHON else 16384
+_SECRET_HEAD = b"== ed25519v1-secret: type0 ==\0\0\0"
+_PUBLIC_HEAD = b"== ed25519v1-public: type0 ==\0\0\0"
 
 
 def load_service_key(key_dir):
-    """Return (expanded secret key, public key) from a folder in tor's HiddenServiceDir format.
-
-    A new key is made where there is none.  Raises ConfigError.
-    """
-    secret = key_dir + "/hs_ed25519_secret_key"
+    """Return (expanded secret key, public key) of a folder, a new key where there is none."""
+    path = key_dir + "/hs_ed25519_"
     try:
         private_dir(key_dir)
-        data = read_file(secret)
+        data = read_file(path + "secret_key")
+        if data is None and "hs_ed25519_secret_key" in os.listdir(key_dir):
+            raise ConfigError("the key in %s cannot be read: whose is it?" % key_dir)
         if data is None:
             data = _SECRET_HEAD + ed25519_expand(urandom(32))
-            if "hs_ed25519_secret_key" in os.listdir(key_dir):
-                raise ConfigError("%s cannot be read: whose is it?" % secret)
-            write_file(secret, data)
+            write_file(path + "secret_key", data)
         if len(data) != 96 or data[:32] != _SECRET_HEAD:
-            raise ConfigError("%s is no key of a version 3 onion service" % secret)
+            raise ConfigError("%ssecret_key is no key of an onion service (version 3)" % path)
         public = ed25519_public_expanded(data[32:])
-        for name, content in (
-            ("hs_ed25519_public_key", _PUBLIC_HEAD + public),
-            ("hostname", onion_address(public).encode() + b"\n"),
-        ):
-            if read_file(key_dir + "/" + name) != content:
-                write_file(key_dir + "/" + name, content)
+        write_file(path + "public_key", _PUBLIC_HEAD + public)
+        write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
-        raise ConfigError("the folder %s cannot be used for a key: %s" % (key_dir, e))
+        raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
     return data[32:], public
-
-
-async def open_target(target):
-    """Connect to a local target, "unix:/path" or (host, port): (reader, writer)."""
-    if isinstance(target, str):
-        return await asyncio.open_unix_connection(target[5:])
-    return await asyncio.open_connection(target[0], target[1])
 
 
 class OnionService:
     """An onion service: its key in `key_dir`, `ports` {virtual port: target}.
 
     A target is a local port, (host, port), "unix:/path" or a coroutine function that gets
-    (reader, writer).  `address`; `rate`: introductions a second that are answered in the
-    long run, eight times as many in a burst.  Raises ConfigError.
+    (reader, writer).  `address`; `rate`: introductions answered in a second, eight times
+    as many in a burst.  Raises ConfigError.
     """
 
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
-            if isinstance(target, int):
-                target = ("127.0.0.1", target)
-            unix = isinstance(target, str) and target[:5] == "unix:" and not MICROPYTHON
-            if not (unix or isinstance(target, tuple) and len(target) == 2 or callable(target)):
+            target = ("127.0.0.1", target) if isinstance(target, int) else target
+            unix = not MICROPYTHON and isinstance(target, str) and target[:5] == "unix:"
+            if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
         self._esk, self.key = load_service_key(key_dir)
         self.address = onion_address(self.key)
         self.rate = 25
-        self.intros = []
-        self.circuits = set()
-        self._meetings = 0
-        # In thousandths of an introduction.
-        self._bucket, self._filled = 8000 * self.rate, ticks_ms()
+        self.intros, self.circuits = [], []
+        # How many more introductions may be answered, in thousandths, and as of when.
+        self._tokens, self._counted, self._meetings = 8000 * self.rate, ticks_ms(), 0
         self._launched = []
-        self._periods = {}
-        self._rings = None
-        self._uploaded = {}
-        self._changed = asyncio.Event()
-        self._published = Promise()
+        self._consensus, self._periods, self._uploaded = None, [], {}
+        self._changed, self._published = asyncio.Event(), Promise()
         self._tasks = []
 
     async def start(self):
-        """Open the service, and return when its descriptors were offered to all directories."""
-        self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
+        """Open the service; return when its descriptors were published."""
+        self._tasks = [spawn(self._publish_always())]
+        self._tasks += [spawn(self._keep_intro()) for _ in range(INTRO_POINTS)]
         await self._published.wait()
 
     async def close(self):
         """Take the service down."""
+        if self in self.tor.services:
+            self.tor.services.remove(self)
         for task in self._tasks:
             task.cancel()
-        for circuit in [i.circuit for i in self.intros if i.circuit] + list(self.circuits):
+        for circuit in list(self.circuits):
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
-
-    def _random_param(self, low, high, default):
-        low = self.tor.directory.consensus.param(low, default[0], 1)
-        high = self.tor.directory.consensus.param(high, default[1], low)
-        return low + randbelow(high - low + 1)
 
     # ── Introduction points (3.1) ──
 
     def _new_intro(self):
-        # A Relay, apart from the others, with what belongs to an introduction point.
-        table, paths = self.tor.directory.table, self.tor.paths
-        others = [table.find(i.rsa_id) for i in self.intros]
+        # A Relay, with what belongs to an introduction point, apart from the others.
+        table = self.tor.directory.table
+        used = [i.rsa_id for i in self.intros]
+        others = [table.find(rsa_id) for rsa_id in used]
         for _ in range(20):
-            intro = paths.onion_path("intro", None, [i.rsa_id for i in self.intros])[-1]
+            intro = self.tor.paths.onion_path("intro", None, used)[-1]
             if all([j < 0 or distinct(table, intro.index, j) for j in others]):
                 break
         intro.seed = urandom(32)
         intro.auth_key = ed25519_public(intro.seed)
         intro.b, intro.enc_key = x25519_keypair()
-        intro.circuit, intro.ready, intro.seen = None, False, set()
-        intro.until = now() + self._random_param(
-            "hs_intro_min_lifetime", "hs_intro_max_lifetime", (64800, 86400)
-        )
-        # This bounds `seen`, too.
-        intro.left = self._random_param(
-            "hs_intro_min_introduce2", "hs_intro_max_introduce2",
-            (512, 1024) if MICROPYTHON else (16384, 32768),
-        )
+        intro.ready, intro.cookies = False, set()
+        intro.until = now() + 64800 + randbelow(21600)
+        intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
         return intro
 
-    async def _keep_intros(self):
+    async def _keep_intro(self):
+        # Keep one introduction point, another when its time is over or it is lost.
         while True:
             try:
-                while len(self.intros) < INTRO_POINTS:
-                    intro = self._new_intro()
-                    self.intros.append(intro)
-                    self._tasks.append(spawn(self._keep_intro(intro)))
+                intro = self._new_intro()
             except TorError as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
-            await asyncio.sleep(1)
-            self._tasks = [t for t in self._tasks if not t.done()]
+                await asyncio.sleep(10)
+                continue
+            self.intros.append(intro)
+            try:
+                # A lost circuit is built anew three times.
+                for _ in range(4):
+                    if await self._hold(intro):
+                        break
+            except TorError as e:
+                log(INFO, "introduction point lost: %s", e)
+            finally:
+                self.intros.remove(intro)
 
-    async def _keep_intro(self, intro):
-        # An introduction point's whole life; a lost circuit is built anew, three times.
+    async def _hold(self, intro):
+        # Hold one circuit to an introduction point; True when its time is over.
+        while len(self._launched) >= _INTRO_LAUNCHES:
+            if ticks_diff(ticks_ms(), self._launched[0]) > _INTRO_SPAN_MS:
+                self._launched.pop(0)
+            else:
+                await asyncio.sleep(1)
+        self._launched.append(ticks_ms())
+        circuit = await self.tor.circuit_to("service_intro", intro)
+        self.circuits.append(circuit)
         try:
-            for _ in range(4):
-                await self._launch()
+            circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
+            message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
+            answers = (RELAY_INTRO_ESTABLISHED,)
+            await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
+            intro.ready = True
+            self._changed.set()
+            while not circuit.closed:
+                gone = self.tor.directory.table.find(intro.rsa_id) < 0
+                if gone or now() > intro.until or intro.left <= 0:
+                    return True
                 try:
-                    await self._establish(intro)
-                except TorError as e:
-                    log(INFO, "introduction point lost: %s", e)
-                    break
-                intro.ready = True
-                self._changed.set()
-                while not intro.circuit.closed and now() < intro.until and intro.left > 0:
-                    try:
-                        await intro.circuit.closing.wait(10)
-                    except asyncio.TimeoutError:
-                        pass
-                if not intro.circuit.closed:
-                    break
-                intro.ready = False
+                    await circuit.closing.wait(10)
+                except asyncio.TimeoutError:
+                    pass
         finally:
-            if intro.circuit:
-                intro.circuit.close()
-            self.intros.remove(intro)
-
-    async def _launch(self):
-        # Wait until one more introduction circuit may be built.
-        while True:
-            t = ticks_ms()
-            self._launched = [a for a in self._launched if ticks_diff(t, a) < _INTRO_SPAN_MS]
-            if len(self._launched) < _INTRO_LAUNCHES:
-                self._launched.append(t)
-                return
-            await asyncio.sleep(1)
-
-    async def _establish(self, intro):
-        intro.circuit = circuit = await self.tor.circuit_to("service_intro", intro)
-        circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-        message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
-        await circuit.ask(
-            RELAY_ESTABLISH_INTRO, message, (RELAY_INTRO_ESTABLISHED,), _ANSWER_SECONDS
-        )
+            intro.ready = False
+            circuit.close()
+            self.circuits.remove(circuit)
 
     # ── Publishing (2.2.1, 2.4) ──
 
-    def _keys(self, period):
-        # The blinded secret and public key, and the subcredential, of a time period.
-        found = self._periods.get(period[:2])
-        if found is None:
-            param = blinding_param(self.key, period)
-            blinded = ed25519_blind_public(self.key, param)
-            found = ed25519_blind_secret(self._esk, param), blinded
-            found += (subcredential(self.key, blinded),)
-            self._periods[period[:2]] = found
-        return found
-
-    def _find_rings(self):
-        # [(period, indexes of the directories)], computed anew for each consensus.
+    def _find_periods(self):
+        # [(period, blinded secret key, blinded key, subcredential, directories)]
         directory = self.tor.directory
         consensus, table = directory.consensus, directory.table
-        if self._rings is None or self._rings[0] is not consensus:
-            periods = time_periods(consensus, directory.network.testing)[:2]
-            keys = [period[:2] for period in periods]
-            self._periods = {k: v for k, v in self._periods.items() if k in keys}
-            rings = [
-                (p, hsdir_ring(table, consensus, self._keys(p)[1], p, True)) for p in periods
-            ]
-            self._rings = (consensus, rings)
-            self._uploaded = {k: v for k, v in self._uploaded.items() if k[0] in keys}
-        return self._rings[1]
+        if consensus is self._consensus:
+            return
+        found = []
+        for period in time_periods(consensus, directory.network.testing)[:2]:
+            param = blinding_param(self.key, period)
+            blinded = ed25519_blind_public(self.key, param)
+            ring = hsdir_ring(table, consensus, blinded, period, True)
+            esk, subcred = ed25519_blind_secret(self._esk, param), subcredential(self.key, blinded)
+            found.append((period, esk, blinded, subcred, [table.relay(i) for i in ring]))
+        blinded = [p[2] for p in found]
+        self._uploaded = {k: v for k, v in self._uploaded.items() if k[0] in blinded}
+        self._consensus, self._periods = consensus, found
 
-    async def _keep_published(self):
+    async def _publish_always(self):
         while True:
-            waited = 0
-            # All introduction points, or after a while those that are there.
-            while not any([i.ready for i in self.intros]) or waited < 30 and (
-                len(self.intros) < INTRO_POINTS or not all([i.ready for i in self.intros])
-            ):
+            # Wait for all introduction points, after a while for any.
+            waited = ready = 0
+            while ready < INTRO_POINTS and (waited < 30 or not ready):
                 await asyncio.sleep(1)
-                waited += 1
+                waited, ready = waited + 1, len([i for i in self.intros if i.ready])
             self._changed.clear()
-            tried = failed = 0
-            for period, ring in self._find_rings():
-                some, bad = await self._publish(period, ring)
-                tried, failed = tried + some, failed + bad
-            if tried > failed:
+            self._find_periods()
+            done = failed = 0
+            for period in self._periods:
+                try:
+                    good, bad = await self._publish(*period)
+                except MemoryError:
+                    good, bad = 0, 1
+                done, failed = done + good, failed + bad
+            if done:
                 self._published.set()
-            elif tried:
+            elif failed:
                 log(WARN, "the descriptors of %s could not be published", self.address)
             # A new consensus, a changed introduction point or the time can make it due.
             for _ in range(20 if failed else 60):
-                if self._changed.is_set() or self._rings[0] is not self.tor.directory.consensus:
+                if self._changed.is_set() or self._consensus is not self.tor.directory.consensus:
                     break
                 await asyncio.sleep(1)
 
-    async def _publish(self, period, ring):
-        # Upload to the directories that lack the present state: (tried, failed).
+    async def _publish(self, period, esk, blinded, subcred, ring):
+        # Upload to the directories that lack the present state: (how many, failed).
         intros = [i for i in self.intros if i.ready]
         state = set([i.auth_key for i in intros])
-        table, todo = self.tor.directory.table, []
-        for i in ring:
-            done, until = self._uploaded.get((period[:2], table.rsa_id(i)), (None, 0))
-            if done != state or until < now():
-                todo.append(table.relay(i))
-        if not todo or not state:
+        todo = []
+        for relay in ring:
+            known, until = self._uploaded.get((blinded, relay.rsa_id), (None, 0))
+            if state and (known != state or until < now()):
+                todo.append(relay)
+        if not todo:
             return 0, 0
-        esk, blinded, subcred = self._keys(period)
         revision = revision_counter(esk, now() - period[3])
         text = make_descriptor(esk, blinded, subcred, revision, intros, now())
-        tried, failed = len(todo), []
+        good, bad = [], []
 
         async def upload():
             while todo:
                 relay = todo.pop()
                 try:
-                    answer = await hsdir_request(
-                        self.tor, relay, "POST", "/tor/hs/3/publish", text
-                    )
-                    if answer[0] != 200:
-                        raise DirectoryError("status %d" % answer[0])
+                    await hsdir_request(self.tor, relay, "POST", "/tor/hs/3/publish", text)
                     # tor: again after one to two hours.
                     until = now() + 3600 + randbelow(3600)
-                    self._uploaded[(period[:2], relay.rsa_id)] = state, until
+                    self._uploaded[blinded, relay.rsa_id] = state, until
+                    good.append(relay)
                 except TorError as e:
-                    failed.append(relay)
+                    bad.append(relay)
                     log(INFO, "a descriptor could not be uploaded: %s", e)
 
         await asyncio.gather(*[upload() for _ in range(_UPLOADS)])
-        log(INFO, "period %d: %d descriptors of %d uploaded", period[0], tried - len(failed), tried)
-        return tried, len(failed)
+        log(INFO, "period %d: %d uploads, %d failed", period[0], len(good), len(bad))
+        return len(good), len(bad)
 
     # ── Introductions and rendezvous (3.3, 4) ──
 
     def _introduced(self, intro, body):
         t = ticks_ms()
-        grown = self._bucket + ticks_diff(t, self._filled) * self.rate
-        self._bucket, self._filled = min(grown, 8000 * self.rate), t
-        full = self._meetings >= _MAX_MEETINGS or len(self.circuits) >= _MAX_CIRCUITS
-        if full or self._bucket < 1000:
-            log(INFO, "an introduction is dropped: too many")
-            return
-        self._bucket -= 1000
+        grown = self._tokens + ticks_diff(t, self._counted) * self.rate
+        self._tokens, self._counted = min(grown, 8000 * self.rate), t
+        full = self._meetings >= _MAX_MEETINGS or self._tokens < 1000
+        if len(self.circuits) >= _MAX_CIRCUITS:
+            idle = [c for c in self.circuits if c.on_begin and not c.streams]
+            full = full or not idle
+            if not full:
+                idle[0].close()
+        if full:
+            return log(INFO, "an introduction is dropped: too many")
+        self._tokens -= 1000
         self._meetings += 1
         spawn(self._answer(intro, body))
 
     async def _answer(self, intro, body):
         try:
             circuit = await self._join(intro, body)
-        except (TorError, asyncio.TimeoutError) as e:
-            log(INFO, "an introduction came to nothing: %s", e)
-            return
+        except TorError as e:
+            return log(INFO, "an introduction came to nothing: %s", e)
         finally:
             self._meetings -= 1
-        self.circuits.add(circuit)
-        while not circuit.closed:
-            try:
-                await circuit.closing.wait(_SERVICE_IDLE_SECONDS)
-            except asyncio.TimeoutError:
-                if not circuit.streams:
-                    circuit.close()
-        self.circuits.discard(circuit)
+        self.circuits.append(circuit)
+        await close_idle(circuit)
+        self.circuits.remove(circuit)
 
     async def _join(self, intro, body):
         # Meet the client at the rendezvous point that INTRODUCE2 names.
-        subcreds = [keys[2] for keys in self._periods.values()]
+        subcreds = [period[3] for period in self._periods]
         target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
-        if any([cookie in i.seen for i in self.intros]):
-            raise ProtocolError("INTRODUCE2: the rendezvous cookie was used before")
-        intro.seen.add(cookie)
+        if any([cookie in i.cookies for i in self.intros]):
+            raise ProtocolError("its rendezvous cookie was used before")
+        intro.cookies.add(cookie)
         intro.left -= 1
         directory = self.tor.directory
         if is_private(target.address) and not directory.network.testing:
-            raise ProtocolError("INTRODUCE2: the rendezvous point has a private address")
+            raise ProtocolError("its rendezvous point has a private address")
         attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
         circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
-        await circuit.send_control(RELAY_RENDEZVOUS1, answer)
+        circuit.send(RELAY_RENDEZVOUS1, 0, answer)
         circuit.add_onion_hop(keys, True)
         circuit.on_begin = self._begin
         return circuit
@@ -5043,24 +4636,25 @@ class OnionService:
     async def _begin(self, stream, host, port):
         target = self.ports.get(port)
         if target is None:
-            # As if closed, and no second guess on this circuit.
+            # As if it had closed, and no second guess on this circuit.
             await stream.reject(END_DONE)
-            stream.circuit.close()
-        elif len(stream.circuit.streams) > _MAX_STREAMS:
-            await stream.reject(END_RESOURCELIMIT)
-        elif callable(target):
-            await stream.accept()
-            try:
+            return stream.circuit.close()
+        if len(stream.circuit.streams) > _MAX_STREAMS:
+            return await stream.reject(END_RESOURCELIMIT)
+        try:
+            if callable(target):
+                await stream.accept()
                 await target(stream, stream)
-            except Exception as e:
-                log(WARN, "the handler of port %d failed: %s: %s", port, type(e).__name__, e)
-            stream.close()
+                return stream.close()
+            if isinstance(target, str):
+                reader, writer = await asyncio.open_unix_connection(target[5:])
+            else:
+                reader, writer = await asyncio.open_connection(target[0], target[1])
+        except Exception as e:
+            severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
+            log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
+            await stream.reject(END_CONNECTREFUSED)
         else:
-            try:
-                reader, writer = await open_target(target)
-            except OSError as e:
-                log(WARN, "port %d leads to %s, which cannot be reached: %s", port, target, e)
-                return await stream.reject(END_CONNECTREFUSED)
             await stream.accept()
             await pump(stream, reader, writer)
 
@@ -5069,17 +4663,12 @@ class OnionService:
 # What programs use: AsyncTor, and on top of it the blocking Tor.
 
 CONNECT_SECONDS = 120  # tor's SocksTimeout
-PAGE_LIMIT = 1 << 26
-# END reasons after which tor asks another exit (tor-spec 6.3): MISC, RESOLVEFAILED,
-# EXITPOLICY, DESTROY, NOROUTE, HIBERNATING, RESOURCELIMIT; and TIMEOUT, our own.
+# END reasons after which tor asks another exit (tor-spec 6.3), and DESTROY and TIMEOUT.
 _ASK_ANOTHER_EXIT = (1, 2, 4, 5, 7, 8, 9, 11)
 
 
 def default_data_dir(network=None):
-    """Return the folder for state: minitor in $XDG_STATE_HOME or ~/.local/state.
-
-    For a network file it is FILE.minitor: two networks never share guards or keys.
-    """
+    """Return the folder for state; each network has its own guards and keys."""
     if network or MICROPYTHON:
         return (network + "." if network else "") + "minitor"
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -5087,7 +4676,7 @@ def default_data_dir(network=None):
 
 
 def check_target(host, port):
-    """Raise AddressError unless `host` may be a name or an address, and `port` is a port."""
+    """Raise AddressError unless `host` can be a name or an address, and `port` is a port."""
     if not 0 < len(host) < 256 or not all(c in _BASE32 + "0189-_.:" for c in host.lower()):
         raise AddressError("%r is neither a host name (in ASCII) nor an address" % host)
     if not isinstance(port, int) or not 0 < port < 65536:
@@ -5147,6 +4736,8 @@ class AsyncTor(TorCore):
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %d s" % (host, timeout))
+        except StreamError as e:
+            raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
         return stream, stream
 
     async def resolve(self, host):
@@ -5202,9 +4793,9 @@ class AsyncTor(TorCore):
         ):
             """Return the http.client.HTTPResponse to a GET, or to a POST of the bytes `data`.
 
-            `headers`: dict; `timeout`: seconds for connecting, and for each silence;
-            `context`: an ssl.SSLContext.  Redirects are followed.  TorError.
-            The response's `read` blocks: under asyncio, call it in a thread.
+            `timeout`: seconds for connecting, and for each silence; `context`: an
+            ssl.SSLContext.  Redirects are followed.  The response's `read` blocks:
+            under asyncio, call it in a thread.
             """
             loop = asyncio.get_running_loop()
 
@@ -5228,7 +4819,7 @@ if not MICROPYTHON:
 
     def _http_open(connect, url, data, headers, timeout, context):
         import http.client  # slow, and most programs never ask
-        from urllib.parse import quote, urljoin, urlsplit
+        from urllib.parse import urljoin, urlsplit
 
         plain = {"User-Agent": "Mozilla/5.0", "Connection": "close"}
         headers, sock = dict(plain, **headers or {}), None
@@ -5241,13 +4832,11 @@ if not MICROPYTHON:
                     raise AddressError("%s is no URL of http or https" % url)
                 link = http.client.HTTPConnection(host, parts.port or port)
                 link.default_port = port
-                sock = connect((host, link.port), timeout)
+                link.sock = sock = connect((host, link.port), timeout)
                 if port == 443:
                     tls = context or ssl.create_default_context()
-                    sock = tls.wrap_socket(sock, server_hostname=host)
-                link.sock = sock
+                    link.sock = sock = tls.wrap_socket(sock, server_hostname=host)
                 path = (parts.path or "/") + "?" * bool(parts.query) + parts.query
-                path = quote(path, "!$%&'()*+,/:;=?@[]")
                 link.request("GET" if data is None else "POST", path, data, headers)
                 response = link.getresponse()
                 sock.close()  # the response keeps what it needs
@@ -5266,18 +4855,29 @@ if not MICROPYTHON:
             kind = TorTimeout if isinstance(e, socket.timeout) else StreamError
             raise kind("%s: %s" % (url, e))
 
-    def _http_text(response):
+    def http_copy(response, write, limit=1 << 62):
+        """Give the body of `response`, at most `limit` bytes, to `write`; TorError."""
         with response:
             if response.status >= 400:
                 text = (response.url, response.status, response.reason)
                 raise TorError("%s: %d %s" % text)
             try:
-                body = response.read(PAGE_LIMIT)
-                if not response.length:
-                    return body.decode(response.headers.get_content_charset("utf-8"), "replace")
+                while limit > 0 and (piece := response.read(1 << 16)):
+                    write(piece)
+                    limit -= len(piece)
             except Exception as e:
                 raise StreamError("%s: %s" % (response.url, e))
-            raise StreamError("%s: %d bytes are missing" % (response.url, response.length))
+            if response.length or limit <= 0:
+                raise StreamError("%s ended early, or does not end" % response.url)
+
+    def _http_text(response):
+        pieces = []
+        http_copy(response, pieces.append, 1 << 26)
+        charset = response.headers.get_content_charset("utf-8")
+        try:
+            return b"".join(pieces).decode(charset, "replace")
+        except LookupError:
+            return b"".join(pieces).decode("utf-8", "replace")
 
     def _waiting(method):
         @functools.wraps(method)
@@ -5321,14 +4921,9 @@ if not MICROPYTHON:
             await self._stop.wait()
 
         def run(self, function, *args, **named):
-            """Call `function`, plain or a coroutine function, in Tor's event loop, and wait.
-
-            So `tor.run(service.close)` ends an onion service.
-            """
-            if threading.current_thread() is self._thread:
-                raise ConfigError("Tor's own event loop must not wait: use AsyncTor there")
-            if not self._thread.is_alive():
-                raise ConfigError("this Tor is closed")
+            """Call `function` in Tor's event loop and wait: `tor.run(service.close)`."""
+            if threading.current_thread() is self._thread or not self._thread.is_alive():
+                raise ConfigError("this Tor is closed, or would have to wait for itself")
 
             async def call():
                 try:
@@ -5367,10 +4962,11 @@ if not MICROPYTHON:
 OWN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>minitor</title>
 <body style="max-width:36em;margin:4em auto;padding:0 1em;font:1.1em/1.6 sans-serif">
 <h1>It works.</h1>
-<p>This page came to you through Tor, from an onion service that <b>minitor</b> hosts: Tor in
-one Python file, with no tor program, web server or open port behind it.</p>
-<p>To put something else here: <code>python minitor.py --serve FOLDER</code>, or
-<code>--serve PORT</code> for what listens there already."""
+<p>This page came through Tor, from an onion service hosted by <b>minitor</b>: Tor in one
+Python file.  No tor program, web server or open port stands behind it.</p>
+<p>To put something else here: <code>minitor.py --serve FOLDER</code> or
+<code>--serve PORT</code>.</p>
+"""
 
 
 def web_page(html, status="200 OK", **fields):
@@ -5486,33 +5082,18 @@ def parse_arguments(argv):
     parser = Parser("minitor", description="Tor in one Python file.", allow_abbrev=False)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--serve", nargs="?", const="", metavar="WHAT",
-        help="host an onion service: a page of its own, a PORT, HOST:PORT, unix:/PATH, a FOLDER")
-    add("--get", "--host", metavar="URL", help="fetch a URL, or an onion address, and print it")
+        help="host an onion service: a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER")
+    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the address that --serve has")
     add = parser.add_argument
-    add("-o", metavar="FILE", help="with --get: write to FILE")
-    add("--port", type=int, default=80, help="with --serve: the port visitors use (80)")
-    add("--key-dir", metavar="DIR", help="the service's key, as tor's HiddenServiceDir")
-    add("--data-dir", metavar="DIR", help="state (default: ~/.local/state/minitor)")
-    add("--network", metavar="FILE", help="another Tor network (default: $MINITOR_NETWORK)")
-    add("-v", action="count", default=0, help="say more; -vv: everything")
+    add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("--port", type=int, default=80, help="the port of the onion service (80)")
+    add("--key-dir", metavar="DIR", help="the key of the service, as tor's HiddenServiceDir")
+    add("--data-dir", metavar="DIR", help="state (~/.local/state/minitor)")
+    add("--network", metavar="FILE", help="another Tor network ($MINITOR_NETWORK)")
+    add("-v", action="count", default=0, help="say more")
     add("--version", action="version", version="minitor " + __version__)
     return parser.parse_args(argv)
-
-
-def fetch(tor, url, path):
-    """Fetch `url` to the file `path`, or to standard output."""
-    import shutil
-
-    with tor.urlopen(url) as response:
-        if response.status >= 400:
-            raise TorError("%s: %d %s" % (response.url, response.status, response.reason))
-        with open(path + ".part", "wb") if path else sys.stdout.buffer as out:
-            shutil.copyfileobj(response, out)
-        if response.length:
-            raise StreamError("%s: the last %d bytes are missing" % (url, response.length))
-    if path:
-        os.replace(path + ".part", path)
 
 
 def run_command(options):
@@ -5529,7 +5110,10 @@ def run_command(options):
     target = None if options.get else serve_target(options.serve)
     with Tor(data_dir, network, progress) as tor:
         if options.get:
-            return fetch(tor, options.get, options.o)
+            response, path = tor.urlopen(options.get), options.o
+            with open(path + ".part" if path else 1, "wb", closefd=bool(path)) as out:
+                http_copy(response, out.write)
+            return path and os.replace(path + ".part", path)
         service = tor.create_onion_service(options.port, target, options.key_dir)
         print(service.address, flush=True)
         while True:
@@ -5548,7 +5132,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130 if options.get else 0
     except Exception as e:
-        if options.v > 1 or not isinstance(e, (TorError, OSError)):
+        if options.v > 1:
             print_exception(e)
         print("minitor: %s" % e, file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1

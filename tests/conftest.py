@@ -1,6 +1,5 @@
 """What the tests share: the paths, and two private Tor networks that start when first needed."""
 
-import os
 import sys
 import threading
 from pathlib import Path

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Shows minitor at work in a private Tor network on this machine: minitor hosts a page as an onion
-# service, C tor's client (curl) opens it, and so does minitor; then minitor opens it by the API.
+# service; C tor's client (with curl) opens it, and so does minitor.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${MINITOR_NETWORK:-}" ]; then

@@ -33,15 +33,16 @@ def wait_for(condition, seconds, what="it"):
 
 
 class Program:
-    """A Python program under test: its output so far, its end."""
+    """A program under test: its output so far, its end."""
 
-    def __init__(self, arguments, env=None, cwd=None):
+    def __init__(self, arguments, env=None, cwd=None, interpreter=(sys.executable,)):
         self.arguments = [str(a) for a in arguments]
         self.files = [tempfile.TemporaryFile() for _ in range(2)]
         # Unbuffered, as the tests wait for lines.
-        environment = dict(os.environ, PYTHONUNBUFFERED="1", **(env or {}))
+        environment = dict(os.environ, **(env or {}))
+        environment["PYTHONUNBUFFERED"] = "1"
         self.process = subprocess.Popen(
-            [sys.executable] + self.arguments, stdin=subprocess.DEVNULL, stdout=self.files[0],
+            list(interpreter) + self.arguments, stdin=subprocess.DEVNULL, stdout=self.files[0],
             stderr=self.files[1], env=environment, cwd=cwd, preexec_fn=_listen_to_interrupts)
 
     @property
@@ -163,15 +164,13 @@ def curl_ok(client, url, *arguments, **named):
 
 
 def both_ways(client, base, size, folder, **named):
-    """Send `size` bytes through a C tor client and have them back; download as many others."""
+    """Send `size` bytes through a C tor client and have them back."""
     body = payload(size, 1)
     path = Path(folder) / "upload"
     path.write_bytes(body)
     back = curl_ok(client, base + "/echo", "--data-binary", "@%s" % path, "-H", "Expect:",
                    "-H", "Content-Type: application/octet-stream", **named)
     assert sha256hex(back) == sha256hex(body)
-    down = curl_ok(client, base + "/bytes/%d?seed=2" % size, **named)
-    assert sha256hex(down) == sha256hex(payload(size, 2))
 
 
 def retry(action, seconds, pause=1.0):

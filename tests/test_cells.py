@@ -5,8 +5,10 @@ handshake that C tor made); the rest by hand from tor-spec and rend-spec-v3.
 """
 
 import hashlib
+import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +111,64 @@ def test_netinfo():
 
 def test_padding_negotiate():
     assert minitor.padding_negotiate() == H("00 01 0000 0000")
+
+
+CERTS = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["certs"]
+
+
+def certs(body=None, digest=None, rsa_id=None, ed_id=None, when=None):
+    return minitor.parse_certs(
+        H(CERTS["body"]) if body is None else body,
+        digest or H(CERTS["digest"]),
+        rsa_id,
+        ed_id,
+        when or CERTS["when"],
+    )
+
+
+def test_certs_of_c_tor():
+    rsa_id, ed_id = H(CERTS["rsa"]), H(CERTS["ed"])
+    assert certs() == certs(rsa_id=rsa_id, ed_id=ed_id) == (rsa_id, ed_id)
+    for wrong in (
+        dict(digest=bytes(32)), dict(rsa_id=bytes(20)), dict(ed_id=bytes(32)),
+        dict(when=CERTS["when"] + 400 * 86400),
+    ):
+        with pytest.raises(minitor.ProtocolError):
+            certs(**wrong)
+
+
+def test_certs_refused():
+    body = H(CERTS["body"])
+    found = {}
+    reader = minitor.Reader(body)
+    for _ in range(reader.uint(1)):
+        kind = reader.uint(1)
+        found[kind] = reader.take(reader.uint(2))
+    # Type 1, the TLS link certificate of old handshakes, says nothing today.
+    assert found.pop(1) and sorted(found) == [2, 4, 5, 7]
+
+    def pack(items):
+        out = b"".join(struct.pack(">BH", k, len(v)) + v for k, v in items)
+        return bytes([len(items)]) + out
+
+    items = sorted(found.items())
+    assert certs(pack(items))
+    for i in range(4):
+        with pytest.raises(minitor.ProtocolError):
+            certs(pack(items[:i] + items[i + 1 :]))
+        with pytest.raises(minitor.ProtocolError):
+            certs(pack(items + items[i : i + 1]))
+    for n in range(0, len(body), 11):
+        with pytest.raises(minitor.ProtocolError):
+            certs(body[:n])
+    # Every bit counts, but in the X.509 certificate only those of the key.
+    key = found[2].find(H("30818902818100"))
+    for kind, first, end in ((4, 0, 140), (5, 0, 140), (7, 0, 165), (2, key, key + 140)):
+        for n in range(first, min(end, len(found[kind])), 13):
+            bad = bytearray(found[kind])
+            bad[n] ^= 4
+            with pytest.raises(minitor.ProtocolError):
+                certs(pack([(k, bytes(bad) if k == kind else v) for k, v in items]))
 
 
 # ─── circuits ───

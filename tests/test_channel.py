@@ -108,6 +108,7 @@ class FakeRelay:
         )
 
     async def serve(self, reader, writer):
+        self.writer = writer
         try:
             self.seen = await reader.readexactly(9)
             writer.write(self.greeting() if self.hello is None else self.hello)
@@ -173,8 +174,8 @@ def test_a_link_says_what_a_client_says(relay):
         (lambda r: r.certs.update({5: ed_cert(5, 3, bytes(32), r.signing)}), "TLS"),
         (lambda r: r.certs.update({5: ed_cert(5, 3, r.tls_digest, r.identity)}), "sign"),
         (lambda r: r.certs.update({5: ed_cert(5, 3, r.tls_digest, r.signing, 1e9)}), "expired"),
-        (lambda r: r.certs.update({4: r.certs[4][:-1] + b"\0"}), "signature|wrong"),
-        (lambda r: r.certs.update({7: r.crosscert(bytes(32))}), "another identity"),
+        (lambda r: r.certs.update({4: r.certs[4][:-2] + bytes([r.certs[4][-2] ^ 1]) + r.certs[4][-1:]}), "signature|wrong"),
+        (lambda r: r.certs.update({7: r.crosscert(bytes(32))}), "do not belong together"),
         (lambda r: r.certs.update({7: r.crosscert(r.ed_id, -30)}), "expired"),
         (lambda r: r.certs.update({2: self_signed(ec_key()).public_bytes(DER)}), "."),
         (lambda r: r.certs.update({2: b"\x30\x80"}), "."),
@@ -201,7 +202,7 @@ def ec_key():
 
 def test_another_relay_than_expected_is_refused(relay):
     for ids in ({"rsa_id": bytes(20)}, {"ed_id": bytes(32)}):
-        with pytest.raises(minitor.ChannelError, match="not the one"):
+        with pytest.raises(minitor.ChannelError, match="not the relay"):
             connect(relay, **ids)
 
 
@@ -257,9 +258,9 @@ def test_padding_and_unknown_cells_are_tolerated(relay):
 def test_a_link_that_breaks_takes_its_circuits_along(relay):
     async def then(channel):
         circuit = minitor.Circuit(channel)
-        extending = asyncio.ensure_future(circuit.create_fast(relay, 5))
+        extending = asyncio.ensure_future(circuit.create_fast(5))
         await asyncio.sleep(0.05)
-        channel._writer.transport.abort()
+        relay.writer.transport.abort()
         with pytest.raises(minitor.CircuitError, match="127.0.0.1"):
             await extending
 

@@ -327,7 +327,7 @@ def test_lines_and_separators():
         assert await stream.readuntil(b"\r\n\r\n") == b"two\r\n\r\n"
         far.circuit.receive(far.cell(END, stream.stream_id, b"\6"))
         assert await stream.readline() == b"rest"
-        assert stream.at_eof() and await stream.readline() == b""
+        assert await stream.readline() == b""
         with pytest.raises(EOFError):
             await stream.readexactly(1)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,14 @@ import minitor
 import pytest
 
 MINITOR = Path(__file__).resolve().parent.parent / "minitor.py"
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """`main` sets the handler of SIGTERM, for the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 async def ask_async(target, request):

@@ -4,10 +4,10 @@ Vectors: from the test suite of tor 0.4.9 (test_hs_common, test_crypto_ope, hs_i
 addresses of rend-spec-v3, and a descriptor that C tor 0.4.9.11 made, with its key.
 """
 
-import base64
 import calendar
 import hashlib
-import os
+import json
+from pathlib import Path
 
 import pytest
 
@@ -274,7 +274,7 @@ def test_descriptor_form(keys):
     assert data.startswith(b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n-")
     assert all(len(line) <= 64 for line in data.split(b"\n") if b" " not in line)
     assert data.endswith(b"\n") and data.count(b"\nsignature ") == 1
-    blob = minitor._one(minitor._desc_items(data), b"superencrypted")[1]
+    blob = minitor.one_item(minitor.document_items(data.split(b"\n")), b"superencrypted")[1]
     assert (len(blob) - 48) % 10000 == 0
     outer = minitor._unseal(blob, keys[1] + keys[2], 123456789012, minitor._OUTER)
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
@@ -316,6 +316,28 @@ def test_descriptor_bad_intro_points(keys, monkeypatch):
     data = make(keys, [Intro(1)])
     monkeypatch.undo()
     refused(data, keys, match="no usable")
+
+
+def test_descriptor_of_c_tor():
+    made = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["descriptor"]
+    key, data, when = H(made["key"]), made["text"].encode(), made["when"]
+    blinded = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+    subcred = minitor.subcredential(key, blinded)
+    found = minitor.parse_descriptor(data, blinded, subcred, when)
+    # tor's revision counter is that of a whole second in the protocol run.
+    assert found.revision == made["revision"]
+    assert minitor.revision_counter(H(made["besk"]), made["second"]) == made["revision"]
+    intros = [
+        [i.address, i.port, i.rsa_id.hex(), i.auth_key.hex(), i.enc_key.hex()]
+        for i in found.intro_points
+    ]
+    assert intros == made["intro"] and len(intros) == 3
+    # What we make is as long as what tor makes, but for the revision counter's digits.
+    again = minitor.make_descriptor(
+        H(made["besk"]), blinded, subcred, found.revision, found.intro_points, when
+    )
+    assert len(again) == len(data)
+    refused(data, (0, blinded, subcred), when + 60 * 3600, "expired")
 
 
 def test_enc_key_form():

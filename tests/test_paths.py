@@ -343,7 +343,7 @@ def test_no_path_is_a_circuit_error(clock):
         for choose in (
             lambda: paths.exit_path(80),
             lambda: paths.onion_path("rend"),
-            lambda: paths.introduction_point() and paths.onion_path("intro", Stranger()),
+            lambda: paths.onion_path("intro"),
         ):
             with pytest.raises(minitor.CircuitError):
                 choose()
@@ -446,6 +446,22 @@ def test_guards_of_another_network_are_dropped(clock, tmp_path):
     new = network(guards=30)
     guards = selector(new.table, path=path).guards
     assert len(guards.sample) == 20 and all(g.index >= 0 for g in guards.sample)
+
+
+def test_consensus_without_guards_does_not_cost_the_sample(clock):
+    net = network(guards=30)
+    paths = selector(net.table)
+    before = ids(paths.guards.sample)
+    for i in range(30):
+        net.table.flags[i] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    assert ids(paths.guards.sample) == before
+    with pytest.raises(minitor.CircuitError):
+        paths.exit_path(80)
+    for i in range(30):
+        net.table.flags[i] |= GUARD
+    paths.update(net.table, make_consensus())
+    assert ids(paths.guards.sample) == before and len(paths.exit_path(80)) == 3
 
 
 def test_unlisted_guard_returns_or_is_removed(clock):
@@ -696,7 +712,7 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
         if i != 36:
             net.table.flags[i] &= ~minitor.PROTO_HSINTRO4
     paths = selector(net.table)
-    assert paths.introduction_point().index == 36
+    assert paths.onion_path("intro")[3].index == 36
     paths.layer_two = {net.id(i): START + DAY for i in (37, 38, 39, 40)}
     assert paths.onion_path("rend")[2].index == 35
     with pytest.raises(minitor.CircuitError):

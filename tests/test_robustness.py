@@ -212,7 +212,8 @@ def consensus(key):
         )
         relays += b"a [2001:db%d::1]:9001\n" % n if n % 2 else b""
         relays += b"m %s\ns Exit Fast Guard HSDir Running Stable V2Dir Valid\n" % b64(digest)
-        relays += b"v Tor 0.4.9.11\npr FlowCtrl=1-2 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=1-5 Relay=1-4\n"
+        relays += b"v Tor 0.4.9.11\n"
+        relays += b"pr FlowCtrl=1-2 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=1-5 Relay=1-4\n"
         relays += b"w Bandwidth=%d\n" % (n * 1000)
     text = (
         b"network-status-version 3 microdesc\nvote-status consensus\nconsensus-method 33\n"
@@ -269,7 +270,7 @@ def test_ed25519_certificates(checks):
 def test_authority_certificates(checks, authority_certs):
     text, fingerprint = authority_certs
     assert len(minitor.parse_authority_certs(text, {fingerprint})) == 1
-    fuzz(lambda data: minitor.parse_authority_certs(data, {fingerprint}), text + text[:0])
+    fuzz(lambda data: minitor.parse_authority_certs(data, {fingerprint}), text)
 
 
 def read_consensus(data, fingerprint, size=10**9):
@@ -530,7 +531,7 @@ FallbackDir 127.3.0.1:80 orport=5003 id=F533C81CEF0BC0267857C99B2F471ADF249FA232
     def load_network(data):
         path.write_bytes(data)
         network = minitor.load_network(str(path))
-        network.network_id()
+        assert network.authorities
 
     fuzz(load_network, text)
 
@@ -572,9 +573,8 @@ def lzma_alone(data):
 def test_http_replies(encoding, size):
     plain = b"network-status-version 3 microdesc\n" * 50
     body = {"identity": bytes, "deflate": zlib.compress, "x-tor-lzma": lzma_alone}[encoding](plain)
-    reply = b"HTTP/1.0 200 OK\r\nDate: now\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (
-        encoding.encode(), len(body)
-    )
+    reply = b"HTTP/1.0 200 OK\r\nDate: now\r\nContent-Encoding: %s\r\n" % encoding.encode()
+    reply += b"Content-Length: %d\r\n\r\n" % len(body)
     loop = asyncio.new_event_loop()
 
     def read_reply(data):

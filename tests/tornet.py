@@ -14,7 +14,8 @@ Three authorities and nine relays start in about half a minute: two name each ot
 two share a FamilyId, one is no HSDir, one is no exit, one exits to ports 80 and 443 only, the
 others are plain.  Each has an address 127.N.0.1 of its own, from a range that no other network on
 this machine uses.  Authorities publish the same bandwidth for every relay, so that none is
-preferred, and none for themselves, so that clients use them as directories only.  Every tor
+preferred, and none for themselves, so that clients use them as directories only.  Exits resolve
+names under .test to 127.0.0.1, and no others.  Every tor
 process watches this one and ends with it (__OwningControllerProcess), even when it is killed.
 """
 
@@ -30,6 +31,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 AUTHORITIES = 3
@@ -223,6 +225,43 @@ class Service(Process):
     """A C tor that hosts an onion service: `address`, `hidden_service_dir`."""
 
 
+class NameServer:
+    """A DNS server that knows one thing: every name under .test is 127.0.0.1."""
+
+    def __init__(self):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            try:
+                query, peer = self.socket.recvfrom(2048)
+                if len(query) > 16:
+                    self.socket.sendto(self._answer(query), peer)
+            except OSError:
+                return
+
+    def _answer(self, query):
+        end = query.index(b"\0", 12) + 5
+        name, kind = query[12:end - 4].lower(), int.from_bytes(query[end - 4:end - 2], "big")
+        known = name.endswith(b"\4test\0")
+        data = socket.inet_aton("127.0.0.1") if known and kind == 1 else b""
+        # A response, recursion available, of the first question alone; 3 is "no such name".
+        head = query[:2] + bytes([0x81, 0x80 if known else 0x83, 0, 1, 0, bool(data), 0, 0, 0, 0])
+        record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + data if data else b""
+        return head + query[12:end] + record
+
+    def stop(self):
+        # Closing alone does not wake a thread that waits in recvfrom.
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.socket.close()
+
+
 class TorNet:
     """A running private network; use it as a context manager, or `stop()` it.
 
@@ -247,6 +286,7 @@ class TorNet:
         self.stopped, self.count, self.delayer = False, 0, None
         self.lock, self.base = self._take_range()
         self.dir = tempfile.mkdtemp(prefix="tornet-")
+        self.names = NameServer()
         atexit.register(self.stop)
         started = time.monotonic()
         try:
@@ -282,6 +322,7 @@ class TorNet:
         self.network_file = os.path.join(self.dir, "network")
         self.empty = os.path.join(self.dir, "empty")
         _write(self.empty, "")
+        _write(self.dir + "/resolv.conf", "nameserver 127.0.0.1:%d\n" % self.names.port)
         names = [("auth%d" % i, "authority") for i in range(AUTHORITIES)]
         for i in range(count):
             role = ROLES[i] if i < len(ROLES) else "plain"
@@ -353,7 +394,8 @@ class TorNet:
         text = self._common_text() + (
             "Nickname {0.nickname}\nAddress {0.address}\n"
             "SocksPort 0\nAddressDisableIPv6 1\nExitPolicyRejectPrivate 0\nDirCache 1\n"
-            "OutboundBindAddress {0.address}\nContactInfo none\n".format(node))
+            "ServerDNSResolvConfFile {1}/resolv.conf\n"
+            "OutboundBindAddress {0.address}\nContactInfo none\n".format(node, self.dir))
         if self.delay:
             text += "ORPort %s:%d NoListen\n" % (node.address, node.or_port)
             text += "ORPort %s:%d NoAdvertise\n" % (node.address, HIDDEN_PORT)
@@ -533,6 +575,7 @@ class TorNet:
         if self.delayer is not None:
             self.delayer.kill()
             self.delayer.communicate()
+        self.names.stop()
         shutil.rmtree(self.dir, ignore_errors=True)
         self.lock.close()
 

@@ -3,7 +3,7 @@
     adapters.py KIND NETWORK_FILE DATA_DIR
 
 KIND: minitor, tor (DATA_DIR is then the SOCKS port of a C tor), torpy, torquests.  Commands are
-lines on standard input, "get URL" or "put URL SIZE"; each is answered by a line of JSON: seconds
+lines on standard input, "get URL" or "put URL MB"; each is answered by a line of JSON: seconds
 until the first byte came, seconds in all, bytes, error.
 """
 
@@ -19,6 +19,10 @@ from urllib.parse import urlsplit
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 PIECE = 1 << 16
+
+from httptarget import payload  # noqa: E402
+
+BLOCK = payload(1000 * 1000, 3)
 
 
 def http_head(method, parts, size):
@@ -52,13 +56,20 @@ class Timed:
                 "bytes": self.size, "sha256": self.digest.hexdigest()}
 
 
-def over_socket(connect, method, url, body=b""):
+def pieces(mb):
+    """Yield what is sent of `mb` megabytes: the same one again and again."""
+    for _ in range(mb):
+        for at in range(0, len(BLOCK), PIECE):
+            yield BLOCK[at:at + PIECE]
+
+
+def over_socket(connect, method, url, mb=0):
     """Do one exchange over what `connect(host, port)` returns, with sendall and recv."""
     parts, timed = urlsplit(url), Timed()
     sock = connect(parts.hostname, parts.port or 80)
-    sock.sendall(http_head(method, parts, len(body)))
-    for at in range(0, len(body), PIECE):
-        sock.sendall(body[at:at + PIECE])
+    sock.sendall(http_head(method, parts, mb * len(BLOCK)))
+    for piece in pieces(mb):
+        sock.sendall(piece)
     while True:
         data = sock.recv(PIECE)
         if not data:
@@ -88,7 +99,7 @@ def tor(network_file, port):
                 raise OSError("SOCKS error %d" % answer[1])
         return sock
 
-    return lambda method, url, body=b"": over_socket(connect, method, url, body)
+    return lambda method, url, mb=0: over_socket(connect, method, url, mb)
 
 
 # ── minitor
@@ -103,15 +114,15 @@ def minitor(network_file, data_dir):
     asyncio.set_event_loop(loop)
     running = []
 
-    async def run(method, url, body):
+    async def run(method, url, mb):
         timed, parts = Timed(), urlsplit(url)
         if not running:
             running.append(minitor.AsyncTor(data_dir=data_dir, network=network_file))
             await running[0].start()
         reader, writer = await running[0].open_connection(parts.hostname, parts.port or 80)
-        writer.write(http_head(method, parts, len(body)))
-        for at in range(0, len(body), PIECE):
-            writer.write(body[at:at + PIECE])
+        writer.write(http_head(method, parts, mb * len(BLOCK)))
+        for piece in pieces(mb):
+            writer.write(piece)
             await writer.drain()
         while True:
             data = await reader.read(PIECE)
@@ -121,7 +132,7 @@ def minitor(network_file, data_dir):
         writer.close()
         return timed.report()
 
-    return lambda method, url, body=b"": loop.run_until_complete(run(method, url, body))
+    return lambda method, url, mb=0: loop.run_until_complete(run(method, url, mb))
 
 
 # ── torpy: knows the public network only, so its lists are replaced
@@ -160,7 +171,7 @@ def torpy(network_file, data_dir):
         def close(self):
             self.stream.close()
 
-    return lambda method, url, body=b"": over_socket(connect, method, url, body)
+    return lambda method, url, mb=0: over_socket(connect, method, url, mb)
 
 
 # ── torquests: likewise
@@ -180,14 +191,14 @@ def torquests(network_file, data_dir):
     _short_periods(bootstrap)
     running = []
 
-    def run(method, url, body=b""):
+    def run(method, url, mb=0):
         timed = Timed()
         timed.head = None
         if not running:
             Path(data_dir).mkdir(exist_ok=True)
             client = TorClient.bootstrap(config=TorConfig(cache_dir=Path(data_dir)))
             running.append(Session(tor=client))
-        response = running[0].request(method, url, data=body or None, stream=True, timeout=60)
+        response = running[0].request(method, url, data=b"".join(pieces(mb)) or None, stream=True, timeout=60)
         response.raise_for_status()
         for data in response.iter_content(PIECE):
             timed.feed(data)
@@ -208,8 +219,6 @@ def _short_periods(bootstrap):
 
 
 def main(kind, network_file, data_dir):
-    from httptarget import payload
-
     run = None
     for line in sys.stdin:
         words = line.split()
@@ -219,7 +228,7 @@ def main(kind, network_file, data_dir):
             if words[0] == "get":
                 report = run("GET", words[1])
             else:
-                report = run("POST", words[1], payload(int(words[2]), 3))
+                report = run("POST", words[1], int(words[2]))
         except Exception as e:
             report = {"error": "%s: %s" % (type(e).__name__, e)}
         print(json.dumps(report), flush=True)

@@ -108,7 +108,7 @@ class Bench:
             if kind not in self.kinds:
                 say("%s is not installed (python -m pip install '.[bench]')" % kind)
         self.digest = sha256hex(payload(self.size))
-        self.sum_digest = sha256hex(sha256hex(payload(self.size, 3)).encode())
+        self.sum_digest = sha256hex(sha256hex(payload(MB, 3) * options.size).encode())
         self.target = Target()
 
     def note(self, figure, unit, client, value):
@@ -133,8 +133,10 @@ class Bench:
                 served = cpu(service_pid) if service_pid else 0
                 down = client.ask("get %s/bytes/%d" % (base, self.size), self.size, self.digest)
                 served = cpu(service_pid) - served if service_pid else None
-                up = upload and client.ask("put %s/sum %d" % (base, self.size), 64, self.sum_digest)
-                return down, up, served, memory(client.pid)
+                most = memory(client.pid)
+                up = upload and client.ask("put %s/sum %d" % (base, self.options.size), 64,
+                                           self.sum_digest)
+                return down, up, served, most
             finally:
                 client.stop()
 

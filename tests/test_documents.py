@@ -58,7 +58,7 @@ def test_ed_cert():
         cert.check(public, when + 7200)
     with pytest.raises(minitor.ProtocolError, match="another key"):
         cert.check(key, when)
-    with pytest.raises(minitor.ProtocolError, match="type 4"):
+    with pytest.raises(minitor.ProtocolError, match="type 5"):
         minitor.parse_ed_cert(data, "certificate", 5)
 
 

@@ -457,19 +457,27 @@ class TorNet:
                     raise TorNetError("%s ended: %s%s" % (
                         node.nickname, node.log()[-2000:], _read(os.path.join(node.dir, "stdout"))))
 
-        def ready():
-            dead()
-            # Whoever is asked has a consensus with everybody in it and all microdescriptors.
-            for node in self.relays:
-                text = self.consensus(node)
-                if len(re.findall("^r ", text, re.M)) < everybody or "\ns Exit" not in text:
-                    return False
-                cache = [_read(os.path.join(node.dir, "cached-microdescs" + s)) for s in ("", ".new")]
-                if len(set(re.findall(r"^id ed25519 (\S+)", "".join(cache), re.M))) < everybody:
-                    return False
-            return True
+        def knows(node):
+            # Whoever is asked has a consensus with everybody in it, and all microdescriptors.
+            text = self.consensus(node)
+            if len(re.findall("^r ", text, re.M)) < everybody or "\ns Exit" not in text:
+                return False
+            cache = [_read(os.path.join(node.dir, "cached-microdescs" + s)) for s in ("", ".new")]
+            return len(set(re.findall(r"^id ed25519 (\S+)", "".join(cache), re.M))) >= everybody
 
-        _wait(ready, START_SECONDS, "a consensus with %d relays" % everybody, step=0.2)
+        def all_know(nodes):
+            dead()
+            return all(knows(node) for node in nodes)
+
+        what = "a consensus with %d relays" % everybody
+        _wait(lambda: all_know(self.relays[:AUTHORITIES]), START_SECONDS, what, step=0.2)
+        # Those that asked in vain ask again after longer and longer pauses, but at once when new.
+        time.sleep(1)
+        for node in self.relays[AUTHORITIES:]:
+            if not knows(node):
+                node.stop()
+                node.start()
+        _wait(lambda: all_know(self.relays), START_SECONDS, what, step=0.2)
 
     def consensus(self, node=None):
         """Return the text of the microdescriptor consensus that `node` (an authority) holds."""

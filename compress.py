@@ -45,8 +45,8 @@ PRESETS = {
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
-        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.create_connection AsyncTor.urlopen"
-        " AsyncTor.http_get TorCore._exit_circuit http_copy",
+        "AsyncTor.open_connection AsyncTor.resolve Tor.create_connection Tor.resolve Tor.urlopen"
+        " Tor.http_get TorCore._exit_circuit http_call",
     ),
     "board": (
         True,
@@ -111,6 +111,7 @@ ARGUMENTS = "key index start stop end step count sep item data n e s t r v".spli
 LETTERS = "abcdefghijklmnopqrstuvwxyz_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FRESH = STATIC + HELD + FOREIGN + [a + b for a in LETTERS for b in LETTERS]
 
+SEVERITIES = ("debug", "info", "notice", "warn", "err")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
 
@@ -310,10 +311,12 @@ def tidy(tree):
 
 
 def split(statement):
-    """Return `a, b = 1, 2` as two statements, another as it is; in a list."""
+    """Return `a, b = 1, 2` or `a, b = range(2)` as two statements, another as it is; in a list."""
     target = statement.targets[0] if isinstance(statement, ast.Assign) else None
-    if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
-        values = statement.value.elts
+    if isinstance(target, ast.Tuple):
+        values = getattr(statement.value, "elts", ())
+        if re.fullmatch(r"range\([\d, ]+\)", ast.unparse(statement.value)):
+            values = [ast.Constant(i) for i in eval(ast.unparse(statement.value))]
         if len(target.elts) == len(values) and not set(used(statement)) & set(bound(target)):
             pairs = zip(target.elts, values)
             return [ast.copy_location(ast.Assign([t], v), statement) for t, v in pairs]
@@ -690,7 +693,7 @@ def check(tree):
 
 
 class Build:
-    """A build of `source`, one of PRESETS, with more entries, and on a board logs from `least`.
+    """A build of `source`: one of PRESETS, with more entries; a board logs from `least` on.
 
     `text`: of the module; `codes`: the texts that codes stand for; `map`: what became of
     names, for tests.  Names of entries stay.
@@ -702,14 +705,12 @@ class Build:
         line = "minitor %s for %s, made by compress.py. MIT licence."
         self.banner = line % (self.version, what)
         self.what, self.map = what, {}
-        tree = ast.parse(source)
-        entries = entries.split() + list(more)
-        stay = public(tree) | set(entries)
+        tree, entries = ast.parse(source), entries.split() + list(more)
         self.codes = texts(tree)
+        tree, values = fold(tree, self.micropython, SEVERITIES.index(least))
         cut(tree, [path for path in cuts.split() if path not in more])
+        stay = public(tree) | set(entries)
         if self.micropython:
-            severities = "debug info notice warn err".split()
-            tree, values = fold(tree, True, severities.index(least))
             if SHORTER[0] not in more:
                 self._cut_text(tree)
             tree = check(Shake(encode(tree, self.codes), entries).result())
@@ -719,7 +720,7 @@ class Build:
             self.map = {"names": names, "attributes": attributes, "values": values}
             self.text = ast.unparse(tree)
         else:
-            tree = check(Shake(fold(tree, False)[0], entries).result())
+            tree = check(Shake(tree, entries).result())
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_text(self, tree):
@@ -791,8 +792,7 @@ def arguments(argv):
     add("--for", dest="what", action="append", choices=sorted(PRESETS), help="what for (all)")
     add("--entry", nargs="+", default=[], metavar="NAME", help="keep this, and its name, as well")
     add("--arch", action="append", choices=ARCHITECTURES, help="which .mpy (all)")
-    add("--severity", default="notice", choices="debug info notice warn err".split(),
-        help="the least that a board logs (notice)")  # fmt: skip
+    add("--severity", default="notice", choices=SEVERITIES, help="which logs stay (notice)")
     add("--source", type=Path, default=SOURCE, metavar="FILE", help="instead of minitor.py")
     add("-o", type=Path, default=Path("build"), metavar="FOLDER", help="where to (build)")
     add("--codes", type=Path, metavar="FILE", help="write the texts that codes stand for (JSON)")

@@ -35,8 +35,8 @@ if MICROPYTHON:
     import gc
     import tls
 
-    # Collected often, what lives long stays together, and large pieces find room.
-    gc.threshold(65536)
+    # Collected early, what lives long stays together, and large pieces find room.
+    gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
     # MicroPython counts from 1970 on Unix and from 2000 on a chip.
     _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
@@ -1627,9 +1627,8 @@ def _allows(policy, port):
     return int(word == b"reject")
 
 
-# ═══ 8. Cells and handshakes ════════════════════════════════════════════════
-# Cells, relay messages, the link's certificates, and the handshakes ntor,
-# CREATE_FAST and hs-ntor (tor-spec 3 to 6, rend-spec-v3 3 and 4).
+# === 8. Cells and handshakes ================================================
+# Bodies of cells and relay messages, and the handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
@@ -1637,65 +1636,74 @@ VPADDING, CERTS, AUTH_CHALLENGE = 128, 129, 130
 
 RELAY_BEGIN, RELAY_DATA, RELAY_END, RELAY_CONNECTED, RELAY_SENDME = range(1, 6)
 RELAY_TRUNCATED, RELAY_DROP, RELAY_RESOLVE, RELAY_RESOLVED, RELAY_BEGIN_DIR = range(9, 14)
-RELAY_EXTEND2, RELAY_EXTENDED2 = 14, 15
+RELAY_EXTEND2, RELAY_EXTENDED2, RELAY_DATA_MAX = 14, 15, 498
 RELAY_ESTABLISH_INTRO, RELAY_ESTABLISH_RENDEZVOUS, RELAY_INTRODUCE1 = range(32, 35)
 RELAY_INTRODUCE2, RELAY_RENDEZVOUS1, RELAY_RENDEZVOUS2 = range(35, 38)
 RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = range(38, 41)
 
-RELAY_DATA_MAX = 498
-
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
-    "no reason|no reason given|host not found|connection refused|forbidden by the exit's policy|"
-    "circuit destroyed|closed|timeout|no route to the host|relay hibernates|internal error|"
-    "relay lacks resources|connection reset|protocol error|relay is no directory"
+    "no reason|no reason given|host not found|connection refused|against the exit's policy|"
+    "circuit destroyed|closed|timeout|no route|relay hibernates|internal error|"
+    "out of resources|connection reset|protocol error|relay is no directory"
 ).split("|")
 DESTROY_REASONS = (
     "no reason given|protocol error|internal error|as requested|relay hibernates|"
-    "relay lacks resources|next relay not reachable|next relay has another identity|"
-    "link between relays closed|too old|timeout|destroyed further on|no such service"
+    "out of resources|next relay not reachable|next relay is another|link closed|too old|"
+    "timeout|destroyed further on|no such service"
 ).split("|")
 END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 
 
 def reason_text(reasons, number):
-    """Return the words for `number` of END_REASONS or DESTROY_REASONS."""
+    """Return the words for `number` in one of the tables above."""
     return reasons[number] if number < len(reasons) else "unknown reason %d" % number
 
 
+def require(good, text):
+    """Raise ProtocolError(text) unless `good`."""
+    if not good:
+        raise ProtocolError(text)
+
+
+def decimal(text, least, most):
+    """Return the number in `text` (bytes); ProtocolError unless in [least, most]."""
+    digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
+    require(digits and least <= int(text) <= most, "bad number")
+    return int(text)
+
+
 def cell(circ_id, command, body=b""):
-    """Return a whole cell, 514 bytes or variable, of link protocol 4 or 5 (tor-spec 3)."""
-    if command == VERSIONS or command >= 128:
-        head = ">HBH" if command == VERSIONS else ">IBH"
-        return struct.pack(head, circ_id, command, len(body)) + body
+    """Return a cell of fixed length, 514 bytes (tor-spec 3)."""
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-# ── Addresses and link specifiers ──
+def _tagged(r, size):
+    # A count, then [(type, value)], with lengths of `size` bytes.
+    return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
 
 
 def address_bytes(text):
-    """Return the 4 bytes of an IPv4 address, or b"" where `text` is none."""
-    parts = text.split(".")
-    if len(parts) != 4 or not all([p and not p.strip("0123456789") for p in parts]):
+    """Return the 4 bytes of an IPv4 address, or b""."""
+    try:
+        parts = [decimal(part, 0, 255) for part in text.encode().split(b".")]
+    except ProtocolError:
         return b""
-    numbers = [int(p) for p in parts]
-    return bytes(numbers) if max(numbers) < 256 else b""
+    return bytes(parts) if len(parts) == 4 else b""
 
 
 def address_text(data):
-    """Return the text of an address of 4 or 16 bytes."""
+    """Return an address of 4 or 16 bytes as text."""
     if len(data) == 4:
         return "%d.%d.%d.%d" % tuple(data)
     return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
 
 
 def is_private(address):
-    """Tell whether an IPv4 address (text) is not on the public Internet (RFC 6890)."""
+    """Return whether an IPv4 address (text) is not a public one (RFC 6890)."""
     a, b = address_bytes(address)[:2]
-    return a in (0, 10, 127) or a > 223 or (a, b >> 4) == (172, 1) or (
-        (a, b >> 6) == (100, 1) or (a, b) in ((169, 254), (192, 168))
-    )
+    block = a, b & {100: 0xC0, 172: 0xF0}.get(a, 0xFF)
+    return a > 223 or block in ((100, 64), (169, 254), (172, 16), (192, 168)) or a in (0, 10, 127)
 
 
 class Target:
@@ -1704,91 +1712,78 @@ class Target:
 
 def link_specifiers(relay):
     """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target, count first."""
-    found = getattr(relay, "specifiers", None)
-    return found or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
+    return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
 
 
-def parse_link_specifiers(reader, ntor_key):
-    """Take link specifiers, count first, from `reader`; return a Target."""
-    start, found = reader.at, {}
-    for _ in range(reader.uint(1)):
-        kind = reader.uint(1)
-        found[kind] = reader.take(reader.uint(1))
-    if [len(found.get(kind, b"")) for kind in (0, 2, 3)] != [6, 20, 32]:
-        raise ProtocolError("link specifiers lack an identity or an IPv4 address")
-    t = Target()
+def parse_link_specifiers(r, ntor_key):
+    """Take link specifiers, count first, from the Reader `r`; return a Target."""
+    start, t, pairs = r.at, Target(), _tagged(r, 1)
+    t.specifiers = bytes(r.data[start : r.at])
+    # Relays take the first address.  In EXTEND2 88 bytes follow.
+    found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
+    sizes = [len(found.get(kind, b"")) for kind in (0, 2, 3)]
+    good = sizes == [6, 20, 32] and len(ids) == 2 and len(t.specifiers) <= RELAY_DATA_MAX - 88
+    require(good, "unusable link specifiers")
     t.address, t.port = address_text(found[0][:4]), int.from_bytes(found[0][4:], "big")
     t.rsa_id, t.ed_id, t.ntor_key = found[2], found[3], ntor_key
-    t.specifiers = bytes(reader.data[start : reader.at])
     return t
 
 
-# ── Link handshake (tor-spec 4) ──
-
-
 def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
-    """Verify a CERTS cell whole (tor-spec 4.2); return the relay's identities (rsa_id, ed_id).
+    """Verify CERTS whole (tor-spec 4.2); return the relay's (rsa_id, ed_id).
 
     `tls_cert_sha256`: of the certificate seen; `rsa_id`, `ed_id`: what is expected, or None.
     """
-    reader, certs = Reader(body, "CERTS"), {}
-    for _ in range(reader.uint(1)):
-        kind = reader.uint(1)
-        if kind in certs:
-            raise ProtocolError("CERTS: a certificate comes twice")
-        certs[kind] = reader.take(reader.uint(2))
-    if not all([kind in certs for kind in (2, 4, 5, 7)]):
-        raise ProtocolError("CERTS: a certificate is missing")
+    pairs = _tagged(Reader(body, "CERTS"), 2)
+    certs = dict(pairs)
+    good = len(certs) == len(pairs) and all([kind in certs for kind in (2, 4, 5, 7)])
+    require(good, "CERTS: a certificate is missing, or comes twice")
     signing = parse_ed_cert(certs[4], "signing key certificate", 4)
     link = parse_ed_cert(certs[5], "TLS link certificate", 5)
     signing.check(None, when)
     link.check(signing.key, when)
-    if (signing.key_type, link.key_type, link.key) != (1, 3, tls_cert_sha256):
-        raise ProtocolError("CERTS: the TLS certificate is not the relay's")
-    # Of the X.509 certificate only the key counts, always of 1024 bits: the cross-certificate
-    # shows that the relay holds it.
+    good = (signing.key_type, link.key_type, link.key) == (1, 3, tls_cert_sha256)
+    require(good, "CERTS: the TLS certificate is not the relay's")
+    # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
-    key = certs[2][at : at + 140] if at >= 0 else b""
+    key = certs[2][at : at + 140]
     identity = parse_crosscert(certs[7], rsa_public_key(key), when)
-    if identity != signing.signing_key:
-        raise ProtocolError("CERTS: the identities do not belong together")
-    if rsa_id not in (None, sha1(key)) or ed_id not in (None, identity):
-        raise ProtocolError("CERTS: not the relay that was expected")
+    require(identity == signing.signing_key, "CERTS: its identities do not belong together")
+    good = rsa_id in (None, sha1(key)) and ed_id in (None, identity)
+    require(good, "CERTS: not the relay that was expected")
     return sha1(key), identity
 
 
 def netinfo(peer_address):
-    """Return a client's NETINFO: no time, the peer's address (text), none of our own."""
+    """Return a client's NETINFO (tor-spec 4.5): the peer's address, no time, no own address."""
     return b"\0\0\0\0\4\4%s\0" % address_bytes(peer_address)
 
 
 def parse_netinfo(body):
-    """Return (seconds since 1970, our address in bytes) as the relay sees them."""
-    reader = Reader(body, "NETINFO")
-    return reader.uint(4), reader.take(1) and reader.take(reader.uint(1))
+    """Return the relay's time (seconds since 1970) and our address (bytes)."""
+    r = Reader(body, "NETINFO")
+    return r.uint(4), r.take(1) and r.take(r.uint(1))
 
 
 def padding_negotiate():
-    """Return PADDING_NEGOTIATE that turns padding off (padding-spec 2.2)."""
+    """Return PADDING_NEGOTIATE that stops padding (padding-spec 2.2)."""
     return b"\0\1\0\0\0\0"
 
-
-# ── Circuits: CREATE2, EXTEND2, ntor (tor-spec 5.1) ──
 
 _NTOR = b"ntor-curve25519-sha256-1"
 
 
 def create2(onionskin):
-    """Return CREATE2 with an ntor onionskin."""
-    return struct.pack(">HH", 2, len(onionskin)) + onionskin
+    """Return CREATE2 with the 84 bytes of an ntor onionskin."""
+    return b"\0\2\0\x54" + onionskin
 
 
 def parse_created2(body):
     """Return the reply in CREATED2 or EXTENDED2."""
-    reader = Reader(body, "CREATED2")
-    return reader.take(reader.uint(2))
+    r = Reader(body, "CREATED2")
+    return r.take(r.uint(2))
 
 
 def extend2(relay, onionskin):
@@ -1796,8 +1791,14 @@ def extend2(relay, onionskin):
     return link_specifiers(relay) + create2(onionskin)
 
 
+def _split(reply, size):
+    # A relay's public value, and what authenticates it.
+    r = Reader(reply, "handshake")
+    return r.take(size), r.take(size)
+
+
 def ntor_start(rsa_id, B):
-    """Begin ntor (5.1.4): (state, onionskin)."""
+    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return (state, onionskin)."""
     x, X = x25519_keypair()
     return (rsa_id, B, x, X), rsa_id + B + X
 
@@ -1805,62 +1806,51 @@ def ntor_start(rsa_id, B):
 def ntor_finish(state, reply):
     """Check the relay's reply; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
     rsa_id, B, x, X = state
-    reader = Reader(reply, "ntor reply")
-    Y, auth = reader.take(32), reader.take(32)
+    Y, auth = _split(reply, 32)
     secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
     verify = hmac_sha256(_NTOR + b":verify", secret)
     mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
-    if not consteq(mac, auth):
-        raise ProtocolError("ntor: the relay does not hold its onion key")
+    require(consteq(mac, auth), "ntor: the relay does not hold its onion key")
     return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
 
 def fast_finish(x, reply):
-    """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (5.1.3)."""
-    reader = Reader(reply, "CREATED_FAST")
-    secret, kh = x + reader.take(20), reader.take(20)
-    k = b"".join([sha1(secret + bytes([i])) for i in range(5)])
-    if not consteq(k[:20], kh):
-        raise ProtocolError("CREATED_FAST: the key hash is wrong")
+    """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (tor-spec 5.1.3)."""
+    y, kh = _split(reply, 20)
+    k = b"".join([sha1(x + y + bytes([i])) for i in range(5)])
+    require(consteq(k[:20], kh), "CREATED_FAST: the key hash is wrong")
     return k[20:92] + kh
 
 
-# ── Streams (tor-spec 6.2 to 6.4) ──
-
-
-def begin(host, port, flags=0):
-    """Return BEGIN; `host` is "" on an onion service's circuit."""
+def begin(host, port, flags):
+    """Return BEGIN (tor-spec 6.2); `host` is "" for an onion service."""
     return b"%s:%d\0" % (host.encode(), port) + (flags.to_bytes(4, "big") if flags else b"")
 
 
 def parse_begin(body):
-    """Return (host, port) of a BEGIN."""
+    """Return (host, port) of BEGIN."""
     text, end, _ = body.partition(b"\0")
     host, colon, port = text.rpartition(b":")
-    digits = 0 < len(port) < 6 and not port.strip(b"0123456789")
-    if not (end and colon and digits) or not 0 < int(port) < 65536 or max(host or b"0") > 126:
-        raise ProtocolError("bad BEGIN")
-    return host.decode(), int(port)
+    require(end and colon and max(host or b"0") < 127, "bad BEGIN")
+    return host.decode(), decimal(port, 1, 65535)
 
 
 def parse_resolved(body):
-    """Return [(type, value)] of a RESOLVED: types 4 and 6 are addresses (text)."""
-    reader, answers = Reader(body, "RESOLVED"), []
-    while reader.left():
-        kind = reader.uint(1)
-        value = reader.take(reader.uint(1))
-        reader.take(4)
+    """Return [(type, value)] of RESOLVED (tor-spec 6.4): types 4 and 6 are addresses (text)."""
+    r, answers = Reader(body, "RESOLVED"), []
+    while r.left():
+        kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         if kind in (4, 6):
-            if len(value) not in (4, 16):
-                raise ProtocolError("bad RESOLVED")
+            require(len(value) == (4 if kind == 4 else 16), "bad RESOLVED")
             value = address_text(value)
         answers.append((kind, value))
     return answers
 
 
-# ── Onion services: messages and hs-ntor (rend-spec-v3 3 and 4) ──
+# rend-spec-v3 3 and 4.  `intro` is an introduction point, with `auth_key` and `enc_key`.
 
 _HS = b"tor-hs-ntor-curve25519-sha3-256-1"
+_EXTRACT, _EXPAND = _HS + b":hs_key_extract", _HS + b":hs_key_expand"
 _AUTH = b"\2\0\x20"
 
 
@@ -1876,145 +1866,117 @@ def establish_intro(seed, auth_key, kh):
     return data + b"\0\x40" + ed25519_sign(seed, b"Tor establish-intro cell v1" + data)
 
 
-def _intro_keys(exp, X, intro, subcredential):
-    # ENC_KEY and MAC_KEY of INTRODUCE1 (3.3.2).
-    secret = exp + intro.auth_key + X + intro.enc_key + _HS + _HS + b":hs_key_extract"
-    keys = shake256(secret + _HS + b":hs_key_expand" + subcredential, 64)
+def _intro_keys(exp, X, intro, subcred):
+    # ENC_KEY and MAC_KEY (3.3.2).
+    secret = exp + intro.auth_key + X + intro.enc_key + _HS
+    keys = shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
     return keys[:32], keys[32:]
 
 
-def hs_ntor_client_intro(intro, subcredential, cookie, relay):
-    """Return (state, INTRODUCE1) for `intro`, an introduction point (3.2, 3.3).
-
-    `cookie`: 20 bytes; `relay`: the rendezvous point.
-    """
-    x, X = x25519_keypair()
-    enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcredential)
-    head = bytes(20) + _AUTH + intro.auth_key + b"\0"
-    plain = cookie + b"\0\1\0\x20" + relay.ntor_key + link_specifiers(relay)
-    plain += bytes(max(0, 246 - len(head) - len(plain)))
-    body = head + X + AesCtr(enc_key).crypt(plain)
-    return (x, X, intro), body + hs_mac(mac_key, body)
-
-
 def _rend_keys(secret, intro, X, Y):
-    # AUTH_INPUT_MAC, and Df, Db, Kf, Kb of the rendezvous (3.3, 4.2).
-    secret += intro.auth_key + intro.enc_key + X + Y + _HS
-    verify = hs_mac(secret, _HS + b":hs_verify")
-    auth = verify + intro.auth_key + intro.enc_key + Y + X + _HS + b"Server"
-    seed = hs_mac(secret, _HS + b":hs_key_extract")
-    return hs_mac(auth, _HS + b":hs_mac"), shake256(seed + _HS + b":hs_key_expand", 128)
+    # AUTH_INPUT_MAC; Df, Db, Kf, Kb of the rendezvous (3.3.2, 4.2).
+    ids = intro.auth_key + intro.enc_key
+    secret += ids + X + Y + _HS
+    auth = hs_mac(secret, _HS + b":hs_verify") + ids + Y + X + _HS + b"Server"
+    return hs_mac(auth, _HS + b":hs_mac"), shake256(hs_mac(secret, _EXTRACT) + _EXPAND, 128)
+
+
+def hs_ntor_client_intro(intro, subcred, cookie, relay):
+    """Return (state, INTRODUCE1) to meet at `relay` with `cookie`, 20 bytes (3.2, 3.3)."""
+    x, X = x25519_keypair()
+    enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
+    plain = cookie + b"\0\1\0\x20" + relay.ntor_key + link_specifiers(relay)
+    # tor's are at least 310 bytes long.
+    plain += bytes(max(0, 190 - len(plain)))
+    body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(enc_key).crypt(plain)
+    return (x, X, intro), body + hs_mac(mac_key, body)
 
 
 def hs_ntor_client_finish(state, reply):
     """Check RENDEZVOUS2; return Df, Db, Kf, Kb of 32 bytes each."""
     x, X, intro = state
-    reader = Reader(reply, "RENDEZVOUS2")
-    Y, auth = reader.take(32), reader.take(32)
+    Y, auth = _split(reply, 32)
     mac, keys = _rend_keys(x25519(x, Y) + x25519(x, intro.enc_key), intro, X, Y)
-    if not consteq(mac, auth):
-        raise ProtocolError("RENDEZVOUS2: the service does not hold its keys")
+    require(consteq(mac, auth), "RENDEZVOUS2: the service does not hold its keys")
     return keys
 
 
-def _skip_extensions(reader):
-    for _ in range(reader.uint(1)):
-        reader.take(1)
-        reader.take(reader.uint(1))
+def hs_ntor_service(intro, b, subcreds, body):
+    """Open INTRODUCE2 by the secret `b` of `intro` and one of the subcredentials (3.3).
 
-
-def hs_ntor_service(intro, b, subcredentials, body):
-    """Open INTRODUCE2 at `intro` by its secret `b` and one of the subcredentials.
-
-    Returns (rendezvous point as a Target, cookie, RENDEZVOUS1, 128 bytes of keys).
+    Returns the rendezvous point (a Target), cookie, RENDEZVOUS1 and keys as the client has.
     """
-    reader = Reader(body, "INTRODUCE2")
-    if reader.take(55)[20:] != _AUTH + intro.auth_key:
-        raise ProtocolError("INTRODUCE2: not for this introduction point")
-    _skip_extensions(reader)
-    X = reader.take(32)
-    cipher, mac = reader.take(max(0, reader.left() - 32)), reader.take(32)
+    r = Reader(body, "INTRODUCE2")
+    require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
+    _tagged(r, 1)
+    X = r.take(32)
+    cipher, mac = r.take(max(0, r.left() - 32)), r.take(32)
     exp = x25519(b, X)
-    for subcredential in subcredentials:
-        enc_key, mac_key = _intro_keys(exp, X, intro, subcredential)
+    for subcred in subcreds:
+        enc_key, mac_key = _intro_keys(exp, X, intro, subcred)
         if consteq(hs_mac(mac_key, body[:-32]), mac):
             break
     else:
         raise ProtocolError("INTRODUCE2: the MAC is wrong")
-    reader = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
-    cookie = reader.take(20)
-    _skip_extensions(reader)
-    if reader.take(3) != b"\1\0\x20":
-        raise ProtocolError("INTRODUCE2: unknown kind of onion key")
-    target = parse_link_specifiers(reader, reader.take(32))
+    r = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
+    cookie = r.take(20)
+    _tagged(r, 1)
+    require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
+    target = parse_link_specifiers(r, r.take(32))
     y, Y = x25519_keypair()
     auth, keys = _rend_keys(x25519(y, X) + exp, intro, X, Y)
-    # As long as tor's, which is as long as the older version's.
+    # As long as tor's.
     return target, cookie, cookie + Y + auth + urandom(84), keys
 
 
-# ═══ 9. Onion addresses and descriptors ═════════════════════════════════════
-# Addresses, time periods, blinded keys, the hash ring, and descriptors, made
-# and read (rend-spec-v3 1, 2 and 6, and its appendix F).
-
-
-def _int8(n):
-    return struct.pack(">Q", n)
+# === 9. Onion addresses and descriptors =====================================
+# Addresses, time periods, the hash ring, descriptors (rend-spec-v3 1, 2, 6, appendices A, F).
 
 
 def onion_address(key):
-    """Return the address, with ".onion", of a service's public identity key (32 bytes)."""
-    checksum = sha3_256(b".onion checksum" + key + b"\x03")[:2]
-    return b32encode(key + checksum + b"\x03") + ".onion"
+    """Return the address, with ".onion", of a public identity key (32 bytes)."""
+    checksum = sha3_256(b".onion checksum" + key + b"\3")[:2]
+    return b32encode(key + checksum + b"\3") + ".onion"
 
 
 def parse_onion_address(text):
-    """Return the public identity key (32 bytes) in an address, with subdomains or without.
+    """Return the public identity key (32 bytes) in an address, subdomains aside.
 
-    Raises AddressError, for a key with a torsion component too.
+    AddressError if it is none, or its key has a torsion component.
     """
-    labels = text.lower().rstrip(".").split(".")
-    if len(labels) < 2 or labels[-1] != "onion" or len(labels[-2]) != 56:
+    name = ".".join(text.lower().rstrip(".").split(".")[-2:])
+    if len(name) != 62 or name[56:] != ".onion":
         raise AddressError("%s is not an onion address: 56 characters and .onion" % text)
     try:
-        key = b32decode(labels[-2])[:32]
-        if onion_address(key) == labels[-2] + ".onion" and ed25519_valid(key):
+        key = b32decode(name[:56])[:32]
+        if onion_address(key) == name and ed25519_valid(key):
             return key
     except ProtocolError:
         pass
     raise AddressError("%s is mistyped: its checksum or key is wrong" % text)
 
 
-# ─── time periods, blinded keys, hash ring (2.1 to 2.3) ───
-
-
 def time_periods(consensus, testing):
-    """Return the time periods at the consensus's valid-after: (first, second, fetch).
+    """Return the time periods at the consensus's valid-after (2.2.1).
 
-    A service publishes for the first and the second, clients fetch by the third, which is
-    one of them.  Each is (number, length in minutes, shared random value, start of the
-    protocol run that made the value).  `testing`: in a TestingTorNetwork a period is as
-    long as a protocol run.
+    The first and the second are a service's, the third, one of them, is the clients'.  Each is
+    (number, minutes, shared random value, start of the value's protocol run).  `testing`: in
+    a TestingTorNetwork a period is as long as a run.
     """
     after = consensus.valid_after
     interval = max(1, consensus.fresh_until - after)
-    length = consensus.param("hsdir_interval", 1440, 5, 14400)
-    if testing:
-        length = max(1, 24 * interval // 60)
-    offset = 12 * interval // 60
+    offset, run = 12 * interval, 24 * interval
+    length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
-    number = (after // 60 - offset) // length
-    rotation = ((start // 60 - offset) // length + 1) * length * 60 + 12 * interval
-    rotated = after >= rotation
-    if rotated:
-        number -= 1
+    number, next_number = [(t // 60 - offset // 60) // length + 1 for t in (after, start)]
+    rotated = after >= next_number * length * 60 + offset
 
     def period(number, value, start):
-        disaster = b"shared-random-disaster" + _int8(length) + _int8(number)
+        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, number)
         return number, length, value or sha3_256(disaster), start
 
-    first = period(number, consensus.srv_previous, start - 24 * interval)
-    second = period(number + 1, consensus.srv_current, start)
+    first = period(number - 1 - rotated, consensus.srv_previous, start - run)
+    second = period(number - rotated, consensus.srv_current, start)
     return first, second, second if rotated else first
 
 
@@ -2025,9 +1987,9 @@ _BASEPOINT = (
 
 
 def blinding_param(key, period):
-    """Return the hash that blinds an identity key in `period` (appendix A.2)."""
-    nonce = b"key-blind" + _int8(period[0]) + _int8(period[1])
-    return sha3_256(b"Derive temporary signing key\x00" + key + _BASEPOINT + nonce)
+    """Return the hash that blinds an identity key in `period` (A.2)."""
+    nonce = b"key-blind" + struct.pack(">QQ", period[0], period[1])
+    return sha3_256(b"Derive temporary signing key\0" + key + _BASEPOINT + nonce)
 
 
 def subcredential(key, blinded):
@@ -2036,52 +1998,48 @@ def subcredential(key, blinded):
 
 
 def hs_index(blinded, replica, period):
-    """Return the place on the ring of the descriptor of replica 1, 2, …"""
-    tail = _int8(replica) + _int8(period[1]) + _int8(period[0])
-    return sha3_256(b"store-at-idx" + blinded + tail)
+    """Return the place of replica 1, 2, ... on the ring (2.2.3)."""
+    place = struct.pack(">QQQ", replica, period[1], period[0])
+    return sha3_256(b"store-at-idx" + blinded + place)
 
 
 def hsdir_index(ed_id, period):
-    """Return the place on the ring of a directory."""
-    return sha3_256(b"node-idx" + ed_id + period[2] + _int8(period[0]) + _int8(period[1]))
+    """Return a directory's place on the ring."""
+    return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", period[0], period[1]))
 
 
 def hsdir_ring(table, consensus, blinded, period, store):
-    """Return the indexes of the directories to store a descriptor at, or to fetch it from."""
+    """Return the indexes of the directories where to store, or to fetch, a descriptor."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
     name, default = ("hsdir_spread_store", 4) if store else ("hsdir_spread_fetch", 3)
     spread = consensus.param(name, default, 1, 128)
-    starts = [hs_index(blinded, replica, period) for replica in range(1, replicas + 1)]
+    starts = [hs_index(blinded, n + 1, period) for n in range(replicas)]
     places = [(int.from_bytes(start, "big"), []) for start in starts]
-    keep, needed = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE
+    keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
     for i, flags, _, _ in table.scan():
-        if flags & needed != needed:
-            continue
-        at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
-        for start, nearest in places:
-            distance = at - start + (at < start and 1 << 256)
-            if len(nearest) < keep or distance < nearest[-1][0]:
-                nearest.append((distance, i))
-                nearest.sort()
-                del nearest[keep:]
-    found = []
+        if flags & needed == needed:
+            at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
+            for start, nearest in places:
+                nearest.append((at - start + (at < start and 1 << 256), i))
+                if len(nearest) > 2 * keep:
+                    nearest[:] = sorted(nearest)[:keep]
     for _, nearest in places:
         # A replica skips what an earlier one took.
-        found += [i for _, i in nearest if i not in found][:spread]
+        found += [i for _, i in sorted(nearest) if i not in found][:spread]
     return found
 
 
 def revision_counter(esk, seconds):
-    """Return a descriptor's revision counter, as tor makes it (appendix F).
+    """Return a revision counter as tor makes it (F.2).
 
-    `esk`: the blinded secret key; `seconds`: since the protocol run of the period began.
+    `esk`: the blinded secret key; `seconds`: since the period's protocol run began.
     """
-    # tor hashes the closing zero of its C string, too.
+    # tor hashes the zero that ends its string, too.
     return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
 
 
 def ope_encrypt(key, n):
-    """Encrypt `n` so that order is preserved: the sum of n numbers of a key stream."""
+    """Return the sum of the first `n` numbers of a key stream."""
     total = n = min(max(n, 1), 1 << 18)
     cipher = AesCtr(key)
     for at in range(0, n, 256):
@@ -2090,13 +2048,9 @@ def ope_encrypt(key, n):
     return total
 
 
-# ─── descriptors (2.4, 2.5) ───
-
-
 def make_ed_cert(kind, key, when, esk, public):
     """Return a certificate (cert-spec 2.1) of `kind` for `key`, good for 54 hours."""
-    head = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1)
-    body = head + key + b"\1\0\x20\4\0" + public
+    body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign_expanded(esk, public, body)
 
 
@@ -2106,8 +2060,8 @@ def _base64(data):
 
 def _armour(label, data):
     text = _base64(data)
-    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
-    return b"-----BEGIN %s-----\n%s\n-----END %s-----" % (label, b"\n".join(lines), label)
+    lines = b"\n".join([text[i : i + 64] for i in range(0, len(text), 64)])
+    return b"-----BEGIN %s-----\n%s\n-----END %s-----" % (label, lines, label)
 
 
 def _enc_key_ed(u):
@@ -2117,97 +2071,90 @@ def _enc_key_ed(u):
     return ((u - 1) * pow(u + 1, p - 2, p) % p).to_bytes(32, "little")
 
 
-def _layer(salt, secret, revision, label):
-    # The cipher of one layer, and the first input of its MAC (2.5.3).
-    keys = shake256(secret + _int8(revision) + salt + label, 80)
-    return AesCtr(keys[:32], keys[32:48]), _int8(32) + keys[48:] + _int8(16) + salt
-
-
-def _seal(plain, secret, revision, label):
-    salt = urandom(16)
-    cipher, prefix = _layer(salt, secret, revision, label)
-    data = cipher.crypt(plain)
-    return _armour(b"MESSAGE", salt + data + sha3_256(prefix + data))
-
-
-def _unseal(blob, secret, revision, label):
-    cipher, prefix = _layer(blob[:16], secret, revision, label)
-    if len(blob) < 49 or not consteq(sha3_256(prefix + blob[16:-32]), blob[-32:]):
-        return None
-    return cipher.crypt(blob[16:-32]).partition(b"\x00")[0]
-
-
 _OUTER, _INNER = b"hsdir-superencrypted-data", b"hsdir-encrypted-data"
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
-    """Return a descriptor, ready to be published.
+def _layer(salt, secret, label):
+    # The cipher of a layer; the function from salt and ciphertext to the MAC (2.5.3).
+    keys = shake256(secret + salt + label, 80)
+    return AesCtr(keys[:32], keys[32:48]), lambda data: hs_mac(keys[48:], bytes(7) + b"\x10" + data)
 
-    `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets with `auth_key`
+
+def _seal(plain, secret, label):
+    salt = urandom(16)
+    cipher, mac = _layer(salt, secret, label)
+    data = salt + cipher.crypt(plain)
+    return _armour(b"MESSAGE", data + mac(data))
+
+
+def _unseal(blob, secret, label):
+    # None where the MAC is wrong.
+    cipher, mac = _layer(blob[:16], secret, label)
+    good = len(blob) > 48 and consteq(mac(blob[:-32]), blob[-32:])
+    return cipher.crypt(blob[16:-32]).partition(b"\0")[0] if good else None
+
+
+def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
+    """Return a descriptor to publish (2.4, 2.5).
+
+    `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets, with `auth_key`
     and `enc_key`; `when`: now.
     """
-    seed = urandom(32)
+    seed, secret = urandom(32), blinded + subcred + struct.pack(">Q", revision)
     signer, public = ed25519_expand(seed), ed25519_public(seed)
-    secret = blinded + subcred
 
-    def cert(kind, key):
-        return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, signer, public))
+    def cert(kind, key, esk=signer, by=public):
+        return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
 
-    lines = [b"create2-formats 2"]
-    for intro in intro_points:
-        lines += [
-            b"introduction-point " + _base64(link_specifiers(intro)),
-            b"onion-key ntor " + _base64(intro.ntor_key),
-            b"auth-key",
-            cert(9, intro.auth_key),
-            b"enc-key ntor " + _base64(intro.enc_key),
-            b"enc-key-cert",
-            cert(11, _enc_key_ed(intro.enc_key)),
-        ]
-    inner = _seal(b"\n".join(lines) + b"\n", secret, revision, _INNER)
+    inner = b"create2-formats 2\n"
+    for i in intro_points:
+        inner += b"introduction-point %s\nonion-key ntor %s\nauth-key\n%s\n" % (
+            _base64(link_specifiers(i)), _base64(i.ntor_key), cert(9, i.auth_key)
+        )
+        inner += b"enc-key ntor %s\nenc-key-cert\n%s\n" % (
+            _base64(i.enc_key), cert(11, _enc_key_ed(i.enc_key))
+        )
     outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s\n" % _base64(x25519_keypair()[1])
     for _ in range(16):
-        # Made up, so that nobody sees whether a service has authorized clients.
+        # Made up, so that nobody sees whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
         outer += ("auth-client %s %s %s\n" % made_up).encode()
-    outer += b"encrypted\n" + inner
+    outer += b"encrypted\n" + _seal(inner, secret, _INNER)
     outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n"
-    text += _armour(b"ED25519 CERT", make_ed_cert(8, public, when, esk, blinded))
-    text += b"\nrevision-counter %d\nsuperencrypted\n" % revision
-    text += _seal(outer, secret, revision, _OUTER) + b"\n"
+    text = b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n%s\n" % (
+        cert(8, public, esk, blinded)
+    )
+    text += b"revision-counter %d\nsuperencrypted\n%s\n" % (revision, _seal(outer, secret, _OUTER))
     signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
-def _number(text):
-    if not 0 < len(text) < 20 or text.strip(b"0123456789"):
-        raise ProtocolError("descriptor: bad number")
-    return int(text)
+def _cert(items, keyword, kind, public, when):
+    # The key in a certificate by the key `public`.
+    cert = parse_ed_cert(one_item(items, keyword)[1], keyword.decode(), kind)
+    cert.check(public, when)
+    require((cert.key_type, cert.signing_key) == (1, public), "descriptor: bad certificate")
+    return cert.key
 
 
 def _ntor(items, keyword):
-    kind, _, key = one_item(items, keyword)[0].partition(b" ")
-    key = b64decode(key.partition(b" ")[0])
-    if kind != b"ntor" or len(key) != 32 or not any(key):
-        raise ProtocolError("descriptor: bad %s" % keyword.decode())
-    return key
+    # Other kinds of keys may stand beside it.
+    words = [item[1].split(b" ") for item in items if item[0] == keyword]
+    keys = [b64decode(word[1], 32) for word in words if word[0] == b"ntor" and len(word) > 1]
+    require(len(keys) == 1 and any(keys[0]), "descriptor: bad " + keyword.decode())
+    return keys[0]
 
 
-def _intro_point(items, signing, when):
+def _intro_point(lines, signing, when):
     # A Target; the certificates are by the key `signing`.
-    def cert(keyword, kind):
-        c = parse_ed_cert(one_item(items, keyword)[1], "introduction point's certificate", kind)
-        c.check(signing, when)
-        return c.key
-
-    reader = Reader(b64decode(items[0][1].partition(b" ")[0]), "introduction point")
-    target = parse_link_specifiers(reader, _ntor(items, b"onion-key"))
-    target.auth_key = cert(b"auth-key", 9)
+    r = Reader(b64decode(lines[0].split(b" ")[0]), "introduction point")
+    items = document_items(lines[1:])
+    target = parse_link_specifiers(r, _ntor(items, b"onion-key"))
+    target.auth_key = _cert(items, b"auth-key", 9, signing, when)
     target.enc_key = _ntor(items, b"enc-key")
-    if cert(b"enc-key-cert", 11) != _enc_key_ed(target.enc_key):
-        raise ProtocolError("descriptor: enc-key-cert is for another key")
+    certified = _cert(items, b"enc-key-cert", 11, signing, when)
+    require(certified == _enc_key_ed(target.enc_key), "enc-key-cert is for another key")
     return target
 
 
@@ -2216,48 +2163,39 @@ class Descriptor:
 
 
 def parse_descriptor(data, blinded, subcred, when):
-    """Verify and decrypt a descriptor by the key `blinded`; return it as a Descriptor.
+    """Verify and decrypt a descriptor by the key `blinded`; return a Descriptor.
 
-    Introduction points that are not right are left out.  Raises ProtocolError.
+    Bad introduction points are left out; ProtocolError if none is left.
     """
     text, end, signature = data.rpartition(b"\nsignature ")
+    good = end and text.startswith(b"hs-descriptor 3\n")
+    require(good, "descriptor: truncated, or not of version 3")
     items = document_items(text.split(b"\n"))
-    if not end or not text.startswith(b"hs-descriptor 3\n"):
-        raise ProtocolError("descriptor: not of version 3, or cut off")
-    cert = one_item(items, b"descriptor-signing-key-cert")[1]
-    cert = parse_ed_cert(cert, "descriptor's certificate", 8)
-    cert.check(blinded, when)
-    signature = b64decode(signature.rstrip(b"\n"))
-    if len(signature) != 64 or not ed25519_verify(cert.key, _SIGNED + text + b"\n", signature):
-        raise ProtocolError("descriptor: bad signature")
+    signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
+    signature = b64decode(signature.rstrip(b"\n"), 64)
+    good = ed25519_verify(signing, _SIGNED + text + b"\n", signature)
+    require(good, "descriptor: bad signature")
     descriptor = Descriptor()
-    descriptor.lifetime = _number(one_item(items, b"descriptor-lifetime")[0]) * 60
-    descriptor.revision = revision = _number(one_item(items, b"revision-counter")[0])
-    if not 0 < descriptor.lifetime <= 43200:
-        raise ProtocolError("descriptor: bad lifetime")
-    secret = blinded + subcred
-    outer = _unseal(one_item(items, b"superencrypted")[1], secret, revision, _OUTER)
-    if outer is None:
-        raise ProtocolError("descriptor: the outer layer is corrupt")
-    outer = one_item(document_items(outer.split(b"\n")), b"encrypted")[1]
-    inner = _unseal(outer, secret, revision, _INNER)
-    if inner is None:
-        raise ProtocolError("descriptor: it is for authorized clients only, or corrupt")
-    sections = [[]]
-    for item in document_items(inner.split(b"\n")):
-        if item[0] == b"introduction-point":
-            sections.append([])
-        sections[-1].append(item)
-    if b"2" not in one_item(sections[0], b"create2-formats")[0].split(b" "):
-        raise ProtocolError("descriptor: no handshake that we know")
+    descriptor.lifetime = 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    descriptor.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
+    secret = blinded + subcred + struct.pack(">Q", descriptor.revision)
+    for keyword, label, error in (
+        (b"superencrypted", _OUTER, "the outer layer is corrupt"),
+        (b"encrypted", _INNER, "it is for authorized clients only, or corrupt"),
+    ):
+        plain = _unseal(one_item(items, keyword)[1], secret, label)
+        require(plain is not None, "descriptor: " + error)
+        sections = plain.split(b"\nintroduction-point ")
+        items = document_items(sections[0].split(b"\n"))
+    formats = one_item(items, b"create2-formats")[0].split(b" ")
+    require(b"2" in formats, "descriptor: unknown handshakes")
     descriptor.intro_points = []
     for section in sections[1:21]:
         try:
-            descriptor.intro_points.append(_intro_point(section, cert.key, when))
+            descriptor.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
         except ProtocolError as e:
             log(INFO, "introduction point refused: %s", e)
-    if not descriptor.intro_points:
-        raise ProtocolError("descriptor: no usable introduction point")
+    require(descriptor.intro_points, "descriptor: no usable introduction point")
     return descriptor
 
 
@@ -3108,350 +3046,255 @@ async def pump(stream, reader, writer):
 # Which relays a circuit goes through: bandwidth weights, networks and families
 # (path-spec 2.2), entry guards (guard-spec), vanguards-lite (proposal 333).
 
-# LongLivedPorts of tor: streams to them ask for Stable relays.
-_LONG_LIVED = (21, 22, 706, 1863, 5050, 5190, 5222, 5223, 6523, 6667, 6697, 8300)
-_EVERY = RUNNING | VALID | PROTO_RELAY2 | PROTO_FLOWCTRL1 | FAST
+_NEED = RUNNING | VALID | FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
+_NEVER = NOEDCONSENSUS | MIDDLEONLY
 # Role: position of its bandwidth weights, flags it must have, flags it must not have.
 _ROLES = {
-    "guard": ("g", _EVERY | GUARD | STABLE | V2DIR, NOEDCONSENSUS | MIDDLEONLY),
-    "middle": ("m", _EVERY | USABLE, NOEDCONSENSUS),
-    "exit": ("e", _EVERY | USABLE | EXIT, NOEDCONSENSUS | MIDDLEONLY | BADEXIT),
-    "intro": ("m", _EVERY | USABLE | PROTO_HSINTRO4, NOEDCONSENSUS | MIDDLEONLY),
-    "rend": ("m", _EVERY | USABLE | PROTO_HSREND2, NOEDCONSENSUS | MIDDLEONLY),
+    "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
+    "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
+    "exit": ("e", _NEED | USABLE | EXIT, _NEVER | BADEXIT),
+    "intro": ("m", _NEED | USABLE | PROTO_HSINTRO4, _NEVER),
+    "rend": ("m", _NEED | USABLE | PROTO_HSREND2, _NEVER),
 }
-# Done without, as in tor, where no relay is left (exit policies still count).
-_PREFERRED = FAST | STABLE | EXIT
-# What bandwidth weights depend on.
-_KIND = GUARD | EXIT | BADEXIT | V2DIR
-
-
-def weight_factors(consensus, position):
-    """Return {flags & _KIND: factor of the bandwidth} for the position "g", "m" or "e".
-
-    Only the ratios of the factors count, which are integers (dir-spec 3.4.1).
-    """
-    w = dict(consensus.bandwidth_weights, Wge=0)
-    scale = consensus.param("bwweightscale", 10000, 1)
-    names = ["W" + position + kind for kind in "mged"] + ["Wmb", "Wgb", "Web", "Wdb"]
-    if min([w.get(name, -1) for name in names]) < 0:
-        w = {name: scale for name in names}
-    factors = {}
-    for n in range(16):
-        flags = n % 2 * GUARD + n // 2 % 2 * EXIT + n // 4 % 2 * BADEXIT + n // 8 * V2DIR
-        kind = "mged"[n % 2 + 2 * (flags & (EXIT | BADEXIT) == EXIT)]
-        factors[flags] = w["W" + position + kind] * (w["W" + kind + "b"] if n > 7 else scale)
-    return factors
+# Done without, as in tor, where no relay is left.
+_SPARE = FAST | STABLE | EXIT
 
 
 def distinct(table, i, j):
-    """Tell whether relays `i` and `j` may share a path: of other networks and families."""
+    """Return whether the networks and families of relays `i` and `j` differ (path-spec 2.2)."""
     (net, net6), (other, other6) = table.subnets(i), table.subnets(j)
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
 
-def _draw(weighed, total):
-    at = randbelow(total)
-    for i, w in weighed:
-        at -= w
-        if at < 0:
-            return i
+def _one_of(relays, what):
+    if not relays:
+        raise CircuitError("no %s is left for this path" % what)
+    return relays[randbelow(len(relays))]
 
 
 class Weights:
-    """Chooses relays of one table at random, by the weights of one consensus."""
+    """Chooses relays of one table at random, by the bandwidth weights of one consensus."""
 
     def __init__(self, table, consensus):
-        self.table, self.param = table, consensus.param
-        self._factors = {p: weight_factors(consensus, p) for p in "gme"}
+        self.table, self.param, self._factors = table, consensus.param, {}
+        given = dict(consensus.bandwidth_weights, Wge=0)
+        for position in "gme":
+            # Only ratios count, whatever bwweightscale is (dir-spec 3.8.3).
+            w = [given.get("W" + position + kind, -1) for kind in "mged"]
+            w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
+            self._factors[position] = dict(w)
 
     def weigh(self, position, need, never=0):
         """Yield (index, weight) of the relays with all flags of `need` and none of `never`."""
-        factors, mask = self._factors[position], need | never
+        factors, mask, kind = self._factors[position], need | never, GUARD | EXIT
         for i, flags, bandwidth, _ in self.table.scan():
             if flags & mask == need:
-                yield i, bandwidth * factors[flags & _KIND]
+                # Not 0: where no relay has a weight, all are alike.
+                yield i, bandwidth * factors[flags & kind] or 1
 
     def pick(self, role, accept, stable=0):
-        """Return the index of a relay for `role` that `accept(index)` takes, or None."""
+        """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
         position, need, never = _ROLES[role]
-        for need in (need | stable, need & ~_PREFERRED):
-            total = sum(w for _, w in self.weigh(position, need, never))
-            for _ in range(12 if total else 0):
-                i = _draw(self.weigh(position, need, never), total)
-                if accept(i):
-                    return i
-            # Acceptable ones are rare, or have no weight: look at each.
+        for need in (need | stable, need & ~_SPARE):
             left = [(i, w) for i, w in self.weigh(position, need, never) if accept(i)]
-            if left:
-                total = sum(w for _, w in left)
-                return _draw(left, total) if total else left[randbelow(len(left))][0]
-            if role == "guard":
-                return None
+            at = randbelow(sum(w for _, w in left) or 1)
+            for i, w in left:
+                at -= w
+                if at < 0:
+                    return i
+        return _one_of((), role)
 
     def percent(self):
         """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
         percent = 100
         for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            total = sum(w for _, w in self.weigh(position, need))
-            have = sum(w for _, w in self.weigh(position, need | USABLE))
+            flags = (need | USABLE, need)
+            have, total = [sum(w for _, w in self.weigh(position, need)) for need in flags]
             percent = percent * have // total if total else percent
         return percent
 
 
-# guard-spec 4.5: after failing for up to so many hours, a guard is tried again after
-# so many minutes, if it is primary, and if it is not.
-_RETRY_SCHEDULE = ((6, 10, 60), (96, 90, 240), (168, 240, 1080), (1 << 30, 540, 2160))
-
-
 class Guard:
-    """A sampled guard (guard-spec 4.1); times in seconds since 1970, 0 for never."""
+    """A sampled guard, good `until` then; `index` -1: not listed now (guard-spec 4.1)."""
 
-    # Place in the table, -1 while it is not listed as a guard; None: maybe.
-    index, reachable = -1, None
-    tried = failing_since = 0
-    # Better guards that were down when it was picked.
-    passed = ()
+    failing_since = failed_at = 0
 
-    def __init__(self, rsa_id, sampled_on, confirmed_on=0, unlisted_since=0):
-        self.rsa_id, self.sampled_on = rsa_id, sampled_on
-        self.confirmed_on, self.unlisted_since = confirmed_on, unlisted_since
+    def __init__(self, rsa_id, until, confirmed=0, index=-1):
+        self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
+
+    def down(self):
+        # Tried again after 10 minutes, in the end 9 hours, nearly as in guard-spec 4.5.
+        wait = min(max(600, (self.failed_at - self.failing_since) // 4), 32400)
+        return 0 <= now() - self.failed_at < wait
 
 
 class Guards:
-    """The entry guards of a client, stored as JSON in the file `path` (None: nowhere).
-
-    `online` is when a relay last answered: whoever hears from one may set it.
-    """
+    """The entry guards of a client, stored as JSON in the file `path` (None: nowhere)."""
 
     def __init__(self, path=None):
+        # `online`: when a relay last answered.
         self.sample, self.online, self._path = [], 0, path
         try:
-            for rsa_id, s, c, u in json.loads(path and read_file(path) or b"[]"):
-                self.sample.append(Guard(b32decode(rsa_id), int(s), int(c), int(u)))
-        except (ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError, TorError):
+            stored = json.loads(read_file(path or "") or b"[]")
+            self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
+        except Exception:
             log(WARN, "%s is damaged: choosing new guards", path)
-            self.sample = []
 
     def _save(self):
-        kept = []
-        for g in self.sample:
-            kept.append((b32encode(g.rsa_id), g.sampled_on, g.confirmed_on, g.unlisted_since))
+        stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
         try:
             if self._path:
-                write_file(self._path, json.dumps(kept).encode())
+                write_file(self._path, json.dumps(stored).encode())
         except OSError as e:
             log(WARN, "cannot store the guards in %s: %s", self._path, e)
 
-    def _days(self, name, default):
-        return self._weights.param("guard-%s-days" % name, default, 1, 3650) * 86400
-
-    def _some_days_ago(self):
-        # RAND(now, {GUARD_LIFETIME}/10): what is stored tells no exact time.
-        return now() - randbelow(self._days("lifetime", 120) // 10)
-
     def update(self, weights):
-        """Take over a new consensus, as the Weights of one that is usable now (guard-spec 4.10)."""
-        self._weights = weights
-        listed = set([i for i, _ in weights.weigh(*_ROLES["guard"])])
-        self._n_listed = len(listed)
-        lifetime, confirmed = self._days("lifetime", 120), self._days("confirmed-min-lifetime", 60)
-        unlisted = self._days("remove-unlisted-guards-after", 20)
-        t, kept = now(), []
+        """Take over a new consensus, as its Weights, and sample guards (guard-spec 4.2, 4.10)."""
+        self._weights, self._param = weights, weights.param
+        self.sample = [g for g in self.sample if g.until > now()]
+        free = set([i for i, _ in weights.weigh(*_ROLES["guard"])])
         for g in self.sample:
             i = weights.table.find(g.rsa_id)
-            g.index = i if i in listed else -1
-            if i in listed:
-                g.unlisted_since = 0
-            elif not g.unlisted_since:
-                g.unlisted_since = t - randbelow(unlisted // 5)
-            old = g.sampled_on < t - lifetime and g.confirmed_on < t - confirmed
-            if not old and (i in listed or g.unlisted_since >= t - unlisted):
-                kept.append(g)
-        # Where there are guards, and none of these, they are another network's.
-        self.sample = kept if not listed or [g for g in kept if g.index >= 0] else []
-        self._fill()
+            g.index = i if i in free else -1
+            free.discard(i)
+        # A failure counts once a relay has answered since: a network that is down uses up
+        # no guards.
+        listed = self._order()
+        usable = [g for g in listed if g.failed_at > self.online or not g.down()]
+        lack = self._param("guard-min-filtered-sample-size", 20, 1) - len(usable)
+        room = self._param("guard-max-sample-size", 60, 1) - len(listed)
+        for _ in range(min(lack, room, len(free))):
+            i = weights.pick("guard", lambda i: i in free)
+            free.remove(i)
+            until = self._until("lifetime", 120)
+            self.sample.append(Guard(weights.table.rsa_id(i), until, 0, i))
         self._save()
 
-    def _offline(self):
-        silence = self._weights.param("guard-internet-likely-down-interval", 600, 1)
-        return now() - self.online > silence
+    def _until(self, name, days):
+        # At random, so that it does not tell when it was set (guard-spec A.2).
+        days = self._param("guard-%s-days" % name, days, 1, 3650)
+        return now() + days * 86400 - randbelow(days * 8640)
 
-    def _fill(self):
-        # guard-spec 4.2.  While the network seems to be down, failures do not count: or
-        # relays would be sampled up to the limit.
-        p, offline = self._weights.param, self._offline()
-        usable = len([g for g in self.order() if offline or g.reachable is not False])
-        least = p("guard-min-filtered-sample-size", 20, 1)
-        most = self._n_listed * p("guard-max-sample-threshold-percent", 20, 1, 100) // 100
-        most = max(least, min(most, p("guard-max-sample-size", 60, 1)))
-        sampled = set([g.index for g in self.sample])
-        for _ in range(min(least - usable, most - len(self.sample))):
-            i = self._weights.pick("guard", lambda i: i not in sampled)
-            if i is None:
-                break
-            g = Guard(self._weights.table.relay(i).rsa_id, self._some_days_ago())
-            g.index = i
-            sampled.add(i)
-            self.sample.append(g)
-
-    def order(self):
-        """Return the listed guards as tor prefers them: confirmed ones first (guard-spec 4.3)."""
+    def _order(self):
+        # Confirmed ones come first (guard-spec 4.3).
         listed = [g for g in self.sample if g.index >= 0]
-        confirmed = [g for g in listed if g.confirmed_on]
-        return confirmed + [g for g in listed if not g.confirmed_on]
+        return [g for g in listed if g.confirmed] + [g for g in listed if not g.confirmed]
 
     def primary(self):
         """Return the primary guards (guard-spec 4.4)."""
-        return self.order()[: self._weights.param("guard-n-primary-guards", 3, 1)]
+        return self._order()[: self._param("guard-n-primary-guards", 3, 1)]
 
-    def pick(self, accept=None, directory=False):
-        """Return the Relay to enter by (guard-spec 4.6); CircuitError if there is none.
-
-        `accept(index)` can refuse a guard for this path.  For a one-hop circuit to a
-        `directory` it needs no microdescriptor, and several guards take turns.
-        """
-        table, t, before = self._weights.table, now(), len(self.sample)
-        self._fill()
-        if len(self.sample) > before:
-            self._save()
-        primary, fit = self.primary(), []
-        for g in self.order():
-            if (directory or table.flags[g.index] & USABLE) and (not accept or accept(g.index)):
-                fit.append(g)
-                if g.reachable is False:
-                    hours = (t - g.failing_since) // 3600
-                    minutes = [row for row in _RETRY_SCHEDULE if hours < row[0]][0]
-                    if not 0 <= t - g.tried < 60 * minutes[1 if g in primary else 2]:
-                        g.reachable = None
-        if not fit:
-            raise CircuitError("no entry guard is left for this path")
-        up = [g for g in fit if g.reachable is not False]
-        if not up:
-            up = fit
-            for g in fit:
-                g.reachable = None
-        kind, default = ("dir-guards", 3) if directory else ("guards", 1)
-        use = self._weights.param("guard-n-primary-%s-to-use" % kind, default, 1)
+    def pick(self, accept=lambda i: True, kind="guards", use=1):
+        """Return the Relay to enter by, one whose index `accept` takes (4.6); CircuitError."""
+        table, primary = self._weights.table, self.primary()
+        fit = [g for g in self._order() if table.flags[g.index] & USABLE and accept(g.index)]
+        # Where all are down, the best take turns.
+        up = [g for g in fit if not g.down()] or sorted(fit[:3], key=lambda g: g.failed_at)[:1]
+        use = self._param("guard-n-primary-%s-to-use" % kind, use, 1)
         best = [g for g in up if g in primary][:use] or up[:1]
-        g = best[randbelow(len(best))]
-        g.tried = t
-        g.passed = () if g in primary else [other for other in fit if other in primary]
-        return table.relay(g.index)
+        return table.relay(_one_of([g.index for g in best], "entry guard"))
 
     def failed(self, rsa_id):
-        """Note that a guard was not reached, or built no first hop (guard-spec 4.7)."""
+        """Note that a guard was not reached, or built no first hop (4.7)."""
         for g in self.sample:
             if g.rsa_id == rsa_id:
-                g.reachable = False
-                g.failing_since = g.failing_since or now()
+                g.failed_at = now()
+                g.failing_since = g.failing_since or g.failed_at
+
+    def network_up(self):
+        """Note that a relay answered: what failed in a long silence is tried again (4.8)."""
+        silence = self._param("guard-internet-likely-down-interval", 600, 1)
+        for g in self.sample:
+            if g.failed_at > self.online and now() > self.online + silence:
+                g.failed_at = 0
+        self.online = now()
 
     def succeeded(self, rsa_id):
-        """Note that a circuit was built through a guard (guard-spec 4.8).
+        """Note that a circuit was built through a guard (4.8).
 
-        Returns False if the circuit is to be closed and another path tried, because
-        better guards may have come back with the network.
+        False: close it and try another path, as better guards may be up again.
         """
-        offline, self.online = self._offline(), now()
+        self.network_up()
+        primary = self.primary()
         for g in self.sample:
             if g.rsa_id == rsa_id:
-                g.reachable, g.failing_since = True, 0
-                for better in g.passed:
-                    if offline and better.reachable is False:
-                        better.reachable = None
-                if [better for better in g.passed if better.reachable is not False]:
+                g.failed_at = g.failing_since = 0
+                if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
                     return False
-                if not g.confirmed_on:
-                    g.confirmed_on = self._some_days_ago()
+                if not g.confirmed:
+                    g.confirmed = 1
+                    g.until = max(g.until, self._until("confirmed-min-lifetime", 60))
                     self._save()
         return True
 
 
-class PathSelector:
-    """Chooses the relays of circuits: lists of Relay, from the guard on.
-
-    Relays whose RSA identity is in `exclude` are not chosen, except as guards.
-    Raises CircuitError where no path is left.
-    """
+class PathSelector(Weights):
+    """Chooses paths: lists of Relay, from the guard on.  All raise CircuitError."""
 
     def __init__(self, table, consensus, guards):
-        self.guards = guards
         # Layer-2 guards, {RSA identity: when to replace it}: only in memory, as in tor.
-        self.layer_two = {}
+        self.guards, self.layer_two = guards, {}
         self.update(table, consensus)
 
     def update(self, table, consensus):
-        """Choose from a new table and consensus from now on."""
-        self.table, self.weights = table, Weights(table, consensus)
-        self.guards.update(self.weights)
-
-    def _pick(self, role, used, exclude, stable=STABLE, families=True, allows=None):
-        table = self.table
-
-        def accept(i):
-            if i in used or allows and not allows(i) or table.relay(i).rsa_id in exclude:
-                return False
-            return not families or all([distinct(table, i, j) for j in used])
-
-        i = self.weights.pick(role, accept, stable)
-        if i is None:
-            raise CircuitError("no relay of the network fits as %s of this path" % role)
-        return i
+        """Use a new table and consensus."""
+        Weights.__init__(self, table, consensus)
+        self.guards.update(self)
 
     def directory_guard(self):
         """Return the Relay for a one-hop directory circuit."""
-        return self.guards.pick(None, True)
+        return self.guards.pick(kind="dir-guards", use=3)
 
-    def exit_path(self, port=None, exclude=()):
+    def exit_path(self, port=None):
         """Return guard, middle and an exit that allows `port` (None: one to resolve names)."""
         table = self.table
-        stable = STABLE if port in _LONG_LIVED else 0
         allows = (lambda i: table.exit_allows(i, port)) if port else table.exits
-        last = self._pick("exit", (), exclude, stable, True, allows)
-        guard = self.guards.pick(lambda i: distinct(table, i, last))
-        middle = self._pick("middle", (last, guard.index), exclude, stable)
-        return [guard, table.relay(middle), table.relay(last)]
+        # tor's LongLivedPorts, roughly.
+        stable = 0 if port in (80, 443) else STABLE
+        last = self.pick("exit", allows, stable)
+        return self._path([last], ("middle",), stable) + [table.relay(last)]
 
     def onion_path(self, purpose, target=None, exclude=()):
-        """Return the path of an onion circuit: guard, layer 2, middle and `target`.
+        """Return guard, layer-2 guard, middle and `target` (anything with an `rsa_id`).
 
-        `target` is anything with an `rsa_id`; for `purpose` "intro" one can be chosen here.
-        Without one, for "rend", a client's rendezvous point stands in the middle's place.
+        `target` None: for "rend", the third hop is the rendezvous point; for "intro", one is
+        chosen whose RSA identity is not in `exclude`.
         """
         table = self.table
         if target is None and purpose == "intro":
-            target = table.relay(self._pick(purpose, (), exclude))
+            i = self.pick(purpose, lambda i: table.rsa_id(i) not in exclude, STABLE)
+            target = table.relay(i)
         known = table.find(target.rsa_id) if target else -1
-        used = [known] if known >= 0 else []
-        # Vanguards may be of one network or family, and the guard may be the target: what
-        # avoided them would tell of them.  Only A-B-A is kept out, as in tor.
-        vanguards = self.weights.param("vanguards-lite-enabled", 1, 0, 1)
-        guard = self.guards.pick(lambda i: vanguards or not used or distinct(table, i, known))
-        used.append(guard.index)
-        used.append(self._layer_two(used) if vanguards else self._pick("middle", used, exclude))
-        last = self._pick("middle" if target else purpose, used, exclude, STABLE, not vanguards)
-        path = [guard, table.relay(used[-1]), table.relay(last)]
+        lite = self.param("vanguards-lite-enabled", 1, 0, 1)
+        roles = "layer 2" if lite else "middle", "middle" if target else purpose
+        path = self._path([known] if known >= 0 else [], roles, STABLE, lite)
         return path + [target] if target else path
 
-    def _layer_two(self, used):
+    def _path(self, used, roles, stable, lite=0):
+        # A guard, and relays for `roles`.  Behind vanguards only A-B-A is kept out, as in
+        # tor: to avoid their families, or a guard as target, would tell of them.
+        def apart(i):
+            return i not in used if lite else all([distinct(self.table, i, j) for j in used])
+
+        path = [self.guards.pick(lambda i: lite or apart(i))]
+        for role in roles:
+            used.append(path[-1].index)
+            pick = self._layer_two if role == "layer 2" else self.pick
+            path.append(self.table.relay(pick(role, apart, stable)))
+        return path
+
+    def _layer_two(self, role, accept, stable):
         # Each lives for the longer of two times drawn at random.
-        t, p, table, kept = now(), self.weights.param, self.table, {}
+        p, table, two, t = self.param, self.table, self.layer_two, now()
+        for rsa_id in [r for r in two if two[r] <= t or table.find(r) < 0]:
+            del two[rsa_id]
         low = p("guard-hs-l2-lifetime-min", 86400, 1)
         span = max(p("guard-hs-l2-lifetime-max", 12 * 86400, 1) - low, 1)
-        for rsa_id, end in self.layer_two.items():
-            if t < end <= t + low + span and table.find(rsa_id) >= 0:
-                kept[rsa_id] = end
-        while len(kept) < p("guard-hs-l2-number", 4, 1, 19):
-            i = self.weights.pick("middle", lambda i: table.relay(i).rsa_id not in kept, STABLE)
-            if i is None:
-                break
-            lifetime = low + max(randbelow(span), randbelow(span))
-            kept[table.relay(i).rsa_id] = t + 1 + lifetime
-        self.layer_two = kept
-        left = [table.find(rsa_id) for rsa_id in kept]
-        left = [i for i in left if i not in used and table.flags[i] & USABLE]
-        if not left:
-            raise CircuitError("no layer-2 guard is left for this path")
-        return left[randbelow(len(left))]
+        while len(two) < p("guard-hs-l2-number", 4, 1, 19):
+            i = self.pick("middle", lambda i: table.rsa_id(i) not in two, stable)
+            two[table.rsa_id(i)] = t + 1 + low + max(randbelow(span), randbelow(span))
+        left = [i for i in map(table.find, two) if accept(i) and table.flags[i] & USABLE]
+        return _one_of(left, role)
 
 
 # ═══ 13. Directory client ═══════════════════════════════════════════════════
@@ -4591,16 +4434,15 @@ class OnionService:
             await pump(stream, reader, writer)
 
 
-# ═══ 16. Tor ════════════════════════════════════════════════════════════════
+# === 16. Tor =================================================================
 # What programs use: AsyncTor, and on top of it the blocking Tor.
 
 CONNECT_SECONDS = 120  # tor's SocksTimeout
-# END reasons after which tor asks another exit (tor-spec 6.3), and DESTROY and TIMEOUT.
-_ASK_ANOTHER_EXIT = (1, 2, 4, 5, 7, 8, 9, 11)
+_ASK_ANOTHER_EXIT = (1, 2, 4, 5, 7, 8, 9, 11)  # END reasons (tor-spec 6.3), as tor does
 
 
 def default_data_dir(network=None):
-    """Return the folder for state; each network has its own guards and keys."""
+    """Return the folder for state, each network's own."""
     if network or MICROPYTHON:
         return (network + "." if network else "") + "minitor"
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -4609,18 +4451,17 @@ def default_data_dir(network=None):
 
 def check_target(host, port):
     """Raise AddressError unless `host` can be a name or an address, and `port` is a port."""
-    if not 0 < len(host) < 256 or not all(c in _BASE32 + "0189-_.:" for c in host.lower()):
+    if not 0 < len(host) < 256 or host.lower().strip(_BASE32 + "0189-_.:"):
         raise AddressError("%r is neither a host name (in ASCII) nor an address" % host)
     if not isinstance(port, int) or not 0 < port < 65536:
         raise AddressError("%r is no port: 1 to 65535" % (port,))
 
 
 class AsyncTor(TorCore):
-    """A Tor client and a host of onion services, for asyncio.
+    """A Tor client and host of onion services, for asyncio.
 
-    `data_dir`: a folder for state (default_data_dir); `network`: a file that describes
-    another Tor network, as a torrc does (default $MINITOR_NETWORK); `progress`:
-    function(percent, tag, summary), told how bootstrapping goes.
+    `data_dir`: a folder for state; `network`: a torrc file with another Tor network
+    (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
 
         async with minitor.AsyncTor() as tor:
             reader, writer = await tor.open_connection("example.com", 80)
@@ -4633,7 +4474,7 @@ class AsyncTor(TorCore):
         TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
 
     async def start(self):
-        """Read or fetch the directory; DirectoryError, ChannelError, ClockError."""
+        """Get the directory and a first circuit; ChannelError, ClockError, DirectoryError."""
         try:
             private_dir(self.data_dir)
             await self.bootstrap()
@@ -4644,8 +4485,8 @@ class AsyncTor(TorCore):
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
-        while self.services:
-            await self.services.pop().close()
+        for service in list(self.services):
+            await service.close()
         await TorCore.aclose(self)
 
     __aenter__ = start
@@ -4654,10 +4495,10 @@ class AsyncTor(TorCore):
         await self.aclose()
 
     async def open_connection(self, host, port, timeout=CONNECT_SECONDS):
-        """Connect to `host`: a name, which the exit resolves, an address, an onion address.
+        """Connect to a name, which the exit resolves, an IP or an onion address.
 
-        Returns (reader, writer) as asyncio does.  Raises AddressError, CircuitError,
-        OnionError, StreamError, TorTimeout.
+        Returns (reader, writer), as asyncio; AddressError, CircuitError, OnionError,
+        StreamError, TorTimeout.
         """
         check_target(host, port)
         if host.lower().endswith(".onion"):
@@ -4667,7 +4508,7 @@ class AsyncTor(TorCore):
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
-            raise TorTimeout("connecting to %s took longer than %d s" % (host, timeout))
+            raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
             raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
         return stream, stream
@@ -4692,194 +4533,127 @@ class AsyncTor(TorCore):
                 self.retire(circuit)
 
     async def create_onion_service(self, port, target=None, key_dir=None):
-        """Host an onion service; return it once it can be reached: `.address`, `.close()`.
+        """Host an onion service; return it, with `address` and `close`, when it is reachable.
 
-        `port`: what visitors connect to; `target`: where that leads, a local port
-        (default: the same), (host, port), "unix:/path" or a coroutine function(reader,
-        writer).  For several ports, {port: target}.  `key_dir`: the folder of its key,
-        as tor's HiddenServiceDir (default: onion_service in the data folder).
+        `port` leads to `target`: a local port (default: the same), (host, port),
+        "unix:/path" or a coroutine function(reader, writer); several: {port: target}.
+        `key_dir`: its HiddenServiceDir (default: onion_service in `data_dir`).
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
             check_target("-", number)
         key_dir = key_dir or self.data_dir + "/onion_service"
-        if any(service.key_dir == key_dir for service in self.services):
+        if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
         service = OnionService(self, key_dir, ports)
         self.services.append(service)
-        await service.start()
+        try:
+            await service.start()
+        except BaseException:
+            await service.close()
+            raise
         return service
-
-    if not MICROPYTHON:
-
-        async def create_connection(self, address, timeout=None):
-            """Connect to (host, port) and return a real socket.socket with that timeout."""
-            stream, _ = await self.open_connection(*address, timeout or CONNECT_SECONDS)
-            end, ours = socket.socketpair()
-            spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
-            end.settimeout(timeout)
-            return end
-
-        async def urlopen(
-            self, url, data=None, headers=None, timeout=CONNECT_SECONDS, context=None
-        ):
-            """Return the http.client.HTTPResponse to a GET, or to a POST of the bytes `data`.
-
-            `timeout`: seconds for connecting, and for each silence; `context`: an
-            ssl.SSLContext.  Redirects are followed.  The response's `read` blocks:
-            under asyncio, call it in a thread.
-            """
-            loop = asyncio.get_running_loop()
-
-            def connect(*target):
-                opening = self.create_connection(*target)
-                return asyncio.run_coroutine_threadsafe(opening, loop).result()
-
-            args = connect, url, data, headers, timeout, context
-            return await loop.run_in_executor(None, _http_open, *args)
-
-        async def http_get(self, url):
-            """Fetch a page as text, "http://" may lack; TorError for a status of 400 or above."""
-            response = await self.urlopen(url)
-            return await asyncio.get_running_loop().run_in_executor(None, _http_text, response)
 
 
 if not MICROPYTHON:
-    import functools
     import socket
     import threading
+    from concurrent import futures
+    from types import SimpleNamespace
 
-    def _http_open(connect, url, data, headers, timeout, context):
-        import http.client  # slow, and most programs never ask
-        from urllib.parse import urljoin, urlsplit
+    def _http_opener(tor, context):
+        # urllib with http and https alone, no proxy, and every connection from `tor`.
+        import http.client as http  # slow, and most programs never ask
+        import urllib.request as web
 
-        plain = {"User-Agent": "Mozilla/5.0", "Connection": "close"}
-        headers, sock = dict(plain, **headers or {}), None
-        url = url if "://" in url else "http://" + url
+        class Link(http.HTTPConnection):
+            def connect(self):
+                self.sock = tor.create_connection((self.host, self.port), self.timeout)
+
+        class TlsLink(http.HTTPSConnection, Link):
+            pass  # HTTPSConnection wraps what Link connects
+
+        errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
+
+        class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
+            http_open = lambda self, request: self.do_open(Link, request)
+            https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
+
+            def redirect_request(self, request, response, *where):
+                response.close()  # urllib would read it all
+                new = super().redirect_request(request, response, *where)
+                if (new.type, new.host) != (request.type, request.host):
+                    new.headers = {}  # cookies and passwords were for the first server
+                return new
+
+        opener = web.OpenerDirector()
+        opener.addheaders = [("User-Agent", "Mozilla/5.0")]
+        opener.add_handler(Handler())
+        return opener
+
+    def http_call(url, method, *arguments):
         try:
-            for _ in range(10):
-                parts = urlsplit(url)
-                host, port = parts.hostname, {"http": 80, "https": 443}.get(parts.scheme)
-                if not host or not port:
-                    raise AddressError("%s is no URL of http or https" % url)
-                link = http.client.HTTPConnection(host, parts.port or port)
-                link.default_port = port
-                link.sock = sock = connect((host, link.port), timeout)
-                if port == 443:
-                    tls = context or ssl.create_default_context()
-                    link.sock = sock = tls.wrap_socket(sock, server_hostname=host)
-                path = (parts.path or "/") + "?" * bool(parts.query) + parts.query
-                link.request("GET" if data is None else "POST", path, data, headers)
-                response = link.getresponse()
-                sock.close()  # the response keeps what it needs
-                response.url, where = url, response.headers.get("Location")
-                if response.status not in (301, 302, 303, 307, 308) or not where:
-                    return response
-                response.close()
-                url = urljoin(url, where)
-                if urlsplit(url)[:2] != parts[:2]:
-                    headers = plain  # cookies and passwords were for the first server
-                data = data if response.status > 303 else None
-            raise ProtocolError("%s: redirected too often" % url)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            if sock:
-                sock.close()
+            return method(*arguments)
+        except TorError:
+            raise
+        except Exception as e:
+            e = e.reason if isinstance(getattr(e, "reason", None), OSError) else e
             kind = TorTimeout if isinstance(e, socket.timeout) else StreamError
             raise kind("%s: %s" % (url, e))
 
-    def http_copy(response, write, limit=1 << 62):
-        """Give the body of `response`, at most `limit` bytes, to `write`; TorError."""
-        with response:
-            if response.status >= 400:
-                text = (response.url, response.status, response.reason)
-                raise TorError("%s: %d %s" % text)
-            try:
-                while limit > 0 and (piece := response.read(1 << 16)):
-                    write(piece)
-                    limit -= len(piece)
-            except Exception as e:
-                raise StreamError("%s: %s" % (response.url, e))
-            if response.length or limit <= 0:
-                raise StreamError("%s ended early, or does not end" % response.url)
-
-    def _http_text(response):
-        pieces = []
-        http_copy(response, pieces.append, 1 << 26)
-        charset = response.headers.get_content_charset("utf-8")
-        try:
-            return b"".join(pieces).decode(charset, "replace")
-        except LookupError:
-            return b"".join(pieces).decode("utf-8", "replace")
-
-    def _waiting(method):
-        @functools.wraps(method)
-        def call(self, *args, **named):
-            return self.run(getattr(self._tor, method.__name__), *args, **named)
-
-        return call
-
     class Tor:
-        """AsyncTor for programs without an event loop: its methods wait; any thread may call.
+        """AsyncTor for programs without asyncio; ready when constructed, any thread may call.
 
-        It is ready when constructed, with AsyncTor's arguments.
-
-            with minitor.Tor() as tor:
-                print(tor.http_get("<56 characters>.onion"))
+        with minitor.Tor() as tor:
+            print(tor.http_get("<56 characters>.onion"))
         """
 
         def __init__(self, data_dir=None, network=None, progress=None):
-            self._tor, started = None, threading.Event()
-            main = self._main(started)
-            self._thread = threading.Thread(target=asyncio.run, args=(main,), daemon=True)
+            async def start():
+                self._tor = AsyncTor(data_dir, network, progress)
+                await self._tor.start()
+
+            self._tor, ready = None, futures.Future()
+            main = (self._main(ready),)
+            self._thread = threading.Thread(target=asyncio.run, args=main, daemon=True)
             self._thread.start()
-            started.wait()
+            self._loop, self._stop = ready.result()
             try:
-                # Made inside the loop: until Python 3.10 an Event belongs to a loop at once.
-                self._tor = self.run(AsyncTor, data_dir, network, progress)
-                self.run(self._tor.start)
+                self.run(start())
             except BaseException:
                 self.close()
                 raise
 
-        create_connection = _waiting(AsyncTor.create_connection)
-        create_onion_service = _waiting(AsyncTor.create_onion_service)
-        http_get = _waiting(AsyncTor.http_get)
-        resolve = _waiting(AsyncTor.resolve)
-        urlopen = _waiting(AsyncTor.urlopen)
+        async def _main(self, ready):
+            stop = asyncio.Event()
+            ready.set_result((asyncio.get_running_loop(), stop))
+            await stop.wait()
+            if self._tor:
+                await self._tor.aclose()
+            # More than once: `wait_for` before Python 3.12 may lose a cancellation.
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in others:
+                    task.cancel()
+                await asyncio.wait(others, timeout=0.1)
 
-        async def _main(self, started):
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            started.set()
-            await self._stop.wait()
-
-        def run(self, function, *args, **named):
-            """Call `function` in Tor's event loop and wait: `tor.run(service.close)`."""
-            if threading.current_thread() is self._thread or not self._thread.is_alive():
+        def run(self, coroutine):
+            """Run `coroutine` in Tor's event loop; return its result."""
+            if self._stop.is_set() or threading.current_thread() is self._thread:
+                coroutine.close()
                 raise ConfigError("this Tor is closed, or would have to wait for itself")
-
-            async def call():
-                try:
-                    result = function(*args, **named)
-                    return await result if asyncio.iscoroutine(result) else result
-                except asyncio.CancelledError:
-                    raise TorError("Tor was closed meanwhile")
-
-            future = asyncio.run_coroutine_threadsafe(call(), self._loop)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             try:
                 return future.result()
-            except KeyboardInterrupt:
-                future.cancel()
-                raise
+            except futures.CancelledError:
+                raise TorError("Tor was closed meanwhile")
+            finally:
+                future.cancel()  # after Ctrl-C
 
         def close(self):
             """Take the services down, close everything, end the thread."""
-            if self._thread.is_alive():
-                try:
-                    if self._tor:
-                        self.run(self._tor.aclose)
-                finally:
-                    self._loop.call_soon_threadsafe(self._stop.set)
-                    self._thread.join()
+            if not self._stop.is_set():
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
 
         def __enter__(self):
             return self
@@ -4887,52 +4661,117 @@ if not MICROPYTHON:
         def __exit__(self, *_):
             self.close()
 
+        def resolve(self, host):
+            """As AsyncTor.resolve."""
+            return self.run(self._tor.resolve(host))
 
-# ═══ 19. Command line ═══════════════════════════════════════════════════════
+        def create_onion_service(self, port, target=None, key_dir=None):
+            """As AsyncTor.create_onion_service; `close` waits, too."""
+            service = self.run(self._tor.create_onion_service(port, target, key_dir))
+            return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
+
+        def create_connection(self, address, timeout=None):
+            """Connect to (host, port): a socket.socket, `timeout` its timeout in seconds."""
+
+            async def connect():
+                stream, _ = await self._tor.open_connection(*address, timeout)
+                end, ours = socket.socketpair()
+                spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
+                return end
+
+            end = self.run(connect())
+            end.settimeout(timeout)
+            return end
+
+        def urlopen(self, url, data=None, timeout=CONNECT_SECONDS, context=None):
+            """As urllib.request.urlopen, which see; errors are TorErrors, "http://" may lack.
+
+            `timeout`: of each wait, in seconds; `context`: an ssl.SSLContext.
+            """
+            if isinstance(url, str) and "://" not in url:
+                url = "http://" + url
+            opener = _http_opener(self, context)
+            return http_call(getattr(url, "full_url", url), opener.open, url, data, timeout)
+
+        def http_get(self, url):
+            """Return a page of less than 64 MiB as text; TorError, for a status above 399 too."""
+            with self.urlopen(url) as response:
+                data = http_call(url, response.read, 1 << 26)
+            if response.length or len(data) == 1 << 26:
+                raise StreamError("%s ends early, or is too large" % url)
+            charset = response.headers.get_content_charset("utf-8")
+            return http_call(url, data.decode, charset, "replace")
+
+
+# === 19. Command line ========================================================
 # python minitor.py --serve, --get, --address; and the web server behind --serve.
 
 OWN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>minitor</title>
-<body style="max-width:36em;margin:4em auto;padding:0 1em;font:1.1em/1.6 sans-serif">
-<h1>It works.</h1>
-<p>This page came through Tor, from an onion service hosted by <b>minitor</b>: Tor in one
-Python file.  No tor program, web server or open port stands behind it.</p>
-<p>To put something else here: <code>minitor.py --serve FOLDER</code> or
-<code>--serve PORT</code>.</p>
+<body style="max-width:36em;margin:4em auto;font:1.1em/1.6 sans-serif"><h1>It works.</h1>
+<p>This page came from an onion service hosted by <b>minitor</b>, Tor in one Python file.
+<p>For something else, <code>minitor.py --serve FOLDER</code> or <code>--serve PORT</code>.
 """
 
 
-def web_page(html, status="200 OK", **fields):
+def web_answer(folder, target):
+    """Return status, header lines and body (an open file) for what `target` names in `folder`."""
+    import html
     import io
+    import mimetypes
+    from urllib.parse import quote, unquote
 
-    fields["Content-Type"] = "text/html; charset=utf-8"
-    return status, fields, io.BytesIO(html.encode())
+    def page(text, status="200 OK", fields=""):
+        fields += "Content-Type: text/html; charset=utf-8\r\n"
+        return status, fields, io.BytesIO(text.encode())
+
+    if not folder:
+        return page(OWN_PAGE)
+    path = unquote(target.partition("?")[0])
+    names = [name for name in path.split("/") if name]
+    try:
+        at = os.path.realpath(os.path.join(folder, *names))
+        if path[-1:] == "/" and os.path.isfile(at + "/index.html"):
+            at = os.path.realpath(at + "/index.html")
+        # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
+        hidden = [name for name in names if name[0] == "." and name != ".well-known"]
+        if hidden or os.path.commonpath((folder, at)) != folder:
+            raise ValueError
+        if os.path.isfile(at):
+            kind, coding = mimetypes.guess_type(at)
+            kind = "application/octet-stream" if coding or not kind else kind
+            kind += "; charset=utf-8" * (kind[:5] == "text/")
+            return "200 OK", "Content-Type: %s\r\n" % kind, open(at, "rb")
+        entries = sorted(e.name + "/" * e.is_dir() for e in os.scandir(at) if e.name[0] != ".")
+        if path[-1:] != "/":
+            where = "Location: /%s/\r\n" % quote(path.strip("/"))
+            return page("", "301 Moved Permanently", where)
+        rows = ['<li><a href="./%s">%s</a>' % (quote(e), html.escape(e)) for e in entries]
+        return page("<!doctype html><h1>%s</h1><ul>" % html.escape(path) + "".join(rows))
+    except (OSError, ValueError):
+        return page("<!doctype html><h1>Not found", "404 Not Found")
 
 
-def web_handler(answer):
-    """Return a handler(reader, writer) that serves GET and HEAD over HTTP.
-
-    `answer(path)` returns status (text), header fields (dict) and body (an open file).
-    """
+def web_handler(folder):
+    """Return a handler(reader, writer): a web server for `folder`, or for OWN_PAGE."""
 
     async def handler(reader, writer):
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
-            method, target, _ = (head.decode("latin-1").partition("\r\n")[0] + "  ").split(" ", 2)
-            if method in ("GET", "HEAD"):
-                status, fields, body = answer(target)
-            else:
-                status, fields, body = web_page("", "405 Method Not Allowed", Allow="GET, HEAD")
+            line = head.decode("utf-8", "replace").partition("\r\n")[0] + "  "
+            method, target = line.split(" ")[:2]
+            status, fields, body = web_answer(folder, target)
             with body:
                 size = body.seek(0, 2)
                 body.seek(0)
+                if method not in ("GET", "HEAD"):
+                    status, fields, size = "405 Method Not Allowed", "Allow: GET, HEAD\r\n", 0
                 # Neither Date nor Server: they would tell about the clock and the machine.
-                fields.update({"Content-Length": size, "Connection": "close"})
-                lines = ["HTTP/1.1 " + status] + ["%s: %s" % field for field in fields.items()]
-                piece = ("\r\n".join(lines) + "\r\n\r\n").encode()
+                head = "HTTP/1.1 %s\r\n%sContent-Length: %d\r\nConnection: close\r\n\r\n"
+                piece = (head % (status, fields, size)).encode()
                 while piece:
                     writer.write(piece)
                     await asyncio.wait_for(writer.drain(), 120)
-                    piece = b"" if method == "HEAD" else body.read(min(size, 1 << 16))
+                    piece = body.read(min(size, 1 << 16)) if method == "GET" else b""
                     size -= len(piece)
         except (OSError, EOFError, TorError, asyncio.TimeoutError):
             pass
@@ -4941,57 +4780,8 @@ def web_handler(answer):
     return handler
 
 
-def web_folder(root):
-    """Return the `answer` of web_handler that serves what lies in the folder `root`."""
-    import html
-    import mimetypes
-    from urllib.parse import quote, unquote
-
-    root = os.path.realpath(root)
-
-    def listing(names, folder):
-        title = html.escape("/" + "/".join(names))
-        entries = sorted(e.name + "/" * e.is_dir() for e in os.scandir(folder))
-        rows = "".join(
-            '<li><a href="./%s">%s</a>' % (quote(name), html.escape(name))
-            for name in entries if name[0] != "."
-        )
-        return web_page("<!doctype html><title>%s</title><h1>%s</h1><ul>%s" % (title, title, rows))
-
-    def find(target):
-        path = unquote(target.partition("?")[0])
-        names = [name for name in path.split("/") if name]
-        # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
-        if any(name[0] == "." and name != ".well-known" for name in names):
-            raise ValueError
-        at = os.path.realpath(os.path.join(root, *names))
-        if os.path.isdir(at) and path[-1:] != "/":
-            where = quote("/".join([""] + names)) + "/"
-            return web_page("", "301 Moved Permanently", Location=where)
-        index = os.path.realpath(os.path.join(at, "index.html"))
-        at = index if os.path.isfile(index) else at
-        if os.path.commonpath((root, at)) != root:
-            raise ValueError
-        if os.path.isdir(at):
-            return listing(names, at)
-        kind, coding = mimetypes.guess_type(at)
-        kind = kind if kind and not coding else "application/octet-stream"
-        kind += "; charset=utf-8" * (kind[:5] == "text/")
-        return "200 OK", {"Content-Type": kind}, open(at, "rb")
-
-    def answer(target):
-        try:
-            return find(target)
-        except (OSError, ValueError):
-            return web_page("<!doctype html><title>404</title><h1>Not found", "404 Not Found")
-
-    return answer
-
-
 def serve_target(what):
-    """Return the target (see create_onion_service) that --serve's argument names; ConfigError."""
-    if not what:
-        return web_handler(lambda path: web_page(OWN_PAGE))
+    """Return the target of create_onion_service that --serve's argument names; ConfigError."""
     if what[:5] == "unix:":
         return what
     host, _, port = what.rpartition(":")
@@ -4999,19 +4789,16 @@ def serve_target(what):
         host = host.strip("[]")
         check_target(host or "-", int(port))
         return (host, int(port)) if host else int(port)
-    if not os.path.isdir(what):
+    if what and not os.path.isdir(what):
         raise ConfigError("--serve %s: no port, no host:port, no folder" % what)
-    return web_handler(web_folder(what))
+    return web_handler(what and os.path.realpath(what))
 
 
 def parse_arguments(argv):
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, "minitor: %s (see --help)\n" % message)
-
-    parser = Parser("minitor", description="Tor in one Python file.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--serve", nargs="?", const="", metavar="WHAT",
         help="host an onion service: a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER")
@@ -5034,22 +4821,22 @@ def run_command(options):
 
     network = options.network or os.environ.get("MINITOR_NETWORK")
     data_dir = options.data_dir or default_data_dir(network)
+    key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
         private_dir(data_dir)
-        print(onion_address(load_service_key(options.key_dir or data_dir + "/onion_service")[1]))
-        return
+        return print(onion_address(load_service_key(key_dir)[1]))
     check_target("-", options.port)
     target = None if options.get else serve_target(options.serve)
     with Tor(data_dir, network, progress) as tor:
-        if options.get:
-            response, path = tor.urlopen(options.get), options.o
-            with open(path + ".part" if path else 1, "wb", closefd=bool(path)) as out:
-                http_copy(response, out.write)
-            return path and os.replace(path + ".part", path)
-        service = tor.create_onion_service(options.port, target, options.key_dir)
-        print(service.address, flush=True)
-        while True:
-            time.sleep(3600)
+        if not options.get:
+            print(tor.create_onion_service(options.port, target, key_dir).address, flush=True)
+            return threading.Event().wait()
+        with tor.urlopen(options.get) as response:
+            with open(options.o or 1, "wb", closefd=bool(options.o)) as out:
+                while piece := http_call(options.get, response.read, 1 << 16):
+                    out.write(piece)
+        if response.length:
+            raise StreamError("%s: %d bytes are missing" % (options.get, response.length))
 
 
 def main(argv=None):
@@ -5066,7 +4853,7 @@ def main(argv=None):
     except Exception as e:
         if options.v > 1:
             print_exception(e)
-        print("minitor: %s" % e, file=sys.stderr)
+        print("minitor:", " ".join(str(e).split()), file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     return 0
 

@@ -40,8 +40,6 @@ def relay(**fields):
 
 
 def test_cell_layout():
-    assert minitor.cell(0, minitor.VERSIONS, b"\0\4\0\5") == H("0000 07 0004 0004 0005")
-    assert minitor.cell(7, minitor.CERTS, b"ab") == H("00000007 81 0002 6162")
     fixed = minitor.cell(0x80000001, minitor.CREATE2, b"xyz")
     assert len(fixed) == 514 and fixed[:8] == H("80000001 0a") + b"xyz" and not any(fixed[8:])
 
@@ -92,10 +90,16 @@ def test_link_specifiers():
     assert (target.rsa_id, target.ed_id, target.ntor_key) == (b"r" * 20, b"e" * 32, b"k" * 32)
     assert target.specifiers == more and reader.rest() == b"tail"
     assert minitor.link_specifiers(target) == more
+    # Relays connect to the first address.
+    two = b"\4" + spec[1:] + H("0006 0a0000012329")
+    assert minitor.parse_link_specifiers(minitor.Reader(two), b"").address == "127.0.0.1"
     for n in range(len(spec)):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_link_specifiers(minitor.Reader(spec[:n]), b"")
-    for bad in (H("00"), b"\x02" + spec[1:31], H("01 0006 7f0000011389")):
+    twice = b"\4" + spec[1:] + H("0214") + b"x" * 20
+    # With these EXTEND2 would be longer than a relay message.
+    long = b"\5" + spec[1:] + H("09ff") + bytes(255) + H("0960") + bytes(96)
+    for bad in (H("00"), b"\x02" + spec[1:31], H("01 0006 7f0000011389"), twice, long):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_link_specifiers(minitor.Reader(bad + bytes(40)), b"")
 
@@ -226,7 +230,7 @@ def test_created2():
 
 
 def test_begin():
-    assert minitor.begin("example.com", 80) == b"example.com:80\0"
+    assert minitor.begin("example.com", 80, 0) == b"example.com:80\0"
     assert minitor.begin("", 80, 5) == b":80\0\0\0\0\5"
     assert minitor.parse_begin(b":80\0") == ("", 80)
     assert minitor.parse_begin(b"a.b:65535\0\0\0\0\1") == ("a.b", 65535)
@@ -238,7 +242,7 @@ def test_begin():
 def test_resolved():
     body = H("04 04 01020304 00000010") + H("f1 00 00000000") + b"\0\3abc" + bytes(4)
     assert minitor.parse_resolved(body) == [(4, "1.2.3.4"), (241, b""), (0, b"abc")]
-    for bad in (H("04 03 010203 00000000"), H("04 04 0102")):
+    for bad in (H("04 03 010203 00000000"), H("04 04 0102"), H("0410") + bytes(20)):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_resolved(bad)
 

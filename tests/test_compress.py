@@ -66,9 +66,10 @@ def test_fold(text, board, host):
 
 
 def test_integer_constants_are_put_in_on_a_board():
-    text = "A, B = 2, (1 << 40)\nC = A * 1024\nD = 3\nD = 4\ndef f(x):\n    return x + C + B + D"
-    assert "return x + 2048 + B + D" in folded(text, True)
-    assert "return x + C + B + D" in folded(text, False)
+    text = "A, B = 2, (1 << 40)\nC = A * 1024\nD = 3\nD = 4\nE, F = range(5, 7)\n"
+    text += "def f(x):\n    return x + C + B + D + F"
+    assert "return x + 2048 + B + D + 6" in folded(text, True)
+    assert "return x + C + B + D + F" in folded(text, False)
     # What a function calls by the same name is not the constant.
     assert "f(A)" in folded("A = 1\ndef g(A):\n    f(A)", True)
 
@@ -294,7 +295,7 @@ def test_unit_tests_with_a_build(host):
     start = "import sys; sys.path.insert(0, %r); import minitor, pytest; print(minitor.__file__)\n"
     start += "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider'] + %r))"
     done = subprocess.run([sys.executable, "-c", start % (str(host), scripts)], cwd=str(ROOT),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert done.returncode == 0 and str(host) in done.stdout, done.stdout[-5000:]
 
 

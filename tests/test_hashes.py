@@ -18,7 +18,7 @@ import minitor
 def for_micropython():
     """Return the names of section 4 as its branch for MicroPython makes them."""
     source = Path(minitor.__file__).read_text()
-    section = source[source.index("# ═══ 4. ") : source.index("# ═══ 5. ")]
+    section = source[source.index("# === 4. ") : source.index("# === 5. ")]
     names = {"MICROPYTHON": True, "struct": struct, "hashlib": hashlib, "sha256": minitor.sha256}
     body = []
     for node in ast.parse(section).body:

@@ -134,7 +134,7 @@ def test_methods(site):
     status, fields, body = get(target, "/", "HEAD")
     assert (status, fields["content-length"], body) == (200, "8", b"")
     status, fields, _ = get(target, "/", "POST")
-    assert (status, fields["allow"]) == (405, "get, head")
+    assert (status, fields["allow"], fields["content-length"]) == (405, "get, head", "0")
     assert ask(target, b"\r\n\r\n")[0] == 405
     assert ask(target, b"GET\r\n\r\n")[0] == 301
     assert ask(target, b"\xff\xfe\0 / \r\n\r\n")[0] == 405
@@ -239,11 +239,12 @@ class FakeTor:
 
 
 def test_serve_prints_progress_and_the_address(monkeypatch, capsys, tmp_path):
-    def interrupted(seconds):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def wait(self):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(minitor, "Tor", FakeTor)
-    monkeypatch.setattr(minitor.time, "sleep", interrupted)
+    monkeypatch.setattr(minitor.threading, "Event", Interrupted)
     assert minitor.main(["--serve", "--data-dir", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out == "x" * 56 + ".onion\n"

@@ -276,7 +276,9 @@ def test_descriptor_form(keys):
     assert data.endswith(b"\n") and data.count(b"\nsignature ") == 1
     blob = minitor.one_item(minitor.document_items(data.split(b"\n")), b"superencrypted")[1]
     assert (len(blob) - 48) % 10000 == 0
-    outer = minitor._unseal(blob, keys[1] + keys[2], 123456789012, minitor._OUTER)
+    outer = minitor._unseal(
+        blob, keys[1] + keys[2] + (123456789012).to_bytes(8, "big"), minitor._OUTER
+    )
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
     assert outer.count(b"\nauth-client ") == 16
 
@@ -316,6 +318,55 @@ def test_descriptor_bad_intro_points(keys, monkeypatch):
     data = make(keys, [Intro(1)])
     monkeypatch.undo()
     refused(data, keys, match="no usable")
+
+
+def test_descriptor_other_keys(keys, monkeypatch):
+    """Keys of other kinds beside ntor's are passed over; a second one of ntor is not."""
+    encode = minitor._base64
+
+    def make_with(kind):
+        def both(data):
+            line = b" %s\nonion-key %s " % (encode(data), kind)
+            return encode(data) if data != Intro(1).ntor_key else line[1:] + encode(data)
+
+        monkeypatch.setattr(minitor, "_base64", both)
+        data = make(keys, [Intro(1)])
+        monkeypatch.undo()
+        return data
+
+    found = minitor.parse_descriptor(make_with(b"ntor-v9"), keys[1], keys[2], NOW)
+    assert found.intro_points[0].ntor_key == Intro(1).ntor_key
+    refused(make_with(b"ntor"), keys, match="no usable")
+
+
+def test_descriptor_certificates(keys, monkeypatch):
+    """The signing-key extension is mandatory; the key is one of Ed25519."""
+    right = minitor.make_ed_cert
+    for kind in (8, 9, 11):
+        for at, byte in ((6, 3), (42, 5)):
+
+            def changed(k, key, when, esk, public):
+                cert = bytearray(right(k, key, when, esk, public)[:-64])
+                if k == kind:
+                    cert[at] = byte
+                cert = bytes(cert)
+                return cert + minitor.ed25519_sign_expanded(esk, public, cert)
+
+            monkeypatch.setattr(minitor, "make_ed_cert", changed)
+            data = make(keys, [Intro(1)])
+            monkeypatch.undo()
+            refused(data, keys)
+
+
+def test_descriptor_numbers(keys):
+    top = (1 << 64) - 1
+    data = make(keys, [Intro(1)], revision=top)
+    assert minitor.parse_descriptor(data, keys[1], keys[2], NOW).revision == top
+    for word, least, most in ((b"0", 0, 1), (b"18446744073709551615", 0, top), (b"30", 30, 720)):
+        assert minitor.decimal(word, least, most) == int(word)
+    for word in (b"", b"-1", b"+1", b"1_0", b" 1", b"29", b"721", b"9" * 5000):
+        with pytest.raises(minitor.ProtocolError):
+            minitor.decimal(word, 30, 720)
 
 
 def test_descriptor_of_c_tor():

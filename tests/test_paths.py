@@ -112,39 +112,26 @@ def indexes(path):
 # ── weights ──
 
 
-def test_weight_factors_per_position():
-    consensus = make_consensus()
-    guard = minitor.weight_factors(consensus, "g")
-    middle = minitor.weight_factors(consensus, "m")
-    last = minitor.weight_factors(consensus, "e")
-    for directory in (0, V2DIR):
-        assert guard[GUARD | directory] == 6752 * 10000
-        assert guard[GUARD | EXIT | directory] == 0
-        assert guard[EXIT | directory] == 0
-        assert middle[GUARD | directory] == 3248 * 10000
-        assert middle[directory] == 10000 * 10000
-        assert middle[EXIT | directory] == middle[GUARD | EXIT | directory] == 0
-        # A bad exit counts as no exit.
-        assert middle[EXIT | BADEXIT | directory] == 10000 * 10000
-        assert middle[GUARD | EXIT | BADEXIT | directory] == 3248 * 10000
-        assert last[EXIT | directory] == 10000 * 10000
+def factors(weights, position, *kinds):
+    """Return the weights of relays of those flags, with a bandwidth of 1."""
+    net = Net()
+    for flags in kinds:
+        net.add(flags, weight=1)
+    chooser = minitor.Weights(net.table, make_consensus(weights))
+    return [w for _, w in chooser.weigh(position, minitor.RUNNING)]
 
 
-def test_weight_factors_of_directories():
-    consensus = make_consensus(dict(WEIGHTS, Wgb=5000))
-    factors = minitor.weight_factors(consensus, "g")
-    assert factors[GUARD] == 6752 * 10000
-    assert factors[GUARD | V2DIR] == 6752 * 5000
+def test_weights_per_position():
+    kinds = (GUARD, GUARD | EXIT, EXIT, 0)
+    assert factors(WEIGHTS, "g", GUARD) == [6752]
+    # Nothing has no chance at all, or a network where all weights are 0 had no path.
+    assert factors(WEIGHTS, "m", *kinds) == [3248, 1, 1, 10000]
+    assert factors(WEIGHTS, "e", *kinds) == [10000] * 4
 
 
 @pytest.mark.parametrize("broken", [{}, dict(WEIGHTS, Wmg=-1), {"Wmg": 5}])
 def test_malformed_weights_count_all_alike(broken):
-    for position in "gme":
-        factors = minitor.weight_factors(make_consensus(broken), position)
-        if position == "g":
-            assert factors[GUARD] == factors[0] > 0
-        else:
-            assert len(set(factors.values())) == 1 and factors[0] > 0
+    assert factors(broken, "m", GUARD, GUARD | EXIT, EXIT, 0) == [1] * 4
 
 
 def chi_square(counts, expected):
@@ -258,17 +245,17 @@ def test_exit_without_the_flag_serves_if_its_policy_does(clock):
     assert selector(net.table).exit_path(6000)[2].index == odd
 
 
-def test_excluded_exits_and_middles(clock):
-    net = network(exits=3, middles=3)
+def test_excluded_introduction_points(clock):
+    net = network(exits=0, middles=0)
     paths = selector(net.table)
-    exits = [net.id(i) for i in (30, 31)]
-    middles = [net.id(i) for i in range(30)] + [net.id(33)]
-    for _ in range(30):
-        guard, middle, last = indexes(paths.exit_path(80, exits + middles))
-        assert guard < 30 and last == 32 and middle in (34, 35)
+    used = [net.id(i) for i in range(29)]
+    for _ in range(10):
+        assert paths.onion_path("intro", None, used)[3].index == 29
+    with pytest.raises(minitor.CircuitError):
+        paths.onion_path("intro", None, used + [net.id(29)])
 
 
-def test_long_lived_ports_ask_for_stable_relays(clock):
+def test_stable_relays_are_preferred_except_for_web_pages(clock):
     net = Net()
     for _ in range(25):
         net.add(GUARD)
@@ -279,7 +266,7 @@ def test_long_lived_ports_ask_for_stable_relays(clock):
         net.table.flags[i] &= ~STABLE
     paths = selector(net.table)
     for _ in range(20):
-        assert paths.exit_path(22)[2].flags & STABLE
+        assert all(relay.flags & STABLE for relay in paths.exit_path(22))
     assert not all(paths.exit_path(80)[2].flags & STABLE for _ in range(20))
 
 
@@ -360,14 +347,15 @@ def ids(guards):
 
 def test_sample_and_primary(clock):
     net = network(guards=200)
-    guards = selector(net.table).guards
+    paths = selector(net.table)
+    guards = paths.guards
     assert len(guards.sample) == 20
     assert guards.primary() == guards.sample[:3]
     for g in guards.sample:
         assert net.table.flags[g.index] & GUARD
-        assert START - 12 * DAY < g.sampled_on <= START
+        assert START + 108 * DAY < g.until <= START + 120 * DAY
     assert {guards.pick().rsa_id for _ in range(20)} == {guards.sample[0].rsa_id}
-    directories = {guards.pick(directory=True).rsa_id for _ in range(50)}
+    directories = {paths.directory_guard().rsa_id for _ in range(50)}
     assert directories == set(ids(guards.sample[:3]))
 
 
@@ -378,10 +366,11 @@ def test_parameters_of_the_consensus(clock):
         guard_n_primary_dir_guards_to_use=1,
         guard_min_filtered_sample_size=5,
     )
-    guards = selector(net.table, consensus).guards
+    paths = selector(net.table, consensus)
+    guards = paths.guards
     assert len(guards.sample) == 5
     assert {guards.pick().rsa_id for _ in range(50)} == set(ids(guards.sample[:2]))
-    assert guards.pick(directory=True).rsa_id == guards.sample[0].rsa_id
+    assert paths.directory_guard().rsa_id == guards.sample[0].rsa_id
 
 
 def test_guards_need_their_flags(clock):
@@ -400,8 +389,8 @@ def test_guards_are_stored(clock, tmp_path):
     assert first.succeeded(picked)
     again = selector(net.table, path=path).guards
     assert ids(again.sample) == ids(first.sample)
-    assert [g.confirmed_on for g in again.sample] == [g.confirmed_on for g in first.sample]
-    assert again.sample[0].confirmed_on > 0 and again.pick().rsa_id == picked
+    assert [g.until for g in again.sample] == [g.until for g in first.sample]
+    assert again.sample[0].confirmed and again.pick().rsa_id == picked
     assert os.stat(path).st_mode & 0o777 == 0o600
 
 
@@ -413,11 +402,11 @@ def test_guards_are_stored(clock, tmp_path):
         b"nonsense",
         b"\xff\xfe",
         b"[1, 2]",
-        b"[[1, 2, 3, 4]]",
-        b'[["zz", 1, 2, 3]]',
-        b'[["aa", 1, 2, 3]]',
-        b'[["' + b"a" * 32 + b'", null, 2, 3]]',
-        b'[["' + b"a" * 32 + b'", 1, 2]]',
+        b"[[1, 2, 3]]",
+        b'[["zz", 1, 2]]',
+        b'[["aa", 1, 2]]',
+        b'[["' + b"a" * 32 + b'", null, 2]]',
+        b'[["' + b"a" * 32 + b'", 1]]',
         b"[" * 100000,
     ],
     ids=lambda text: repr(text[:12]),
@@ -437,15 +426,16 @@ def test_folder_that_cannot_be_written_does_not_stop_circuits(clock, tmp_path):
     assert len(paths.exit_path(80)) == 3
 
 
-def test_guards_of_another_network_are_dropped(clock, tmp_path):
+def test_guards_of_another_network_are_kept_and_not_in_the_way(clock, tmp_path):
     path = str(tmp_path / "guards.json")
     old = Net(1000)
     for _ in range(40):
         old.add(GUARD)
-    selector(old.table, path=path)
+    before = ids(selector(old.table, path=path).guards.primary())
     new = network(guards=30)
-    guards = selector(new.table, path=path).guards
-    assert len(guards.sample) == 20 and all(g.index >= 0 for g in guards.sample)
+    paths = selector(new.table, path=path)
+    assert len(paths.guards._order()) == 20 and len(paths.exit_path(80)) == 3
+    assert ids(selector(old.table, path=path).guards.primary()) == before
 
 
 def test_consensus_without_guards_does_not_cost_the_sample(clock):
@@ -464,29 +454,20 @@ def test_consensus_without_guards_does_not_cost_the_sample(clock):
     assert ids(paths.guards.sample) == before and len(paths.exit_path(80)) == 3
 
 
-def test_unlisted_guard_returns_or_is_removed(clock):
+def test_unlisted_guard_is_passed_over_until_it_returns(clock):
     net = network(guards=100)
     paths = selector(net.table)
     guards = paths.guards
     gone = guards.sample[0]
-    net.table.flags[gone.index] &= ~GUARD
-    paths.update(net.table, make_consensus())
-    assert gone.index == -1 and START - 4 * DAY < gone.unlisted_since <= START
-    assert gone in guards.sample and gone not in guards.primary()
-    clock[0] += 10 * DAY
-    paths.update(net.table, make_consensus())
-    assert gone in guards.sample
-    clock[0] += 11 * DAY
-    paths.update(net.table, make_consensus())
-    assert gone not in guards.sample
-
-    back = guards.sample[0]
-    index = back.index
+    index = gone.index
     net.table.flags[index] &= ~GUARD
     paths.update(net.table, make_consensus())
+    assert gone.index == -1 and gone in guards.sample and gone not in guards.primary()
+    assert len(guards._order()) == 20
+    clock[0] += 10 * DAY
     net.table.flags[index] |= GUARD
     paths.update(net.table, make_consensus())
-    assert back.index == index and back.unlisted_since == 0 and guards.primary()[0] is back
+    assert gone.index == index and guards.primary()[0] is gone
 
 
 def test_guards_expire(clock):
@@ -496,7 +477,7 @@ def test_guards_expire(clock):
     confirmed = guards.sample[0]
     clock[0] += 100 * DAY
     assert guards.succeeded(guards.pick().rsa_id)
-    assert confirmed.confirmed_on > START
+    assert START + 154 * DAY < confirmed.until <= START + 160 * DAY
     clock[0] += 21 * DAY
     others = guards.sample[1:]
     paths.update(net.table, make_consensus())
@@ -523,10 +504,10 @@ def test_failed_guards_are_replaced_and_retried(clock):
     clock[0] += 7 * 3600
     guards.pick()
     guards.failed(a.rsa_id)
-    clock[0] += 3600
-    # Failing for more than six hours: every 90 minutes.
+    clock[0] += 6300
+    # Failing for seven hours: after 107 minutes.
     assert guards.pick().rsa_id != a.rsa_id
-    clock[0] += 1801
+    clock[0] += 200
     assert guards.pick().rsa_id == a.rsa_id
     assert guards.succeeded(a.rsa_id) and a.failing_since == 0
 
@@ -541,7 +522,8 @@ def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
 
 def test_network_down_does_not_burn_guards(clock):
     net = network(guards=400)
-    guards = selector(net.table).guards
+    paths = selector(net.table)
+    guards = paths.guards
     first = guards.pick().rsa_id
     assert guards.succeeded(first)
     sample = ids(guards.sample)
@@ -552,33 +534,59 @@ def test_network_down_does_not_burn_guards(clock):
         tried.add(picked)
         guards.failed(picked)
         clock[0] += 30
+        paths.update(net.table, make_consensus())
     assert ids(guards.sample) == sample and tried <= set(sample)
     # The network is back, and some other guard answers first: it is not used for that.
     for g in guards.sample:
-        g.reachable = False
-        g.tried = clock[0]
+        guards.failed(g.rsa_id)
     other = guards.sample[7]
-    other.reachable = None
+    other.failed_at = 0
     assert guards.pick().rsa_id == other.rsa_id
-    clock[0] += 1000
+    clock[0] += 10
     assert guards.succeeded(other.rsa_id) is False
-    assert not other.confirmed_on
-    assert guards.pick().rsa_id == first
+    assert not other.confirmed
+    # What failed meanwhile was not the guards' fault.
+    paths.update(net.table, make_consensus())
+    assert guards.pick().rsa_id == first and ids(guards.sample) == sample
     assert guards.succeeded(first)
 
 
-def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clock):
-    guards = selector(network(guards=400).table).guards
-    for _ in range(300):
-        guards.online = minitor.now()
-        guards.failed(guards.pick().rsa_id)
+@pytest.mark.parametrize("guards, most", [(400, 60), (30, 30)])
+def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clock, guards, most):
+    paths = selector(network(guards=guards).table)
+    for _ in range(10):
+        for _ in range(30):
+            paths.guards.failed(paths.guards.pick().rsa_id)
+            paths.guards.online = minitor.now()
+        paths.update(paths.table, make_consensus())
+    assert len(paths.guards.sample) == most
+
+
+def test_where_all_guards_are_down_the_primary_ones_take_turns(clock):
+    guards = selector(network(guards=20).table).guards
+    guards.online = minitor.now()
+    for g in guards.sample:
+        guards.failed(g.rsa_id)
         clock[0] += 1
-    assert len(guards.sample) == 60
-    small = selector(network(guards=30).table).guards
-    for _ in range(100):
-        small.online = minitor.now()
-        small.failed(small.pick().rsa_id)
-    assert len(small.sample) == 20
+    for g in guards.primary() * 2:
+        assert guards.pick().rsa_id == g.rsa_id
+        clock[0] += 5
+        guards.failed(g.rsa_id)
+
+
+def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
+    guards = selector(network(guards=100).table).guards
+    first = guards.pick().rsa_id
+    guards.network_up()
+    guards.failed(first)
+    clock[0] += 300
+    guards.network_up()
+    assert guards.pick().rsa_id != first
+    clock[0] += 650
+    for _ in range(30):
+        guards.failed(guards.pick().rsa_id)
+    guards.network_up()
+    assert guards.pick().rsa_id == first and len(guards.sample) <= 22
 
 
 def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
@@ -715,8 +723,9 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
     assert paths.onion_path("intro")[3].index == 36
     paths.layer_two = {net.id(i): START + DAY for i in (37, 38, 39, 40)}
     assert paths.onion_path("rend")[2].index == 35
+    net.table.flags[35] &= ~minitor.PROTO_HSREND2
     with pytest.raises(minitor.CircuitError):
-        paths.onion_path("rend", None, (net.id(35),))
+        paths.onion_path("rend")
 
 
 # ── the public network ──
@@ -743,7 +752,7 @@ def public():
 def test_restrictions_hold_on_the_public_network(public, clock):
     table, consensus = public
     paths = minitor.PathSelector(table, consensus, minitor.Guards())
-    assert paths.weights.percent() == 100
+    assert paths.percent() == 100
     for n in range(60):
         if n % 10 == 0:
             paths.guards = minitor.Guards()

@@ -21,6 +21,7 @@ process watches this one and ends with it (__OwningControllerProcess), even when
 
 import argparse
 import atexit
+import base64
 import collections
 import concurrent.futures
 import os
@@ -41,7 +42,7 @@ ROLES = ("family", "family", "familyid", "familyid", "nohsdir", "noexit", "web")
 OR_PORT, DIR_PORT = 9001, 9030
 HIDDEN_PORT = 9101  # where a relay listens that is reached with a delay
 SEATS = 32  # nodes in one range of addresses
-START_SECONDS = 120
+START_SECONDS = 180
 
 
 class TorNetError(Exception):
@@ -292,7 +293,10 @@ class TorNet:
         try:
             self._make(relays)
             self.delayer = self._start_delay() if delay else None
-            for node in self.relays:
+            # A relay whose descriptor no authority took yet tries again only after a minute.
+            for node in self.relays[:AUTHORITIES]:
+                self._start_relay(node)
+            for node in self.relays[AUTHORITIES:]:
                 node.start()
             self._wait_usable(relays)
         except BaseException:
@@ -469,15 +473,31 @@ class TorNet:
             dead()
             return all(knows(node) for node in nodes)
 
-        what = "a consensus with %d relays" % everybody
-        _wait(lambda: all_know(self.relays[:AUTHORITIES]), START_SECONDS, what, step=0.2)
-        # Those that asked in vain ask again after longer and longer pauses, but at once when new.
-        time.sleep(1)
-        for node in self.relays[AUTHORITIES:]:
-            if not knows(node):
-                node.stop()
-                node.start()
-        _wait(lambda: all_know(self.relays), START_SECONDS, what, step=0.2)
+        def missing(node):
+            # A base64 identity in the consensus has no padding.
+            digest = base64.b64encode(bytes.fromhex(node.fingerprint)).decode().rstrip("=")
+            return any(self.consensus(a) and " %s " % digest not in self.consensus(a)
+                       for a in self.relays[:AUTHORITIES])
+
+        what, started, end = "a consensus with %d relays" % everybody, {}, time.monotonic()
+        end += START_SECONDS
+        while not all_know(self.relays):
+            if time.monotonic() > end:
+                raise TorNetError("%s: not after %d s: %s" % (what, START_SECONDS, "; ".join(
+                    "%s %s" % (n.nickname, "is missing" if missing(n) else "knows less")
+                    for n in self.relays if missing(n) or not knows(n))))
+            # Who asked or published in vain does it again after longer and longer pauses, but at
+            # once when it is new.
+            if all_know(self.relays[:AUTHORITIES]):
+                again, pause = [n for n in self.relays if not knows(n)], 1
+            else:
+                again, pause = [n for n in self.relays[AUTHORITIES:] if missing(n)], 12
+            for node in again:
+                if time.monotonic() > started.setdefault(node, time.monotonic() + pause):
+                    node.stop()
+                    node.start()
+                    started[node] = time.monotonic() + 15
+            time.sleep(0.2)
 
     def consensus(self, node=None):
         """Return the text of the microdescriptor consensus that `node` (an authority) holds."""
@@ -500,14 +520,18 @@ class TorNet:
     def restart(self, relay):
         """Start a relay that was killed, with its keys and address, and wait until it listens."""
         relay = relay if isinstance(relay, Relay) else self.relay(relay)
-        relay.start()
+        self._start_relay(relay)
+        return relay
+
+    def _start_relay(self, relay):
+        port = HIDDEN_PORT if self.delay else relay.or_port
 
         def listens():
             with socket.socket() as s:
-                return s.connect_ex((relay.address, relay.or_port)) == 0
+                return s.connect_ex((relay.address, port)) == 0
 
-        _wait(listens, 20, relay.nickname, relay.process)
-        return relay
+        relay.start()
+        _wait(listens, 30, relay.nickname, relay.process)
 
     def _folder(self, kind):
         self.count += 1

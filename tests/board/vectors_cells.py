@@ -86,7 +86,6 @@ assert refused(minitor.hs_ntor_service, intro, b, [b"s" * 32], body[:100])
 # Messages.
 assert len(minitor.establish_intro(b"s" * 32, minitor.ed25519_public(b"s" * 32), b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
-assert minitor.cell(0, minitor.VERSIONS, b"\0\4") == b"\0\0\7\0\2\0\4"
 assert minitor.parse_begin(minitor.begin("a.b", 80, 1)) == ("a.b", 80)
 assert refused(minitor.parse_begin, b"a:99999\0")
 assert minitor.is_private("172.16.3.4") and not minitor.is_private("172.32.3.4")

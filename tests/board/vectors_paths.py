@@ -63,9 +63,9 @@ try:
     assert paths.guards.succeeded(guard)
     again = m.Guards(FILE)
     assert [g.rsa_id for g in again.sample] == [g.rsa_id for g in paths.guards.sample]
-    assert len(again.sample) == 20 and again.sample[0].confirmed_on
+    assert len(again.sample) == 20 and again.sample[0].confirmed
     m.set_log(m.ERR)
-    for text in ("nonsense", "[[1,2,3,4]]", '[["zz",1,2,3]]', '{"a":1}', "[[", '[["aaaaaaaa",1e999]]'):
+    for text in ("nonsense", "[[1,2,3]]", '[["zz",1,2]]', '{"a":1}', "[[", '[["aaaaaaaa",1e999]]'):
         m.write_file(FILE, text.encode())
         assert m.Guards(FILE).sample == [], text
 finally:

@@ -192,7 +192,7 @@ def test_targets_of_a_service(tor, tornet, target, client, tmp_path):
             with pytest.raises(module.TorError):
                 tor.create_connection((service.address, 9), timeout=60)
         finally:
-            tor.run(service.close)
+            service.close()
     _modes(tmp_path / "keys")
 
 
@@ -236,7 +236,7 @@ def test_end_of_stream_is_kept(tor, tmp_path):
                     data += piece
             assert data == payload(300000)
     finally:
-        tor.run(service.close)
+        service.close()
 
 
 def test_fifty_clients_at_once(tornet, our_service, client, tmp_path):

@@ -327,6 +327,19 @@ class TorTimeout(TorError):
 # Readers and writers of binary structures, base32 and base64.
 
 
+def require(good, text):
+    """Raise ProtocolError(text) unless `good`."""
+    if not good:
+        raise ProtocolError(text)
+
+
+def decimal(text, least, most):
+    """Return the number in `text` (bytes); ProtocolError unless in [least, most]."""
+    digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
+    require(digits and least <= int(text) <= most, "bad number")
+    return int(text)
+
+
 class Reader:
     """Take integers and byte strings, big-endian, from the front of `data`.
 
@@ -976,56 +989,41 @@ def rsa_verify(key, digest, signature):
     return pow(s, e, n) == int.from_bytes(padded, "big")
 
 
-# ═══ 6. Certificates and documents ══════════════════════════════════════════
-# cert-spec, and dir-spec's authority certificates, microdescriptor consensus and
-# microdescriptors.  The last two are parsed as they arrive, and never held whole.
+# === 6. Certificates and documents ==========================================
+# cert-spec, and dir-spec's authority certificates, consensus and microdescriptors.
 
 
-class EdCert:
-    """An Ed25519 certificate (cert-spec 2.1): `type`, `expires` (seconds since 1970),
-    `key_type`, `key` (the 32 bytes certified), `signing_key` (of the extension 04, or None).
+def check_ed_cert(data, what, kind, public, when):
+    """Return the key type, key and signing key (or None) of a certificate (cert-spec 2.1).
+
+    ProtocolError, naming `what`, unless it is of type `kind`, good at the time `when`, and
+    signed by `public` (None: by the signing key in it).
     """
-
-    def check(self, public, when):
-        """Raise ProtocolError unless `public` (None: `signing_key`) signed it and it is good."""
-        public = public or self.signing_key
-        if public is None or self.signing_key not in (None, public):
-            raise ProtocolError("%s is signed by another key" % self.what)
-        if self.expires < when:
-            raise ProtocolError("%s has expired" % self.what)
-        if not ed25519_verify(public, self.body, self.signature):
-            raise ProtocolError("%s has a bad signature" % self.what)
-
-
-def parse_ed_cert(data, what, kind=None):
-    """Return the EdCert (of type `kind`, if given) in `data`; errors name `what`."""
-    r, cert = Reader(data, what), EdCert()
-    cert.what, bad, cert.type = what, r.uint(1) != 1, r.uint(1)
-    cert.expires = r.uint(4) * 3600
-    cert.key_type, cert.key, cert.signing_key = r.uint(1), r.take(32), None
+    r, signing_key = Reader(data, what), None
+    good, expires = r.take(2) == bytes((1, kind)), r.uint(4) * 3600
+    key_type, key = r.uint(1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
         if extension == 4:
-            cert.signing_key = body
-            bad |= size != 32
-        else:
-            bad |= flags & 1
-    cert.body = bytes(data[: r.at])
-    cert.signature = r.take(64)
-    if bad or r.left() or kind not in (None, cert.type):
-        raise ProtocolError("%s is malformed, or not of type %s" % (what, kind))
-    return cert
+            signing_key, flags = body, size != 32
+        good = good and not flags & 1
+    signed, signature = data[: r.at], r.take(64)
+    require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
+    require(expires >= when, what + " has expired")
+    public = public or signing_key
+    require(public and signing_key in (None, public), what + " is signed by another key")
+    require(ed25519_verify(public, signed, signature), what + " has a bad signature")
+    return key_type, key, signing_key
 
 
 def parse_crosscert(data, rsa_key, when):
     """Return the Ed25519 identity that `rsa_key` certifies in `data` (cert-spec 2.3)."""
     r = Reader(data, "RSA cross-certificate")
-    key, expires = r.take(32), r.uint(4) * 3600
-    signature = r.take(r.uint(1))
-    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + bytes(data[:36]))
-    if r.left() or expires < when or not rsa_verify(rsa_key, digest, signature):
-        raise ProtocolError("RSA cross-certificate is expired or wrong")
+    key, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + data[:36])
+    good = expires >= when and not r.left() and rsa_verify(rsa_key, digest, signature)
+    require(good, "RSA cross-certificate is expired or wrong")
     return key
 
 
@@ -1035,40 +1033,34 @@ def document_items(lines):
     for line in lines:
         if line.startswith(b"-----BEGIN ") and items:
             armour = []
-        elif armour is None:
-            if line:
-                keyword, _, arguments = line.partition(b" ")
-                items.append([keyword, arguments, b""])
-        elif line.startswith(b"-----END "):
-            items[-1][2] = b64decode(b"".join(armour))
-            armour = None
-        else:
+        elif line.startswith(b"-----END ") and armour is not None:
+            items[-1][2], armour = b64decode(b"".join(armour)), None
+        elif armour is not None:
             armour.append(line)
+        elif line:
+            keyword, _, arguments = line.partition(b" ")
+            items.append([keyword, arguments, b""])
     return items
 
 
 def one_item(items, keyword, default=None):
-    """Return arguments and object of the item that stands there exactly once.
-
-    With `default`, that (and no object) if it is not there.
-    """
-    found = [item for item in items if item[0] == keyword]
-    if len(found) != 1:
-        if found or default is None:
-            raise ProtocolError("a document has %d times %s" % (len(found), keyword.decode()))
+    """Return arguments and object of the only `keyword`, or `default` if given; ProtocolError."""
+    found = [item[1:] for item in items if item[0] == keyword]
+    if not found and default is not None:
         return default, b""
-    return found[0][1], found[0][2]
+    require(len(found) == 1, "a document has %d times %s" % (len(found), keyword.decode()))
+    return found[0]
 
 
 def parse_time(text):
     """Return b"2024-05-17 17:00:00" as seconds since 1970; ProtocolError."""
     try:
-        year, month, day = [int(x) for x in text[:10].split(b"-")]
-        hour, minute, second = [int(x) for x in text[11:].split(b":")]
+        month, day, hour, minute, second = [int(text[i : i + 2]) for i in (5, 8, 11, 14, 17)]
+        year = int(text[:4])
     except ValueError:
         year = 0
-    if not (1970 <= year < 10000 and 1 <= month <= 12 and 1 <= day <= 31 and 0 <= hour < 24):
-        raise ProtocolError("bad time in a document")
+    good = 1970 <= year and 0 < month < 13 and 0 < day < 32 and 0 <= hour < 24
+    require(good, "bad time in a document")
     # In a year that begins with March the leap day comes last.
     year -= month < 3
     day += year * 365 + year // 4 - year // 100 + year // 400 + ((month + 9) % 12 * 153 + 2) // 5
@@ -1078,34 +1070,28 @@ def parse_time(text):
 def parse_authority_certs(text, identities):
     """Return {(identity, signing key digest): (key, expires)} of key certificates (dir-spec 3.1).
 
-    `text` (bytes) holds any number; those of others than `identities` (20-byte
-    fingerprints) are passed over.  ProtocolError if one is malformed or badly signed.
+    Those of others than `identities` are passed over; ProtocolError if one is wrong.
     """
-    found = {}
-    mark, signed = b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
+    found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     for one in text.split(mark)[1:]:
         items = document_items(one.split(b"\n"))
-        identity = one_item(items, b"dir-identity-key")[1]
-        signing = one_item(items, b"dir-signing-key")[1]
-        fingerprint, key = sha1(identity), rsa_public_key(signing)
+        names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
+        objects = [one_item(items, b"dir-" + name)[1] for name in names]
+        fingerprint, digest = sha1(objects[0]), sha1(mark + one.partition(end)[0] + end)
         if fingerprint in identities:
-            digest = sha1(mark + one[: one.find(signed) + len(signed)])
-            certification = one_item(items, b"dir-key-certification")[1]
-            if not (
-                rsa_verify(rsa_public_key(identity), digest, certification)
-                and rsa_verify(key, fingerprint, one_item(items, b"dir-key-crosscert")[1])
-            ):
-                raise ProtocolError("an authority certificate has a bad signature")
+            identity, key = [rsa_public_key(der) for der in objects[:2]]
+            good = rsa_verify(identity, digest, objects[3])
+            good = good and rsa_verify(key, fingerprint, objects[2])
+            require(good, "an authority certificate has a bad signature")
             expires = parse_time(one_item(items, b"dir-key-expires")[0])
-            found[fingerprint, sha1(signing)] = key, expires
+            found[fingerprint, sha1(objects[1])] = key, expires
     return found
 
 
-# What the table keeps of a relay's flags and protocol versions, in one integer that is a
-# small one on 32 bits too.
-_WORDS = (
-    b"Authority BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Running Stable "
-    b"StaleDesc V2Dir Valid FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
+# What the table keeps of a relay's flags and protocol versions, as bits of an integer.
+FLAG_WORDS = (
+    "Authority BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Running Stable "
+    "StaleDesc V2Dir Valid FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
 ).split()
 AUTHORITY, BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY = 1, 2, 4, 8, 16, 32, 64
 NOEDCONSENSUS, RUNNING, STABLE, STALEDESC, V2DIR, VALID = 128, 256, 512, 1024, 2048, 4096
@@ -1114,51 +1100,76 @@ PROTO_HSREND2, PROTO_RELAY2 = 1 << 16, 1 << 17
 # Set by the table: the microdescriptor is there; it can be used.
 HAVE_MICRODESC, USABLE = 1 << 18, 1 << 19
 
+# What the network may require; a consensus that is newer than this release can ask for more.
+_SUPPORTED = (
+    "Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
+    "Microdesc=1-3 Relay=1-3"
+)
+_RELEASED = 1795132800
+# A consensus is usable that long before and after its validity, as in tor.
+_GRACE = 86400
+# In 2024 what stands before the relays, and behind, had 4 KB each.  Of each member of a family
+# 4 bytes are kept; in 2022 the largest had 201.
+_MAX_ENTRY, _MAX_FAMILY = 32768, 4096
 
-def _versions(words):
-    # b"Link=1-3,5" as b"Link=1", b"Link=2", … (tor-spec 9); other words as they are.
-    for word in words:
-        name, equals, ranges = word.partition(b"=")
+
+def number_ranges(text):
+    """Yield (low, high) of each range in "80,443-445"; ValueError."""
+    for one in text.split(","):
+        low, _, high = one.partition("-")
+        yield int(low), int(high or low)
+
+
+def _versions(text):
+    # "Link=1-2,5 Fast" as "Link=1", "Link=2", "Link=5", "Fast" (tor-spec 9).
+    for word in text.split():
+        name, equals, ranges = word.partition("=")
         if not equals:
             yield name
-        for one in ranges.split(b",") if ranges else ():
-            low, _, high = one.partition(b"-")
-            low, high = int(low), int(high or low)
-            if not 0 <= low <= high <= 63:
-                raise ValueError
+        for low, high in number_ranges(ranges) if ranges else ():
+            require(0 <= low <= high < 64, "bad protocol version")
             for version in range(low, high + 1):
-                yield name + b"=%d" % version
-
-
-_PROTOCOLS = (
-    b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
-    b"Microdesc=1-3 Relay=1-3"
-)
-_SUPPORTED = [word.decode() for word in _versions(_PROTOCOLS.split())]
-# A consensus that is newer than this release may require what it lacks.
-_RELEASED = 1795132800
+                yield "%s=%d" % (name, version)
 
 
 def _integers(text):
-    # {name: integer} of b"circwindow=1000 …"
-    pairs = [word.partition(b"=") for word in text.split()]
-    return {name.decode(): int(value) for name, _, value in pairs}
-
-
-# A consensus is usable that long before and after its validity, as in tor.
-_GRACE = 86400
-_LEAST_METHOD = 28
-_MAX_LINE = 16384
+    # "circwindow=1000 ..." as {name: integer}
+    pairs = [word.partition("=") for word in text.split()]
+    return {name: int(value) for name, _, value in pairs}
 
 
 class Consensus:
-    """The head and the foot of a consensus (dir-spec 3.4.1).
-
-    `valid_after`, `fresh_until`, `valid_until` (seconds since 1970); `params`,
-    `bandwidth_weights` ({name: integer}); `srv_previous`, `srv_current` (32 bytes or
-    None); `required_client_protocols` (["Link=4", …]); and, not stored, `digest` (SHA-256
-    of what is signed), `signatures` ({(identity, signing key digest): signature}).
+    """A consensus without its relays (dir-spec 3.4.1): `valid_after`, `fresh_until`,
+    `valid_until` (Unix time); `params`, `bandwidth_weights` ({name: integer}); `srv_previous`,
+    `srv_current` (32 bytes or None); `required_client_protocols` (["Link=4", ...]); `head`;
+    unless loaded, `digest` and `signatures` ({(identity, signing key digest): signature}).
     """
+
+    def load(self, head):
+        """Take over `head`, the lines of all that as bytes, and return self; ProtocolError."""
+        items, self.head = document_items(head.split(b"\n")), head
+
+        def text(name, default=None):
+            return one_item(items, name, default)[0].decode()
+
+        try:
+            kind = text(b"network-status-version"), text(b"vote-status")
+            good = kind == ("3 microdesc", "consensus") and int(text(b"consensus-method")) >= 28
+            self.valid_after = parse_time(text(b"valid-after"))
+            self.fresh_until = parse_time(text(b"fresh-until"))
+            self.valid_until = parse_time(text(b"valid-until"))
+            good = good and self.valid_after < self.fresh_until <= self.valid_until
+            require(good, "this is no consensus of the microdescriptor flavour")
+            self.params = _integers(text(b"params", b""))
+            self.bandwidth_weights = _integers(text(b"bandwidth-weights", b""))
+            required = text(b"required-client-protocols", b"")
+            self.required_client_protocols = list(_versions(required))
+            srvs = [text(b"shared-rand-%s-value" % one, b"") for one in (b"previous", b"current")]
+            srvs = [b64decode(srv.split(" ")[-1], 32) if srv else None for srv in srvs]
+            self.srv_previous, self.srv_current = srvs
+        except ValueError:
+            raise ProtocolError("the consensus is malformed")
+        return self
 
     def param(self, name, default, low=0, high=2147483647):
         """Return the parameter `name` (param-spec), kept within `low` and `high`."""
@@ -1166,270 +1177,185 @@ class Consensus:
 
     def missing_certs(self, certs, when):
         """List the (identity, signing key digest) of signatures that `certs` cannot check."""
-        return [pair for pair in self.signatures if certs.get(pair, (0, 0))[1] < when]
+        return [pair for pair in self.signatures if certs.get(pair, (0, -1))[1] < when]
 
     def verify(self, certs, authorities, when):
         """Raise DirectoryError unless more than half of `authorities` (identities) signed this.
 
-        `certs`: from `parse_authority_certs`; `when`: the time at which those must be good.
+        `certs`, from `parse_authority_certs`, must be good at the time `when`.
         """
-        good = set()
+        good, missing = set(), self.missing_certs(certs, when)
         for pair, signature in self.signatures.items():
-            key, expires = certs.get(pair, (None, 0))
-            if pair[0] in authorities and expires >= when:
-                if rsa_verify(key, self.digest, signature):
-                    good.add(pair[0])
-        if len(good) * 2 <= len(authorities):
-            raise DirectoryError(
-                "%d of %d authorities signed the consensus: it takes more than half"
-                % (len(good), len(authorities))
-            )
+            if pair not in missing and rsa_verify(certs[pair][0], self.digest, signature):
+                good.add(pair[0])
+        counts = len(good & set(authorities)), len(authorities)
+        if counts[0] * 2 <= counts[1]:
+            text = "%d of %d authorities signed the consensus: it takes more than half"
+            raise DirectoryError(text % counts)
 
     def check_times(self, when):
-        """Raise DirectoryError or ClockError unless this can be used at the time `when`.
-
-        ConfigError if it requires protocols that minitor lacks.
-        """
+        """Raise DirectoryError, ClockError or ConfigError unless this can be used at `when`."""
         hours = (when - self.valid_after) // 3600
         if when > self.valid_until + _GRACE:
             raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
         if when < self.valid_after - _GRACE:
             raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
-        lacking = [p for p in self.required_client_protocols if p not in _SUPPORTED]
+        lacking = sorted(set(self.required_client_protocols) - set(_versions(_SUPPORTED)))
         if lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
 
-    def dump(self):
-        """Return what `load` takes: a dict that JSON can hold."""
-        kept = {}
-        for name, value in self.__dict__.items():
-            if name not in ("digest", "signatures"):
-                kept[name] = hexlify(value) if isinstance(value, bytes) else value
-        return kept
 
-    def load(self, kept):
-        for name, value in kept.items():
-            setattr(self, name, binascii.unhexlify(value) if value and name[:3] == "srv" else value)
-        return self
+class _Splitter:
+    # Cuts what arrives at each `_mark`, for the method `_entry`.
+    _rest = b""
+
+    def feed(self, data):
+        """Parse the next piece, of any size; ProtocolError if it is malformed."""
+        entries = (self._rest + data).split(self._mark)
+        self._rest = entries.pop()
+        try:
+            for entry in entries:
+                self._entry(entry)
+        except (ValueError, IndexError):
+            raise ProtocolError("a document is malformed")
+        require(len(self._rest) <= _MAX_ENTRY, "a part of a document is too long")
 
 
-class ConsensusParser:
-    """Parse a consensus of the microdescriptor flavour as it arrives.
+class ConsensusParser(_Splitter):
+    """Parses a consensus as it arrives; its relays go to `table.add`.
 
-    Each relay that has a microdescriptor goes to `table.add(rsa_id, md_digest, address,
-    port, ipv6_net, flags, weight)`; signatures of others than `authorities` are dropped.
+    Signatures of others than `authorities` (identities) are dropped.
     """
+
+    _mark, _head = b"\nr ", None
 
     def __init__(self, authorities, table):
         self._authorities, self._add, self._bits = authorities, table.add, {}
-        self._hash, self._digest = hashlib.sha256(), None
-        # What is not parsed yet, behind the end of a line.
-        self._rest = b"\n"
-        # The lines before and after the relays; the arguments of `add` in between.
-        self._head, self._foot, self._relay = [], None, None
 
-    def feed(self, data):
-        """Parse the next piece, of any size; ProtocolError if it is malformed."""
-        data = self._rest + data
-        end = data.rfind(b"\n")
-        try:
-            if not self._digest:
-                mark = b"\ndirectory-signature "
-                cut = data.find(mark)
-                self._hash.update(data[1 : end + 1 if cut < 0 else cut + len(mark)])
-                if cut >= 0:
-                    self._digest = self._hash.digest()
-                    self._lines(data[1 : cut + 1])
-                    if self._foot is None:
-                        raise ValueError
-                    data, end = data[cut:], end - cut
-            self._lines(data[1 : end + 1])
-        except (ValueError, IndexError, TypeError):
-            raise ProtocolError("the consensus is malformed")
-        self._rest = data[end:]
-        if len(self._rest) > _MAX_LINE:
-            raise ProtocolError("a line of the consensus is too long")
+    def _entry(self, text):
+        require(b"\ndirectory-signature " not in text, "the consensus is malformed")
+        if self._head is None:
+            self._head, self._hash = text, hashlib.sha256(text)
+        else:
+            self._hash.update(self._mark + text)
+            lines = text.split(b"\n")
+            self._relay(lines[0].split(b" "), {line[:2]: line[2:] for line in lines[1:]}.get)
 
-    def _lines(self, data):
-        # The hot loop: 50,000 lines.
-        relay, bits, beside = self._relay, self._bits, self._foot
-        if beside is None and not relay:
-            beside = self._head
-        for line in data.split(b"\n")[:-1]:
-            kind = line[:2]
-            if kind == b"r " and self._foot is None or relay and line == b"directory-footer":
-                if relay and relay[1]:
-                    self._add(*relay)
-                beside = relay = None
-                if kind == b"di":
-                    self._foot = beside = []
-                    continue
-                word = line.split(b" ")
-                address = bytes([int(x) for x in word[5].split(b".")])
-                relay = [b64decode(word[2], 20), None, address, int(word[6]), 0, RUNNING | VALID, 0]
-            elif beside is not None:
-                beside.append(line)
-                if len(beside) > 999:
-                    raise ValueError
-            elif kind == b"s " or kind == b"pr":
-                if line not in bits:
-                    if len(bits) > 255:
-                        bits.clear()
-                    words = set(_versions(line.split(b" ")))
-                    bits[line] = sum([1 << i for i in range(18) if _WORDS[i] in words])
-                relay[5] |= bits[line]
-            elif kind == b"m ":
-                relay[1] = b64decode(line[2:], 32)
-            elif line[:12] == b"w Bandwidth=":
-                relay[6] = min(int(line[12:].split(b" ")[0]), 0xFFFFFFFF)
-            elif line[:3] == b"a [" and not relay[4]:
-                # The /32 of b"a [2001:db8::1]:9001"
-                high, low = line[3:].split(b":", 2)[:2]
-                relay[4] = int(high or b"0", 16) << 16 | int(low or b"0", 16)
-        self._relay = relay
+    def _relay(self, fields, get):
+        digest, words = get(b"m "), get(b"s ", b"") + get(b"pr", b"")
+        # Few are distinct.
+        if words not in self._bits:
+            if len(self._bits) > 255:
+                self._bits = {}
+            found = set(_versions(words.decode()))
+            self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
+        if digest:
+            address = bytes([int(x) for x in fields[4].split(b".")])
+            high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
+            net = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
+            weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
+            flags, weight = RUNNING | VALID | self._bits[words], min(weight, 0xFFFFFFFF)
+            keys = b64decode(fields[1], 20), b64decode(digest, 32)
+            self._add(*keys, address, int(fields[5]), net, flags, weight)
 
     def finish(self):
-        """Return the Consensus: parsed, not verified."""
-        if len(self._rest) > 1 or not self._digest:
-            raise ProtocolError("the consensus is truncated")
-        c = Consensus()
-        c.digest, c.signatures, signed = self._digest, {}, 0
-        try:
-            self._finish_head(c, document_items(self._head))
-            foot = document_items(self._foot)
-            while foot[signed][0] != b"directory-signature":
-                signed += 1
-            # What stands after the first signature is not signed.
-            c.bandwidth_weights = _integers(one_item(foot[:signed], b"bandwidth-weights", b"")[0])
-            for keyword, arguments, body in foot[signed:]:
-                word = arguments.split(b" ")
+        """Return the Consensus: parsed, not verified; ProtocolError."""
+        signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
+        self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
+        good = footer and self._head and signatures[-1:] == b"\n"
+        require(good, "the consensus is truncated, or has no relays")
+        self.feed(self._mark)
+        self._hash.update(footer + weights + mark)
+        c = Consensus().load(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
+        c.digest, c.signatures = self._hash.digest(), {}
+        for _, arguments, body in document_items((mark + signatures).split(b"\n")):
+            try:
                 # Without a name the algorithm is SHA-1, which this flavour does not use.
-                if keyword == b"directory-signature" and len(word) == 3 and word[0] == b"sha256":
-                    identity, key = binascii.unhexlify(word[1]), binascii.unhexlify(word[2])
-                    if identity in self._authorities:
-                        c.signatures[identity, key] = body
-        except (ValueError, IndexError):
-            raise ProtocolError("head or foot of the consensus is malformed")
+                algorithm, identity, key = arguments.split(b" ")
+                pair = binascii.unhexlify(identity), binascii.unhexlify(key)
+            except ValueError:
+                continue
+            if algorithm == b"sha256" and pair[0] in self._authorities:
+                c.signatures[pair] = body
         return c
-
-    def _finish_head(self, c, items):
-        if (
-            self._head[0] != b"network-status-version 3 microdesc"
-            or one_item(items, b"vote-status")[0] != b"consensus"
-            or int(one_item(items, b"consensus-method")[0]) < _LEAST_METHOD
-        ):
-            raise ProtocolError("this is no consensus of the microdescriptor flavour")
-        for name in ("valid_after", "fresh_until", "valid_until"):
-            setattr(c, name, parse_time(one_item(items, name.replace("_", "-").encode())[0]))
-        if not c.valid_after < c.fresh_until <= c.valid_until:
-            raise ValueError
-        c.params = _integers(one_item(items, b"params", b"")[0])
-        required = one_item(items, b"required-client-protocols", b"")[0].split()
-        c.required_client_protocols = [word.decode() for word in _versions(required)]
-        for name in ("previous", "current"):
-            value = one_item(items, b"shared-rand-%s-value" % name.encode(), b"")[0]
-            setattr(c, "srv_" + name, b64decode(value.split(b" ")[-1], 32) if value else None)
 
 
 class Microdesc:
-    """A microdescriptor: `digest` (SHA-256), `ntor_key`, `ed_id` (32 bytes or None),
-    `family` (the first 4 bytes of each member's RSA identity), `family_ids` (8 bytes of
-    the SHA-256 of each), `policy` (the exit policy summary, b"accept 80,443-445").
+    """`digest` (SHA-256), `ntor_key`, `ed_id`, `family` (4 bytes of each RSA identity),
+    `family_ids` (8 of each SHA-256), `policy` (b"accept 80,443-445"), `bad` (malformed).
     """
 
     ntor_key = ed_id = None
-    family_ids = policy = b""
+    family = family_ids = policy = b""
     bad = False
 
 
-# In 2022 the largest family had 201 members.
-_MAX_FAMILY, _MAX_POLICY = 4 * 1024, 2048
+class MicrodescParser(_Splitter):
+    """Parses microdescriptors (dir-spec 3.3) as they arrive; each goes to `sink(microdesc)`."""
 
-
-class MicrodescParser:
-    """Parse microdescriptors (dir-spec 3.3) as they arrive; each goes to `sink(microdesc)`.
-
-    Nothing is trusted here: `sink` looks whether it asked for that digest.  A malformed
-    one has `bad` set.
-    """
+    _mark, _md = b"\n", None
 
     def __init__(self, sink):
-        self._sink, self._rest, self._md = sink, b"", None
+        self._sink = sink
 
     def feed(self, data):
         """Parse the next piece, of any size; ProtocolError if it is malformed."""
-        data = self._rest + data
-        at = start = 0
-        end = data.find(b"\n") + 1
-        while end:
-            line = data[at : end - 1]
-            if line == b"onion-key":
-                self._end(data[start:at])
-                self._md, self._hash, start = Microdesc(), hashlib.sha256(), at
-                self._md.family = bytearray()
-            elif self._md:
-                self._line(line)
-            at, end = end, data.find(b"\n", end) + 1
-        if self._md:
-            # A family line can have 128 KB: what is complete of it is taken at once.
-            if len(data) - at > 2048 and data[at : at + 8].split(b" $")[0] in (b"", b"family"):
-                end = data.rfind(b" ")
-                self._line(data[at:end])
-                at = end
-            self._hash.update(data[start:at])
-        self._rest = data[at:]
-        if len(self._rest) > _MAX_LINE:
-            raise ProtocolError("a line of a microdescriptor is too long")
+        super().feed(data)
+        # A family line can have 128 KB.
+        cut = self._rest.rfind(b" $")
+        if cut > 2048:
+            self._entry(self._rest[:cut], b"")
+            self._rest = self._rest[cut:]
 
     def finish(self):
         """Take the end of the last one; ProtocolError if it is truncated."""
-        if self._rest:
-            raise ProtocolError("a microdescriptor is truncated")
-        self._end(b"")
+        require(not self._rest, "a microdescriptor is truncated")
+        self._entry(b"onion-key")
 
-    def _end(self, tail):
-        md, self._md = self._md, None
-        if md:
-            self._hash.update(tail)
-            md.digest, md.family = self._hash.digest(), bytes(md.family)
-            md.bad = md.bad or not md.ntor_key or not md.ed_id
-            self._sink(md)
+    def _entry(self, line, end=b"\n"):
+        md = self._md
+        if line == b"onion-key":
+            if md:
+                md.digest = self._hash.digest()
+                md.bad = md.bad or not md.ntor_key or not md.ed_id
+                self._sink(md)
+            self._md, self._hash = Microdesc(), hashlib.sha256(b"onion-key\n")
+        elif md:
+            self._hash.update(line + end)
+            try:
+                self._item(md, line.split(b" "))
+            except (ProtocolError, ValueError, IndexError):
+                md.bad = True
 
-    def _line(self, line):
-        md, word = self._md, line.split(b" ")
-        try:
-            if word[0] == b"ntor-onion-key":
-                md.ntor_key = b64decode(word[1], 32)
-            elif word[0] == b"id" and word[1] == b"ed25519":
-                md.bad = md.bad or md.ed_id is not None
-                md.ed_id = b64decode(word[2], 32)
-            elif word[0] == b"p":
-                md.policy = line[2:] if len(line) < _MAX_POLICY else b""
-            elif word[0] == b"family-ids":
-                md.family_ids = b"".join([sha256(one)[:8] for one in word[1:17] if one])
-            elif word[0] == b"family" or line[:2] == b" $":
-                # Nicknames are passed over: no one vouches for them.
-                for one in word[1:]:
-                    if one[:1] == b"$" and len(md.family) < _MAX_FAMILY:
-                        md.family += binascii.unhexlify(one[1:9])
-        except (ProtocolError, ValueError, IndexError):
-            md.bad = True
+    def _item(self, md, word):
+        if word[0] == b"ntor-onion-key":
+            md.ntor_key = b64decode(word[1], 32)
+        elif word[:2] == [b"id", b"ed25519"]:
+            md.bad |= md.ed_id is not None
+            md.ed_id = b64decode(word[2], 32)
+        elif word[0] == b"p":
+            md.policy = b" ".join(word[1:])
+        elif word[0] == b"family-ids":
+            md.family_ids = b"".join([sha256(one)[:8] for one in word[1:17] if one])
+        elif word[0] in (b"family", b""):
+            # Nicknames are passed over: no one vouches for them.
+            members = [binascii.unhexlify(one[1:9]) for one in word if one[:1] == b"$"]
+            md.family = (md.family + b"".join(members))[:_MAX_FAMILY]
 
 
-# ═══ 7. Relay table ═════════════════════════════════════════════════════════
-# The network as fixed records, sorted by RSA identity as in the consensus.  What a
-# pass over the relays needs stands in columns of integers.
+# === 7. Relay table =========================================================
+# Fixed records, sorted by RSA identity as in the consensus, and columns of integers.
 
-# RSA identity; first half of the microdescriptor's digest; Ed25519 identity, and
-# until it is known the second half of the digest; ntor key; IPv4 address; port.
-_RECORD = ">20s16s32s32s4sH"
-_SIZE = 106
-_COLUMNS = "IIHIHH"
+# RSA identity; half of the microdescriptor's digest; Ed25519 identity, and until that
+# is known the other half; ntor key; IPv4 address; port.
+_RECORD, _SIZE = ">20s16s32s32s4sH", 106
+# Flags, weight, IPv4 /16, IPv6 /32; the numbers of exit policy, family and family ids.
+_COLUMNS = "IIHIHHH"
 _MAX_RELAYS = 65535
-# Distinct exit policies and families, in bytes: a relay beyond that has none.
+# Distinct exit policies and families, in bytes, and less than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-# In the machine's byte order, as the columns are.
-_MAGIC = struct.pack("I", 0x6D740002)
+# Part of a file's checksum: releases that number the flags otherwise do not believe it.
+_LAYOUT = repr((1, _RECORD, _COLUMNS, FLAG_WORDS, USABLE, sys.byteorder)).encode()
 
 
 class Relay:
@@ -1453,24 +1379,21 @@ class RelayTable:
         self.records = bytearray(records)
         self._columns = columns or [array(c) for c in _COLUMNS]
         self.flags, self.weights, self._nets, self._nets6 = self._columns[:4]
-        # The distinct exit policies and families; which of these are the relay's.
-        self._beside, self._ports = list(beside), {}
-        self._policy, self._family = self._columns[4:]
-        self._numbers = {value: number for number, value in enumerate(beside)}
-        self._room = _MAX_BESIDE - sum([len(value) for value in beside])
+        # Distinct exit policies, families and family ids, and their numbers.
+        self._beside, self._numbers = list(beside), {text: n for n, text in enumerate(beside)}
+        self._room = _MAX_BESIDE - sum([len(text) + 64 for text in beside])
 
     def add(self, rsa_id, md_digest, address, port, ipv6_net, flags, weight):
-        """Append a relay; `address`: 4 bytes, `ipv6_net`: the first 4 bytes of the IPv6 one."""
-        n = len(self.flags)
-        if n >= _MAX_RELAYS or n and self._field(n - 1, 0, 20) >= rsa_id:
-            raise ProtocolError("the consensus has too many relays, or not in order")
-        if not 0 < port < 65536 or len(address) != 4 or (weight | ipv6_net) >> 32:
-            raise ProtocolError("the consensus has a relay with a bad address")
-        self.records += struct.pack(
-            _RECORD, rsa_id, md_digest, md_digest[16:], b"", address, port
-        )
-        net = address[0] << 8 | address[1]
-        for column, value in zip(self._columns, (flags, weight, net, ipv6_net, 0, 0)):
+        """Append a relay; `address`: 4 bytes; `ipv6_net`: the IPv6 /32, or 0; ProtocolError."""
+        n = len(self)
+        good = 0 < port < 65536 and len(address) == 4 and not (weight | ipv6_net) >> 32
+        require(good, "a relay of the consensus is malformed")
+        good = n < _MAX_RELAYS and (not n or self.rsa_id(n - 1) < rsa_id)
+        require(good, "the consensus has too many relays, or not in order")
+        fields = rsa_id, md_digest, md_digest[16:], b"", address, port
+        self.records += struct.pack(_RECORD, *fields)
+        values = flags, weight, address[0] << 8 | address[1], ipv6_net, 0, 0, 0
+        for column, value in zip(self._columns, values):
             column.append(value)
 
     def __len__(self):
@@ -1490,141 +1413,99 @@ class RelayTable:
         return self._field(i, 36, 32)
 
     def find(self, rsa_id):
-        """Return the index of the relay with that RSA identity, or -1."""
+        """Return the index of the relay `rsa_id`, or -1."""
         low, high = 0, len(self.flags)
         while low < high:
-            middle = (low + high) // 2
-            if self.rsa_id(middle) < rsa_id:
-                low = middle + 1
-            else:
-                high = middle
+            at = (low + high) // 2
+            low, high = (at + 1, high) if self.rsa_id(at) < rsa_id else (low, at)
         return low if self.rsa_id(low) == rsa_id else -1
 
     def scan(self):
-        """Return an iterator of (index, flags, weight, IPv4 /16 as an integer)."""
+        """Iterate over (index, flags, weight, IPv4 /16)."""
         return zip(range(len(self.flags)), self.flags, self.weights, self._nets)
 
     def subnets(self, i):
-        """Return the relay's IPv4 /16 and IPv6 /32 (0: none) as integers."""
+        """Return a relay's IPv4 /16 and IPv6 /32 (0: none) as integers."""
         return self._nets[i], self._nets6[i]
 
     def missing(self):
-        """Return an iterator of (index, digest) of the microdescriptors not here yet."""
+        """Yield (index, digest) of the microdescriptors that are not here yet."""
         for i in range(len(self.flags)):
             if not self.flags[i] & HAVE_MICRODESC:
                 yield i, self._field(i, 20, 32)
 
     def set_microdesc(self, i, md):
-        """Take over the Microdesc `md`, whose digest is that of relay `i`.
+        """Take over the Microdesc `md` of relay `i`; with a malformed one it is not used."""
+        self.flags[i] |= HAVE_MICRODESC
+        if not md.bad:
+            self._set(i, md.ed_id + md.ntor_key, (md.policy, md.family, md.family_ids))
 
-        A malformed one is not asked for again, and the relay is not used.
-        """
-        if md.bad:
-            self.flags[i] |= HAVE_MICRODESC
-        else:
-            family = bytes((len(md.family_ids),)) + md.family_ids + md.family
-            self._set(i, md.ed_id + md.ntor_key, md.policy, family if len(family) > 1 else b"")
-
-    def _set(self, i, keys, policy, family):
+    def _set(self, i, keys, beside):
         self.records[i * _SIZE + 36 : i * _SIZE + 100] = keys
-        self._policy[i], self._family[i] = self._number(policy), self._number(family)
-        self.flags[i] |= HAVE_MICRODESC | USABLE
+        self.flags[i] |= USABLE
+        for column, text in zip(self._columns[4:], beside):
+            # Exit policies repeat, and the members of a family list the same family.
+            if text not in self._numbers and len(text) + 64 <= self._room:
+                self._room -= len(text) + 64
+                self._numbers[text] = len(self._beside)
+                self._beside.append(text)
+            column[i] = self._numbers.get(text, 0)
 
-    def _number(self, value):
-        # Exit policies repeat, and the members of a family list the same family.
-        if value not in self._numbers:
-            self._room -= len(value)
-            if self._room < 0 or len(self._beside) > 65535:
-                return 0
-            self._numbers[value] = len(self._beside)
-            self._beside.append(value)
-            self._ports = {}
-        return self._numbers[value]
+    def _texts(self, i):
+        return [self._beside[column[i]] for column in self._columns[4:]]
 
     def carry_over(self, old):
-        """Take from the table `old` the relays whose microdescriptor is still the same."""
-        j = 0
+        """Take over from the table `old` what microdescriptors that are the same told."""
         for i in range(len(self.flags)):
-            key = self._field(i, 0, 36)
-            while j < len(old) and old.rsa_id(j) < key[:20]:
-                j += 1
-            if j < len(old) and old._field(j, 0, 36) == key:
+            j = old.find(self.rsa_id(i))
+            if j >= 0 and old._field(j, 20, 16) == self._field(i, 20, 16):
                 self.flags[i] |= old.flags[j] & HAVE_MICRODESC
                 if old.flags[j] & USABLE:
-                    beside = old._beside[old._policy[j]], old._beside[old._family[j]]
-                    self._set(i, old._field(j, 36, 64), *beside)
+                    self._set(i, old._field(j, 36, 64), old._texts(j))
 
     def same_family(self, i, j):
-        """Return whether the relays `i` and `j` list each other, or share a family id."""
-        a, b = self._beside[self._family[i]], self._beside[self._family[j]]
-        if not a or not b:
-            return False
-        ids_a, ids_b = a[1 : 1 + a[0]], b[1 : 1 + b[0]]
-        for at in range(0, len(ids_a), 8):
-            if self.use_family_ids and _holds(ids_b, ids_a[at : at + 8]):
-                return True
-        return (
-            self.use_family_lists
-            and _holds(a[1 + a[0] :], self._field(j, 0, 4))
-            and _holds(b[1 + b[0] :], self._field(i, 0, 4))
-        )
+        """Tell whether the relays `i` and `j` list each other, or share a family id."""
+        (_, list_i, ids_i), (_, list_j, ids_j) = self._texts(i), self._texts(j)
+        if self.use_family_ids and set(_pieces(ids_i, 8)) & set(_pieces(ids_j, 8)):
+            return True
+        listed = self.rsa_id(j)[:4] in _pieces(list_i, 4)
+        return self.use_family_lists and listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Return whether the exit policy summary of the relay `i` allows `port`."""
-        if port not in self._ports:
-            if len(self._ports) > 15:
-                self._ports = {}
-            self._ports[port] = bytes([_allows(p, port) for p in self._beside])
-        return bool(self._ports[port][self._policy[i]])
+        """Tell whether the exit policy summary of the relay `i` allows `port`."""
+        word, _, ports = self._texts(i)[0].partition(b" ")
+        try:
+            inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
+        except ValueError:
+            return False
+        return word == (b"accept" if inside else b"reject")
 
     def exits(self, i):
-        """Return whether the exit policy summary of the relay `i` allows anything."""
-        return self._beside[self._policy[i]] not in (b"", b"reject 1-65535")
+        """Tell whether the relay `i` allows any port."""
+        return self._texts(i)[0] not in (b"", b"reject 1-65535")
 
     def save(self, path, network_id, consensus):
-        """Write the table, and its Consensus, to the file `path`; OSError.
-
-        `network_id`: 32 bytes that tell this network from others.
-        """
-        head = [consensus.dump(), [b64encode(value) for value in self._beside]]
-        pieces, digest = [_MAGIC + network_id], hashlib.sha256(_MAGIC + network_id)
-        for piece in [json.dumps(head).encode(), self.records] + self._columns:
-            pieces += [struct.pack(">I", len(bytes(piece))), bytes(piece)]
-            digest.update(pieces[-2] + pieces[-1])
-        write_file(path, pieces + [digest.digest()])
+        """Write table and Consensus to the file `path`, for the Network of that id; OSError."""
+        pieces = [consensus.head, self.records] + self._columns + self._beside
+        pieces = [bytes(piece) for piece in pieces]
+        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in pieces])
+        write_file(path, [sha256(_LAYOUT + network_id + body), body])
 
 
 def load_table(path, network_id):
-    """Return the (RelayTable, Consensus) that `save` wrote; None if damaged, or another's."""
+    """Return the (RelayTable, Consensus) that `save` wrote; None if it did not write that."""
     data = read_file(path) or b""
-    if data[:36] != _MAGIC + network_id or sha256(data[:-32]) != data[-32:]:
+    r, pieces = Reader(data[32:]), []
+    if sha256(_LAYOUT + network_id + r.data) != data[:32]:
         return None
-    r = Reader(data)
-    r.take(36)
-    body = [r.take(r.uint(4)) for _ in range(8)]
-    kept, beside = json.loads(body[0].decode())
-    columns = [array(c, piece) for c, piece in zip(_COLUMNS, body[2:])]
-    return RelayTable(body[1], columns, [b64decode(b) for b in beside]), Consensus().load(kept)
+    while r.left():
+        pieces.append(r.take(r.uint(4)))
+    columns = [array(code, piece) for code, piece in zip(_COLUMNS, pieces[2:9])]
+    return RelayTable(pieces[1], columns, pieces[9:]), Consensus().load(pieces[0])
 
 
-def _holds(packed, item):
-    # Whether `item` is one of the pieces, of its size, of `packed`.
-    at = packed.find(item)
-    while at >= 0 and at % len(item):
-        at = packed.find(item, at + 1)
-    return at >= 0
-
-
-def _allows(policy, port):
-    word, _, ports = policy.partition(b" ")
-    try:
-        for one in ports.split(b","):
-            low, _, high = one.partition(b"-")
-            if int(low) <= port <= int(high or low):
-                return int(word == b"accept")
-    except ValueError:
-        return 0
-    return int(word == b"reject")
+def _pieces(packed, size):
+    return [packed[at : at + size] for at in range(0, len(packed), size)]
 
 
 # === 8. Cells and handshakes ================================================
@@ -1636,7 +1517,7 @@ VPADDING, CERTS, AUTH_CHALLENGE = 128, 129, 130
 
 RELAY_BEGIN, RELAY_DATA, RELAY_END, RELAY_CONNECTED, RELAY_SENDME = range(1, 6)
 RELAY_TRUNCATED, RELAY_DROP, RELAY_RESOLVE, RELAY_RESOLVED, RELAY_BEGIN_DIR = range(9, 14)
-RELAY_EXTEND2, RELAY_EXTENDED2, RELAY_DATA_MAX = 14, 15, 498
+RELAY_EXTEND2, RELAY_EXTENDED2, RELAY_XOFF, RELAY_XON, RELAY_DATA_MAX = 14, 15, 43, 44, 498
 RELAY_ESTABLISH_INTRO, RELAY_ESTABLISH_RENDEZVOUS, RELAY_INTRODUCE1 = range(32, 35)
 RELAY_INTRODUCE2, RELAY_RENDEZVOUS1, RELAY_RENDEZVOUS2 = range(35, 38)
 RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = range(38, 41)
@@ -1658,19 +1539,6 @@ END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 def reason_text(reasons, number):
     """Return the words for `number` in one of the tables above."""
     return reasons[number] if number < len(reasons) else "unknown reason %d" % number
-
-
-def require(good, text):
-    """Raise ProtocolError(text) unless `good`."""
-    if not good:
-        raise ProtocolError(text)
-
-
-def decimal(text, least, most):
-    """Return the number in `text` (bytes); ProtocolError unless in [least, most]."""
-    digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
-    require(digits and least <= int(text) <= most, "bad number")
-    return int(text)
 
 
 def cell(circ_id, command, body=b""):
@@ -1740,17 +1608,15 @@ def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
     certs = dict(pairs)
     good = len(certs) == len(pairs) and all([kind in certs for kind in (2, 4, 5, 7)])
     require(good, "CERTS: a certificate is missing, or comes twice")
-    signing = parse_ed_cert(certs[4], "signing key certificate", 4)
-    link = parse_ed_cert(certs[5], "TLS link certificate", 5)
-    signing.check(None, when)
-    link.check(signing.key, when)
-    good = (signing.key_type, link.key_type, link.key) == (1, 3, tls_cert_sha256)
+    kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
+    link_kind, link, _ = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
+    good = (kind, link_kind, link) == (1, 3, tls_cert_sha256)
     require(good, "CERTS: the TLS certificate is not the relay's")
     # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
     key = certs[2][at : at + 140]
     identity = parse_crosscert(certs[7], rsa_public_key(key), when)
-    require(identity == signing.signing_key, "CERTS: its identities do not belong together")
+    require(identity == signing, "CERTS: its identities do not belong together")
     good = rsa_id in (None, sha1(key)) and ed_id in (None, identity)
     require(good, "CERTS: not the relay that was expected")
     return sha1(key), identity
@@ -1881,11 +1747,16 @@ def _rend_keys(secret, intro, X, Y):
     return hs_mac(auth, _HS + b":hs_mac"), shake256(hs_mac(secret, _EXTRACT) + _EXPAND, 128)
 
 
-def hs_ntor_client_intro(intro, subcred, cookie, relay):
-    """Return (state, INTRODUCE1) to meet at `relay` with `cookie`, 20 bytes (3.2, 3.3)."""
+def hs_ntor_client_intro(intro, subcred, cookie, relay, flow=False):
+    """Return (state, INTRODUCE1) to meet at `relay` with `cookie`, 20 bytes (3.2, 3.3).
+
+    `flow`: ask for congestion control.
+    """
     x, X = x25519_keypair()
     enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
-    plain = cookie + b"\0\1\0\x20" + relay.ntor_key + link_specifiers(relay)
+    # Extension 1 asks for congestion control.
+    plain = cookie + (b"\1\1\0" if flow else b"\0")
+    plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
     plain += bytes(max(0, 190 - len(plain)))
     body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(enc_key).crypt(plain)
@@ -1904,7 +1775,8 @@ def hs_ntor_client_finish(state, reply):
 def hs_ntor_service(intro, b, subcreds, body):
     """Open INTRODUCE2 by the secret `b` of `intro` and one of the subcredentials (3.3).
 
-    Returns the rendezvous point (a Target), cookie, RENDEZVOUS1 and keys as the client has.
+    Returns the rendezvous point (a Target, with `flow`: congestion control is asked for),
+    cookie, RENDEZVOUS1 and keys as the client has.
     """
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
@@ -1920,9 +1792,10 @@ def hs_ntor_service(intro, b, subcreds, body):
         raise ProtocolError("INTRODUCE2: the MAC is wrong")
     r = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
     cookie = r.take(20)
-    _tagged(r, 1)
+    flow = 1 in [kind for kind, _ in _tagged(r, 1)]
     require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
     target = parse_link_specifiers(r, r.take(32))
+    target.flow = flow
     y, Y = x25519_keypair()
     auth, keys = _rend_keys(x25519(y, X) + exp, intro, X, Y)
     # As long as tor's.
@@ -2095,11 +1968,11 @@ def _unseal(blob, secret, label):
     return cipher.crypt(blob[16:-32]).partition(b"\0")[0] if good else None
 
 
-def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
+def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
     """Return a descriptor to publish (2.4, 2.5).
 
     `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets, with `auth_key`
-    and `enc_key`; `when`: now.
+    and `enc_key`; `when`: now; `flow`: the SENDME increment of congestion control, or 0.
     """
     seed, secret = urandom(32), blinded + subcred + struct.pack(">Q", revision)
     signer, public = ed25519_expand(seed), ed25519_public(seed)
@@ -2107,7 +1980,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
     def cert(kind, key, esk=signer, by=public):
         return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
 
-    inner = b"create2-formats 2\n"
+    inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
         inner += b"introduction-point %s\nonion-key ntor %s\nauth-key\n%s\n" % (
             _base64(link_specifiers(i)), _base64(i.ntor_key), cert(9, i.auth_key)
@@ -2132,10 +2005,10 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when):
 
 def _cert(items, keyword, kind, public, when):
     # The key in a certificate by the key `public`.
-    cert = parse_ed_cert(one_item(items, keyword)[1], keyword.decode(), kind)
-    cert.check(public, when)
-    require((cert.key_type, cert.signing_key) == (1, public), "descriptor: bad certificate")
-    return cert.key
+    data = one_item(items, keyword)[1]
+    key_type, key, signing = check_ed_cert(data, keyword.decode(), kind, public, when)
+    require((key_type, signing) == (1, public), "descriptor: bad certificate")
+    return key
 
 
 def _ntor(items, keyword):
@@ -2189,6 +2062,9 @@ def parse_descriptor(data, blinded, subcred, when):
         items = document_items(sections[0].split(b"\n"))
     formats = one_item(items, b"create2-formats")[0].split(b" ")
     require(b"2" in formats, "descriptor: unknown handshakes")
+    # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
+    versions, _, increment = one_item(items, b"flow-control", b"1 1")[0].partition(b" ")
+    descriptor.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
     descriptor.intro_points = []
     for section in sections[1:21]:
         try:
@@ -2455,6 +2331,8 @@ class Channels:
 # The most cells that are encrypted or queued in one go.
 BATCH = 8 if MICROPYTHON else 128
 CIRCUIT_WINDOW, CIRCUIT_INCREMENT = 1000, 100
+# A circuit with congestion control has no stream windows: its streams are stopped by XOFF.
+NO_WINDOW, XOFF_LIMIT = 1 << 30, 500 * 498
 STREAM_WINDOW, STREAM_INCREMENT = 500, 50
 # A stream whose reader lags behind by more than this sends no SENDME.
 READ_AHEAD = 16384 if MICROPYTHON else 1 << 18
@@ -2494,10 +2372,72 @@ class Layer:
         return True
 
 
+class Vegas:
+    """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3).
+
+    `param`: Consensus.param; `sent`: when each cell was sent whose SENDME is still due.
+    """
+
+    def __init__(self, param):
+        self.increment = sendme_increment(param)
+        self.cwnd = param("cc_cwnd_init", 124, 31, 10000)
+        self._least = param("cc_cwnd_min", 124, 31, 1000)
+        self._cap = param("cc_sscap_onion", 475, 100, 10000)
+        self._alpha, self._beta, self._gamma, self._delta = [
+            param("cc_vegas_%s_onion" % name, 62 * n, 0, 1000)
+            for name, n in (("alpha", 3), ("beta", 6), ("gamma", 4), ("delta", 7))
+        ]
+        self.sent = []
+        self._rtt = self._least_rtt = self._acks = 0
+        self._slow, self._full = True, False
+
+    def acked(self, inflight):
+        """Adapt to the SENDME for the oldest of `sent`; `inflight`: cells, with those acked."""
+        cwnd, increment, rtt = self.cwnd, self.increment, ticks_diff(ticks_ms(), self.sent.pop(0))
+        self._rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
+        if not self._least_rtt or self._rtt < self._least_rtt or (
+            cwnd == self._least and not self._slow
+        ):
+            self._least_rtt = self._rtt
+        bdp = int(cwnd * self._least_rtt / self._rtt)
+        queue = cwnd - bdp
+        if inflight + 4 * increment >= cwnd:
+            self._full = True
+        elif 4 * inflight < cwnd:
+            self._full = False
+        if not self._slow:
+            if queue > self._delta:
+                cwnd = bdp + self._delta - 1
+            elif queue > self._beta:
+                cwnd -= 1
+            elif self._full and queue < self._alpha:
+                cwnd += 1
+        elif queue >= self._gamma:
+            cwnd, self._slow = bdp + self._gamma, False
+        elif self._full:
+            grow = increment
+            if cwnd > self._cap:
+                grow = max((increment * self._cap + cwnd) // (2 * cwnd), 1)
+            self._slow = grow * cwnd > increment * increment and cwnd < 5000
+            cwnd += grow
+        self.cwnd = max(cwnd, self._least)
+        self._acks += 1
+        if self._acks * increment >= self.cwnd:
+            self._acks, self._full = 0, False
+
+
+def sendme_increment(param):
+    """Return after how many cells congestion control sends a SENDME; 0 where it is not used."""
+    return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
+
+
 def padded(data):
     """Fill relay `data` up with four zero bytes and then random ones (tor-spec 6.1)."""
     gap = RELAY_DATA_MAX - len(data)
     return data + bytes(min(gap, 4)) + urandom(gap - 4) if gap > 4 else data + bytes(gap)
+
+
+_TO_CLOSED = (RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON)
 
 
 class Circuit:
@@ -2520,7 +2460,8 @@ class Circuit:
         self._layers = []
         self._next_id = randbelow(65536)
         self._awaited = None
-        self._initial = self._package = window
+        self._window, self._inflight, self.vegas = window, 0, None
+        self._increment = CIRCUIT_INCREMENT
         self._deliver = CIRCUIT_WINDOW
         self._sent_tags = []
         self._short_after = randbelow(CIRCUIT_INCREMENT)
@@ -2561,9 +2502,14 @@ class Circuit:
         self.kh = keys[72:92]
         self.path.append(relay)
 
-    def add_onion_hop(self, keys, service=False):
-        """Add the virtual hop of a rendezvous, `keys` 128 bytes (rend-spec-v3 4.2.1)."""
+    def add_onion_hop(self, keys, service=False, vegas=None):
+        """Add the virtual hop of a rendezvous, `keys` 128 bytes (rend-spec-v3 4.2.1).
+
+        `vegas`: the Vegas that both ends agreed on, if they did.
+        """
         self._layers.append(Layer(keys, True, service))
+        if vegas:
+            self.vegas, self._increment = vegas, vegas.increment
 
     # ── Control messages ──
 
@@ -2642,9 +2588,11 @@ class Circuit:
             pieces.append(struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size))
             pieces.append(data)
             if command == RELAY_DATA:
-                self._package -= 1
-                if (self._initial - self._package) % CIRCUIT_INCREMENT == 0:
+                self._inflight += 1
+                if self._inflight % self._increment == 0:
                     self._sent_tags.append(tag[:20])
+                    if self.vegas:
+                        self.vegas.sent.append(ticks_ms())
         data = b"".join(pieces)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
@@ -2662,7 +2610,8 @@ class Circuit:
         """Send what `stream` has to send, as far as windows and the channel's queue allow."""
         while stream.outgoing and not self.closing.done():
             room = self.channel.room()
-            count = min(BATCH, room, self._package, stream.package)
+            window = self.vegas.cwnd if self.vegas else self._window
+            count = min(BATCH, room, window - self._inflight, stream.package)
             if count <= 0:
                 if room <= 0:
                     self.channel.when_room(self._resume)
@@ -2681,7 +2630,8 @@ class Circuit:
                 messages.append((RELAY_DATA, stream.stream_id, size, padded(piece)))
             data = None
             stream.outgoing = stream.outgoing[at:]
-            stream.package -= len(messages)
+            if not self.vegas:
+                stream.package -= len(messages)
             self._seal(RELAY, messages)
         stream.flushed()
 
@@ -2750,8 +2700,8 @@ class Circuit:
                 touched = stream
                 if stream is not None:
                     stream.feed(data)
-                if self._deliver <= CIRCUIT_WINDOW - CIRCUIT_INCREMENT:
-                    self._deliver += CIRCUIT_INCREMENT
+                if self._deliver <= CIRCUIT_WINDOW - self._increment:
+                    self._deliver += self._increment
                     self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
             else:
                 if touched is not None:
@@ -2778,7 +2728,7 @@ class Circuit:
             if stream is not None:
                 stream.message(command, data)
             # A stream that was closed here may still be spoken to.
-            elif command not in (RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED):
+            elif command not in _TO_CLOSED:
                 raise ProtocolError("relay command %d for stream %d" % (command, stream_id))
         elif command == RELAY_SENDME:
             self._sendme(data)
@@ -2793,7 +2743,9 @@ class Circuit:
             raise ProtocolError("a SENDME that was not due")
         if not consteq(self._sent_tags.pop(0), data[3:23]):
             raise ProtocolError("a SENDME for cells that were not sent")
-        self._package += CIRCUIT_INCREMENT
+        if self.vegas:
+            self.vegas.acked(self._inflight)
+        self._inflight -= self._increment
         self._resume()
 
     def _begin(self, stream_id, data):
@@ -2832,7 +2784,8 @@ class Stream:
         self.circuit, self.stream_id = circuit, stream_id
         circuit.streams[stream_id] = self
         self.opened = Promise()
-        self.package = self._deliver = STREAM_WINDOW
+        self.package = self._deliver = NO_WINDOW if circuit.vegas else STREAM_WINDOW
+        self._stopped = False
         self.outgoing = b""
         self._incoming = bytearray()
         self._ended = self._error = None
@@ -2845,9 +2798,11 @@ class Stream:
     def feed(self, data):
         if self._ended or not (self.opened.done() or self.circuit.on_begin):
             raise ProtocolError("DATA on stream %d, which is not open" % self.stream_id)
-        self._deliver -= 1
+        self._deliver -= 0 if self.circuit.vegas else 1
         if self._deliver < 0:
             raise ProtocolError("more DATA on stream %d than its window" % self.stream_id)
+        if len(self._incoming) > 16 * XOFF_LIMIT:
+            raise ProtocolError("stream %d does not heed XOFF" % self.stream_id)
         if not self._closing:
             self._incoming.extend(data)
 
@@ -2856,13 +2811,17 @@ class Stream:
         self._acknowledge()
 
     def _acknowledge(self):
-        while (
-            self._deliver <= STREAM_WINDOW - STREAM_INCREMENT
-            and len(self._incoming) < READ_AHEAD
-            and not self._ended
-        ):
-            self._deliver += STREAM_INCREMENT
-            self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+        if self.circuit.vegas:
+            # Stop the other side above the limit, and let it go on below half of it.
+            much = len(self._incoming) * (2 if self._stopped else 1) > XOFF_LIMIT
+            if much != self._stopped and not self._ended:
+                self._stopped = much
+                command, body = (RELAY_XOFF, b"\0") if much else (RELAY_XON, bytes(5))
+                self.circuit.send(command, self.stream_id, body)
+        elif len(self._incoming) < READ_AHEAD and not self._ended:
+            while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT:
+                self._deliver += STREAM_INCREMENT
+                self.circuit.send(RELAY_SENDME, self.stream_id, b"")
 
     def message(self, command, data):
         if command == RELAY_END:
@@ -2870,6 +2829,9 @@ class Stream:
             text = reason_text(END_REASONS, reason)
             self.circuit.streams.pop(self.stream_id, None)
             self.end(StreamError("the stream was closed: %s" % text, reason))
+        elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
+            self.package = 0 if command == RELAY_XOFF else NO_WINDOW
+            self.circuit.flush(self)
         elif command == RELAY_SENDME:
             self.package += STREAM_INCREMENT
             if self.package > STREAM_WINDOW:
@@ -3297,30 +3259,30 @@ class PathSelector(Weights):
         return _one_of(left, role)
 
 
-# ═══ 13. Directory client ═══════════════════════════════════════════════════
-# Which network this is; fetching, checking, caching and refreshing its directory
-# (dir-spec 4 and 5).  Everything goes over OR ports, by BEGIN_DIR.
+# === 13. Directory client ===================================================
+# Which network this is; its directory, fetched over OR ports by BEGIN_DIR, checked, cached
+# and refreshed (dir-spec 4 and 5).
 
-# Of tor 0.4.9.11: as in DirAuthority lines, each in two.
+# Of tor 0.4.9.11: nickname, OR port, v3 identity; address, RSA identity.
 _AUTHORITIES = """
-moria1 orport=9201 v3ident=F533C81CEF0BC0267857C99B2F471ADF249FA232
-128.31.0.39: 1A25C6358DB91342AA51720A5038B72742732498
-tor26 orport=443 v3ident=2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
-217.196.147.77: FAA4BCA4A6AC0FB4CA2F8AD5A11D9E122BA894F6
-dizum orport=443 v3ident=E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58
-45.66.35.11: 7EA6EAD6FD83083C538F44038BBFA077587DD755
-gabelmoo orport=443 v3ident=ED03BB616EB2F60BEC80151114BB25CEF515B226
-131.188.40.189: F2044413DAC2E02E3D6BCF4735A19BCA1DE97281
-dannenberg orport=443 v3ident=0232AF901C31A04EE9848595AF9BB7620D4C5B2E
-193.23.244.244: 7BE683E65D48141321C5ED92F075C55364AC7123
-maatuska orport=80 v3ident=49015F787433103580E3B66A1707A00E60F2D15B
-171.25.193.9: BD6A829255CB08E66FBE7D3748363586E46B3810
-longclaw orport=443 v3ident=23D15D965BC35114467363C165C4F724B64B4F66
-199.58.81.140: 74A910646BCEEFBCD2E874FC1DC997430F968145
-bastet orport=443 v3ident=27102BC123E7AF1D4741AE047E160C91ADC76B21
-204.13.164.118: 24E2F139121D4394C54B5BCC368B3B411857C413
-faravahar orport=443 v3ident=70849B868D606BAECFB6128C5E3D782029AA394F
-216.218.219.41: E3E42D35F801C9D5AB23584E0025D56FE2B33396
+moria1 9201 F533C81CEF0BC0267857C99B2F471ADF249FA232
+128.31.0.39 1A25C6358DB91342AA51720A5038B72742732498
+tor26 443 2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
+217.196.147.77 FAA4BCA4A6AC0FB4CA2F8AD5A11D9E122BA894F6
+dizum 443 E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58
+45.66.35.11 7EA6EAD6FD83083C538F44038BBFA077587DD755
+gabelmoo 443 ED03BB616EB2F60BEC80151114BB25CEF515B226
+131.188.40.189 F2044413DAC2E02E3D6BCF4735A19BCA1DE97281
+dannenberg 443 0232AF901C31A04EE9848595AF9BB7620D4C5B2E
+193.23.244.244 7BE683E65D48141321C5ED92F075C55364AC7123
+maatuska 80 49015F787433103580E3B66A1707A00E60F2D15B
+171.25.193.9 BD6A829255CB08E66FBE7D3748363586E46B3810
+longclaw 443 23D15D965BC35114467363C165C4F724B64B4F66
+199.58.81.140 74A910646BCEEFBCD2E874FC1DC997430F968145
+bastet 443 27102BC123E7AF1D4741AE047E160C91ADC76B21
+204.13.164.118 24E2F139121D4394C54B5BCC368B3B411857C413
+faravahar 443 70849B868D606BAECFB6128C5E3D782029AA394F
+216.218.219.41 E3E42D35F801C9D5AB23584E0025D56FE2B33396
 """
 # Of the same: 200 fallback mirrors, each 4 bytes IPv4 address, 2 port, 20 RSA identity.
 _FALLBACKS = """
@@ -3398,222 +3360,211 @@ AbsmzSnQf64sJ+sxbuVR78fvlrpXhDmDH3wjjJgl2EmRkRS46QBcXQk7lfkSURqIQEEBmAG7FDq0gnG7
 
 
 class Network:
-    """A Tor network: `authorities` [(nickname, v3 identity, RSA identity, address, OR port)],
-    `fallbacks` [(RSA identity, address, OR port)], `testing` (TestingTorNetwork),
-    `identities` (the set of v3 identities), `id` (32 bytes that tell it from others).
+    """A Tor network, of torrc lines DirAuthority (with v3ident) and TestingTorNetwork in `text`.
+
+    `authorities`, `fallbacks`: [(RSA identity, address, OR port)]; `identities`: the set of
+    the authorities' v3 identities; `testing`; `id`: 32 bytes.  ConfigError names a bad line.
     """
 
-    def __init__(self, authorities, fallbacks, testing=False):
-        self.authorities, self.fallbacks, self.testing = authorities, fallbacks, testing
-        self.identities = {authority[1] for authority in authorities}
+    def __init__(self, text, fallbacks=()):
+        self.authorities, self.fallbacks = [], fallbacks
+        self.identities, self.testing = set(), False
+        for line in text.split("\n"):
+            line = line.split("#")[0].strip()
+            word = line.split() or [""]
+            try:
+                if word[0].lower() == "testingtornetwork":
+                    self.testing = word[1] == "1"
+                elif word[0].lower() == "dirauthority" and "v3ident=" in line:
+                    options = dict([w.split("=") for w in word if "=" in w])
+                    at = [":" in w and "=" not in w for w in word].index(True)
+                    ids = options["v3ident"], "".join(word[at + 1 :])
+                    identity, rsa_id = [binascii.unhexlify(i) for i in ids]
+                    if len(identity) != 20 or len(rsa_id) != 20:
+                        raise ValueError
+                    place = word[at].split(":")[0], int(options["orport"])
+                    self.authorities.append((rsa_id,) + place)
+                    self.identities.add(identity)
+            except (ValueError, KeyError, IndexError):
+                raise ConfigError("bad line in the network file: %s" % line)
+        if not self.authorities:
+            raise ConfigError("the network file has no DirAuthority with a v3ident")
         self.id = sha256(b"".join(sorted(self.identities)))
-
-
-def _identity(text):
-    data = binascii.unhexlify(text)
-    if len(data) != 20:
-        raise ValueError
-    return data
 
 
 def load_network(path=None):
     """Return the Network that the file `path` describes (ConfigError); None: the public one."""
     if path is not None:
-        text = read_file(path)
-        if text is None:
-            raise ConfigError("cannot read the network file %s" % path)
         try:
-            return parse_network(text.decode())
-        except UnicodeError:
-            raise ConfigError("the network file %s is not text" % path)
-    half = _AUTHORITIES.strip().split("\n")
-    lines = ["DirAuthority %s %s" % pair for pair in zip(half[::2], half[1::2])]
-    network = parse_network("\n".join(lines))
-    r = Reader(b64decode(_FALLBACKS.replace("\n", "")))
-    while r.left():
-        address, port = "%d.%d.%d.%d" % tuple(r.take(4)), r.uint(2)
-        network.fallbacks.append((r.take(20), address, port))
-    return network
+            with open(path, "rb") as f:
+                return Network(f.read().decode())
+        except (OSError, UnicodeError) as e:
+            raise ConfigError("cannot read the network file %s: %s" % (path, e))
+    word, packed, fallbacks = _AUTHORITIES.split(), binascii.a2b_base64(_FALLBACKS), []
+    for at in range(0, len(packed), 26):
+        address, port, rsa_id = struct.unpack_from(">4sH20s", packed, at)
+        fallbacks.append((rsa_id, "%d.%d.%d.%d" % tuple(address), port))
+    line = "DirAuthority %s orport=%s v3ident=%s %s: %s"
+    lines = [line % tuple(word[i : i + 5]) for i in range(0, len(word), 5)]
+    return Network("\n".join(lines), fallbacks)
 
 
-def parse_network(text):
-    """Return the Network of the torrc lines DirAuthority, FallbackDir and TestingTorNetwork.
+class _Identity:
+    eof, unused_data = True, b""
 
-    Authorities without v3ident (of bridges) are left out, other lines are passed over.
-    Raises ConfigError, which names the line.
-    """
-    authorities, fallbacks, testing = [], [], False
-    for line in text.split("\n"):
-        word = line.split("#")[0].split() or [""]
-        kind = word[0].lower()
-        try:
-            if kind == "testingtornetwork":
-                testing = word[1] == "1"
-            elif kind in ("dirauthority", "fallbackdir"):
-                options = dict([w.split("=") for w in word if "=" in w])
-                [at] = [i for i in range(len(word)) if ":" in word[i] and "=" not in word[i]]
-                rsa_id = _identity(options.get("id") or "".join(word[at + 1 :]))
-                place = rsa_id, word[at].split(":")[0], int(options["orport"])
-                if kind == "fallbackdir":
-                    fallbacks.append(place)
-                elif "v3ident" in options:
-                    authorities.append((word[1], _identity(options["v3ident"])) + place)
-        except (ValueError, KeyError, IndexError):
-            raise ConfigError("bad line in the network file: %s" % line.strip())
-    if not authorities:
-        raise ConfigError("the network file has no DirAuthority with a v3ident")
-    return Network(authorities, fallbacks, testing)
+    def decompress(self, data, size):
+        return data
 
 
-# ── HTTP ──
-
-# Expanding by more than that, once so much has come out, is an attack (as in tor).
-_MAX_FACTOR, _FACTOR_AFTER = 25, 5 << 20
-
-if not MICROPYTHON:
+# Content-Encodings (dir-spec 6.1).
+if MICROPYTHON:
+    _DECODERS = {"identity": _Identity}
+else:
     import lzma
     import zlib
 
     _DECODERS = {
-        "deflate": zlib.decompressobj,
         "x-tor-lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, 16 << 20),
+        "deflate": zlib.decompressobj,
+        "identity": _Identity,
     }
-
-    class Decoder:
-        """Undoes a Content-Encoding (dir-spec 6.1) of one or more streams in a row."""
-
-        def __init__(self, encoding):
-            self._make = _DECODERS[encoding]
-            self.stream = None
-
-        def feed(self, data):
-            """Yield what `data` expands to, in pieces of at most 64 KB."""
-            more = False
-            while data or more:
-                stream = self.stream = self.stream or self._make()
-                try:
-                    piece = stream.decompress(data, 65536)
-                except (zlib.error, lzma.LZMAError) as e:
-                    raise ProtocolError("bad compressed data: %s" % e)
-                more = len(piece) == 65536 and not stream.eof
-                data = getattr(stream, "unconsumed_tail", b"")
-                if stream.eof:
-                    self.stream, data = None, stream.unused_data
-                yield piece
 
 
 async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
-    """Make a request over a directory stream, and return (status, body).
+    """Make a request over a directory stream, and return (status, body); TorErrors.
 
-    At most `limit` bytes are taken.  With `sink`, a function, compression is allowed, and
-    the body of a 200 answer goes there piece by piece.  Raises TorErrors.
+    The body may have `limit` bytes.  With `sink`, a function, it may come compressed, and
+    goes there piece by piece if the status is 200.
     """
     head = "%s %s HTTP/1.0\r\n" % (method, path)
-    if sink and not MICROPYTHON:
-        head += "Accept-Encoding: x-tor-lzma, deflate, identity\r\n"
-    if method == "POST":
+    if sink:
+        head += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
+    if body:
         head += "Content-Length: %d\r\n" % len(body)
     stream.write((head + "\r\n").encode() + body)
     await stream.drain()
     try:
-        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().split("\r\n")
+        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
         status = int(lines[0].split(" ")[1])
         fields = [line.partition(":") for line in lines]
-        fields = {name.lower(): value.strip() for name, _, value in fields}
-        length, encoding = fields.get("content-length"), fields.get("content-encoding", "identity")
-        decoder = None if encoding == "identity" else Decoder(encoding)
-        missing = int(length or 0)
-    except (ValueError, KeyError, IndexError, EOFError, NameError):
+        fields = {name: value.strip() for name, _, value in fields}
+        make = _DECODERS[fields.get("content-encoding", "identity")]
+        missing = int(fields.get("content-length", -1))
+    except (ValueError, KeyError, IndexError, EOFError):
         raise ProtocolError("the directory's answer is no HTTP")
-    got, out, pieces = 0, 0, []
-    data = await stream.read(65536)
-    while data:
-        got += len(data)
-        for piece in decoder.feed(data) if decoder else (data,):
-            out += len(piece)
-            if out > limit or out > _FACTOR_AFTER and out > _MAX_FACTOR * got:
+    decoder, more, pieces = None, False, []
+    keep = sink if sink and status == 200 else pieces.append
+    while data := await stream.read(65536):
+        missing -= len(data)
+        while data or more:
+            decoder = decoder or make()
+            try:
+                piece = decoder.decompress(data, 65536)
+            except Exception as e:
+                raise ProtocolError("bad compressed data: %s" % e)
+            more = len(piece) == 65536 and not decoder.eof
+            data = getattr(decoder, "unconsumed_tail", b"")
+            if decoder.eof:
+                # Another may follow.
+                decoder, data = None, decoder.unused_data
+            limit -= len(piece)
+            if limit < 0:
                 raise ProtocolError("the directory's answer is too long")
-            if sink and status == 200:
-                sink(piece)
-            else:
-                pieces.append(piece)
-        data = await stream.read(65536)
-    if length and missing != got or decoder and decoder.stream:
+            keep(piece)
+    if decoder or missing and "content-length" in fields:
         raise ProtocolError("the directory's answer is cut off")
     return status, b"".join(pieces)
 
 
-# ── The directory ──
+_CONNECT_SECONDS, _FETCH_SECONDS = 15, 600 if MICROPYTHON else 120
 
-_MAX_CONSENSUS, _MAX_CERTS, _MAX_MICRODESCS = 32 << 20, 128 << 10, 8 << 20
+
+async def directory_request(circuit, path, limit, sink=None, body=b""):
+    """Ask the directory at the end of `circuit`, as http_request does: the body; TorErrors."""
+    stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
+    try:
+        asking = http_request(stream, "POST" if body else "GET", path, body, limit, sink)
+        status, body = await asyncio.wait_for(asking, _FETCH_SECONDS)
+    except asyncio.TimeoutError:
+        raise DirectoryError("the directory is too slow")
+    finally:
+        stream.close()
+    if status != 200:
+        raise DirectoryError("the directory answered with status %d" % status)
+    return body
+
+
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# The next directory is tried when the last has not answered for so long.
-_HEDGE_SECONDS, _CONNECT_SECONDS, _FETCH_SECONDS = 5, 15, 600 if MICROPYTHON else 120
-_ATTEMPTS = 4
-# tor's words.
+# The next directory is tried when one has not answered for so long; the least time between
+# two consensuses, whatever stands in them.
+_HEDGE_SECONDS, _PAUSE_SECONDS, _TRIES = 5, 5, 4
+# Tag and summary, in tor's words.
 _PHASES = {
-    5: ("conn", "Connecting to a relay"),
-    10: ("conn_done", "Connected to a relay"),
-    14: ("handshake", "Handshaking with a relay"),
-    15: ("handshake_done", "Handshake with a relay done"),
-    20: ("onehop_create", "Establishing an encrypted directory connection"),
-    25: ("requesting_status", "Asking for networkstatus consensus"),
-    30: ("loading_status", "Loading networkstatus consensus"),
-    40: ("loading_keys", "Loading authority key certs"),
-    45: ("requesting_descriptors", "Asking for relay descriptors"),
-    50: ("loading_descriptors", "Loading relay descriptors"),
-    75: ("enough_dirinfo", "Loaded enough directory info to build circuits"),
+    5: "conn Connecting to a relay",
+    10: "conn_done Connected to a relay",
+    14: "handshake Handshaking with a relay",
+    15: "handshake_done Handshake with a relay done",
+    20: "onehop_create Establishing an encrypted directory connection",
+    25: "requesting_status Asking for networkstatus consensus",
+    30: "loading_status Loading networkstatus consensus",
+    40: "loading_keys Loading authority key certs",
+    45: "requesting_descriptors Asking for relay descriptors",
+    50: "loading_descriptors Loading relay descriptors",
+    75: "enough_dirinfo Loaded enough directory info to build circuits",
 }
 
 
 class Directory:
     """The directory of a network: `table` and `consensus`, from `bootstrap()` on.
 
-    `directory_relay`: None, or a function that returns the Relay (a directory guard) to
-    ask; `on_update()` is called when `table` and `consensus` were replaced or filled.
+    To be set: `on_update()`, called when these have changed; `directory_relay()`, the Relay
+    (a directory guard) to ask; `directory_failed(rsa_id)`, called when one is not reached.
     """
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.directory_relay = None
-        self.on_update = lambda: None
-        self._certs, self._percent, self._tries = {}, 0, 0
+        self.on_update, self.directory_failed = lambda: None, lambda rsa_id: None
+        self._certs, self._percent, self._failures = {}, 0, 0
 
     def _report(self, percent):
         if percent > self._percent:
             self._percent = percent
-            self._progress(percent, *_PHASES.get(percent, _PHASES[50]))
+            self._progress(percent, *_PHASES.get(percent, _PHASES[50]).split(" ", 1))
 
     async def bootstrap(self):
-        """Return when circuits can be built.
-
-        DirectoryError, ClockError; ConfigError if the network asks for what minitor lacks.
-        """
+        """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
         cached = load_table(self._path, self.network.id)
         if cached:
             # Even if it is too old, most microdescriptors in it are still good.
             self.table = cached[0]
             try:
                 cached[1].check_times(now())
-                return await self._fill(*cached, True)
+                self.consensus = cached[1]
+                return await self._fill(*cached)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
-        await self._fill(*await self._fetch_consensus(), True)
+        await self._fill(*await self._ask(self._consensus_from))
 
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
         delay = 0
         while True:
             try:
-                await self._fill(self.table, self.consensus, False)
+                await self._fill(self.table, self.consensus, True)
                 when = self._next_time()
+                await asyncio.sleep(_PAUSE_SECONDS)
                 while now() < when:
                     await asyncio.sleep(min(when - now(), 60))
-                await self._fill(*await self._fetch_consensus(), True)
+                table, consensus = await self._ask(self._consensus_from)
+                if consensus.valid_after <= self.consensus.valid_after:
+                    raise DirectoryError("there is no newer consensus")
+                await self._fill(table, consensus)
                 delay = 0
             except TorError as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
+                self._failures = 0
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
 
@@ -3624,79 +3575,70 @@ class Directory:
         span = max((c.valid_until - start) * 7 // 8, 1)
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
-    # ── Asking ──
-
     def _source(self):
         # Fallback mirrors come before authorities, directory guards before both.
-        tries, self._tries = self._tries, self._tries + 1
-        if self.directory_relay and tries < 2 * _ATTEMPTS:
+        if self.directory_relay and self._failures < 2 * _TRIES:
             relay = self.directory_relay()
             return relay.rsa_id, relay.address, relay.port
-        places = self.network.fallbacks
-        if not places or tries >= 3 * _ATTEMPTS:
-            places = [authority[2:] for authority in self.network.authorities]
+        places = self._failures < 3 * _TRIES and self.network.fallbacks
+        places = places or self.network.authorities
         return places[randbelow(len(places))]
 
     async def _circuit(self):
-        # A one-hop circuit to a directory: to the first of several that answers.
-        found, error = Promise(), "no answer"
+        # A one-hop circuit to the first of several directories that answers.
+        found, error = Promise(), None
 
         async def attempt():
             nonlocal error
-            for _ in range(_ATTEMPTS):
-                try:
-                    rsa_id, address, port = self._source()
-                    self._report(5)
-                    get = self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
-                    circuit = Circuit(await get)
-                    for percent in 10, 14, 15, 20:
-                        self._report(percent)
-                    await circuit.create_fast(_CONNECT_SECONDS)
-                    if found.done():
-                        circuit.close()
-                    return found.set(circuit)
-                except TorError as e:
-                    error = e
-                    log(INFO, "%s", e)
+            rsa_id = None
+            try:
+                rsa_id, address, port = self._source()
+                self._report(5)
+                get = self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
+                circuit = Circuit(await get)
+                for percent in (10, 14, 15, 20):
+                    self._report(percent)
+                await circuit.create_fast(_CONNECT_SECONDS)
+                if found.done():
+                    circuit.close()
+                found.set(circuit)
+            except TorError as e:
+                error = e
+                self._failures += 1
+                self.directory_failed(rsa_id)
+            over.set()
 
-        try:
-            for _ in range(_ATTEMPTS):
-                spawn(attempt())
-                try:
-                    return await found.wait(_HEDGE_SECONDS)
-                except asyncio.TimeoutError:
-                    pass
-            raise DirectoryError("no directory can be reached: %s" % error)
-        finally:
-            # For those that answer later.
-            found.fail(CircuitError("given up"))
+        for _ in range(4 * _TRIES):
+            over = Promise()
+            spawn(attempt())
+            try:
+                await over.wait(_HEDGE_SECONDS)
+            except asyncio.TimeoutError:
+                pass
+            if found.done():
+                break
+        found.fail(DirectoryError("no directory can be reached: %s" % error))
+        return await found.wait()
 
-    async def _get(self, circuit, path, limit, sink):
-        stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
-        reply = http_request(stream, "GET", path, b"", limit, sink)
-        try:
-            status, _ = await asyncio.wait_for(reply, _FETCH_SECONDS)
-        except asyncio.TimeoutError:
-            raise DirectoryError("the directory is too slow")
-        finally:
-            stream.close()
-        if status != 200:
-            raise DirectoryError("the directory answered with status %d" % status)
-
-    async def _fetch_consensus(self):
-        for _ in range(3 * _ATTEMPTS):
+    async def _ask(self, use, *args):
+        # What `use(circuit, *args)` returns with the first of several directories that serves.
+        for _ in range(3 * _TRIES):
             circuit = await self._circuit()
             try:
-                return await self._consensus_from(circuit)
+                result = await use(circuit, *args)
+                self._failures = 0
+                return result
             except (ProtocolError, DirectoryError, CircuitError, StreamError) as e:
                 error = e
-                log(INFO, "No consensus from %s: %s", circuit, e)
+                self._failures += 1
+                log(INFO, "Leaving the directory of %s: %s", circuit, e)
             finally:
                 circuit.close()
-        raise DirectoryError("no directory gave a consensus that can be used: %s" % error)
+        raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        identities, table = self.network.identities, RelayTable()
+        # A new RelayTable and its Consensus, verified.
+        identities, table, text = self.network.identities, RelayTable(), []
         parser = ConsensusParser(identities, table)
 
         def sink(piece):
@@ -3705,116 +3647,152 @@ class Directory:
 
         self._report(25)
         # A mirror answers only if more than half of these signed what it has.
-        wanted = "+".join([hexlify(i[:3]).upper() for i in sorted(identities)])
-        path = "/tor/status-vote/current/consensus-microdesc/" + wanted
-        await self._get(circuit, path, _MAX_CONSENSUS, sink)
+        path = "/tor/status-vote/current/consensus-microdesc/"
+        path += "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
+        await directory_request(circuit, path, 32 << 20, sink)
         consensus = parser.finish()
         # The certificates are judged by the consensus's time, and that by the clock.
-        when, text = consensus.valid_after, []
+        when = consensus.valid_after
         missing = consensus.missing_certs(self._certs, when)
         if missing:
             self._report(40)
-            wanted = "+".join([hexlify(i).upper() + "-" + hexlify(k).upper() for i, k in missing])
+            path = "/tor/keys/fp-sk/"
+            path += "+".join(["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]).upper()
             try:
-                await self._get(circuit, "/tor/keys/fp-sk/" + wanted, _MAX_CERTS, text.append)
+                await directory_request(circuit, path, 128 << 10, text.append)
                 self._certs.update(parse_authority_certs(b"".join(text), identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities, when)
-        consensus.check_times(now())
-        if self.consensus and when < self.consensus.valid_after:
-            raise DirectoryError("the directory's consensus is older than the one in use")
-        self._tries = 0
+        try:
+            consensus.check_times(now())
+        except DirectoryError:
+            # Whose clock is wrong?  Authorities alone are believed, and asked next.
+            self._failures, channel = 3 * _TRIES, circuit.channel
+            known = channel.rsa_id in [a[0] for a in self.network.authorities]
+            if known and abs(channel.skew) > 3600:
+                skew = -channel.skew // 60
+                raise ClockError("the clock of this machine is wrong by %+d minutes" % skew)
+            raise
         return table, consensus
 
-    async def _fill(self, table, consensus, until_ready):
-        # Fetch the microdescriptors, enough or all; then use the table.
-        new = consensus is not self.consensus
-        if self.table and self.table is not table:
+    async def _fill(self, table, consensus, whole=False):
+        # Fetch the microdescriptors, enough of them or all; then use the table.
+        changed = table is not self.table
+        if changed and self.table:
             table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = Weights(table, consensus)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
+        until = 101 if whole else least
         for _ in range(3):
-            ready = until_ready and weights.percent() >= least
-            if ready or next(table.missing(), None) is None:
+            if weights.percent() >= until or next(table.missing(), None) is None:
                 break
-            new = True
+            changed = True
             self._report(45)
-            args = weights, least if until_ready else 101, table.missing()
-            await asyncio.gather(*[self._worker(*args) for _ in range(_WORKERS)])
+            args = self._microdescs_from, weights, until, table.missing()
+            try:
+                await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
+            except DirectoryError as e:
+                log(INFO, "%s", e)
+                break
         if weights.percent() < least:
-            raise DirectoryError("too few microdescriptors came: %d %%" % weights.percent())
-        if new:
+            raise DirectoryError("too few microdescriptors came")
+        if changed:
             self.table, self.consensus = table, consensus
             try:
                 table.save(self._path, self.network.id, consensus)
             except OSError as e:
                 log(WARN, "The directory cannot be stored in %s: %s", self._path, e)
-            self._report(75)
             self.on_update()
+        self._report(75)
 
-    async def _worker(self, weights, least, queue):
-        # Fetch the microdescriptors of `queue` until `least` percent of paths can be built.
-        circuit, count, table = None, 0, weights.table
+    async def _microdescs_from(self, circuit, weights, until, queue):
+        # Fetch those of `queue` until `until` percent of paths can be built.
+        table = weights.table
 
         def sink(md):
             i = wanted.pop(md.digest, None)
             if i is not None:
                 table.set_microdesc(i, md)
 
-        try:
-            while True:
-                if count % 8 == 0:
-                    percent = weights.percent()
-                    if percent >= least:
-                        break
-                    self._report(50 + 24 * percent // least)
-                count += 1
-                wanted = {digest: i for _, (i, digest) in zip(range(_BATCH), queue)}
-                if not wanted:
+        for count in range(len(table)):
+            if count % 8 == 0:
+                percent = weights.percent()
+                if percent >= until:
                     break
-                circuit = circuit or await self._circuit()
-                parser = MicrodescParser(sink)
-                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
-                try:
-                    await self._get(circuit, path, _MAX_MICRODESCS, parser.feed)
-                    parser.finish()
-                except TorError as e:
-                    log(INFO, "No microdescriptors from %s: %s", circuit, e)
-                    circuit.close()
-                    circuit = None
-        finally:
-            if circuit:
+                self._report(50 + 24 * percent // until)
+            wanted = {digest: i for _, (i, digest) in zip(range(_BATCH), queue)}
+            if not wanted:
+                break
+            path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
+            parser = MicrodescParser(sink)
+            await directory_request(circuit, path, 8 << 20, parser.feed)
+            parser.finish()
+
+
+# === 13b. Circuits for every purpose ========================================
+# Making them, trying again, sharing, keeping some ready, closing what is idle.
+
+BUILD_SECONDS = 20
+# tor's MaxCircuitDirtiness.
+DIRTY_MS = 600000
+SPARES = 0 if MICROPYTHON else 2
+
+
+def is_dirty(circuit):
+    """Return whether `circuit`, in use `since` then, gets no new stream."""
+    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
+
+
+async def close_idle(circuit):
+    """Return when `circuit` is closed; close it once it is dirty and carries no stream."""
+    while not circuit.closed:
+        try:
+            await circuit.closing.wait(30)
+        except asyncio.TimeoutError:
+            if is_dirty(circuit) and not circuit.streams:
                 circuit.close()
 
 
-# === 13b. Circuit pool ======================================================
-# Which circuit serves which purpose: building, retrying, sharing, keeping some ready.
+async def shared(circuits, name, make, fits=lambda circuit: False):
+    """Return the circuit `name` of `circuits`, {name: Promise}, or another that `fits`.
 
-BUILD_SECONDS = 20
-ATTEMPTS = 6
-# tor's MaxCircuitDirtiness: no new stream joins an older exit circuit.
-DIRTY_MS = 600000
-SPARES = 0 if MICROPYTHON else 2
-_ROLE = {"intro": "intro", "service_intro": "intro", "hsdir": "hsdir"}
+    Where there is none, the coroutine function `make` gives it.
+    """
+    for other, promise in list(circuits.items()):
+        circuit = promise.get()
+        if is_dirty(circuit) if circuit else promise.done():
+            del circuits[other]
+        elif other == name or circuit and fits(circuit):
+            return await promise.wait()
+    promise = circuits[name] = Promise()
+
+    async def keep():
+        try:
+            promise.set(await make())
+            await close_idle(promise.get())
+        except TorError as e:
+            promise.fail(e)
+        finally:
+            promise.fail(CircuitError("given up"))
+
+    spawn(keep())
+    return await promise.wait()
 
 
 class TorCore:
-    """Channels, directory, paths, and the circuits built from them.
+    """Channels, directory, paths, and circuits.  Arguments: see AsyncTor."""
 
-    `network`: the path of a file that describes a network, None for the public one;
-    `progress`: function(percent, tag, summary).
-    """
-
-    def __init__(self, data_dir, network=None, progress=None):
+    def __init__(self, data_dir, network, progress):
         self.data_dir, self.network = data_dir, load_network(network)
         self.progress = progress or (lambda percent, tag, summary: None)
         self.channels = Channels()
         self.directory = Directory(self.network, data_dir, self.channels, self.progress)
-        self.paths, self.onion_circuits = None, {}
-        self._exits, self._spares, self._filling, self._task = [], [], False, None
+        # `updates` counts changes of the directory.
+        self.updates, self.descriptors, self.onion_circuits = 0, {}, {}
+        self._exits, self._spares, self._tasks = {}, [], []
 
     async def bootstrap(self):
         """Get the directory ready, and one circuit; from then on refresh in the background."""
@@ -3822,207 +3800,159 @@ class TorCore:
         await directory.bootstrap()
         guards = Guards(self.data_dir + "/guards.json")
         self.paths = PathSelector(directory.table, directory.consensus, guards)
-        directory.on_update = lambda: self.paths.update(directory.table, directory.consensus)
+        directory.on_update, directory.directory_failed = self._update, guards.failed
         directory.directory_relay = self.paths.directory_guard
-        self._task = spawn(directory.refresh())
-        self.progress(90, "ap_handshake_done", "Handshake finished with a relay to build circuits")
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        circuit = await self._onion_circuit("rend", None)
-        if SPARES:
-            self._spares.append((ticks_ms(), circuit))
-        else:
-            circuit.close()
+        self._spares = [await self.circuit_to("rendezvous")]
+        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
         self.progress(100, "done", "Done")
+
+    def _update(self):
+        self.updates += 1
+        self.paths.update(self.directory.table, self.directory.consensus)
 
     async def aclose(self):
         """Close every circuit and channel, and stop the background tasks."""
-        if self._task:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         self.channels.close()
         # The writer tasks send what is queued, DESTROY cells among it.
         await asyncio.sleep(0.05)
 
-    async def build_circuit(self, path, seconds=BUILD_SECONDS):
-        """Build a circuit through the relays of `path`; ChannelError, CircuitError."""
-        first, guards, circuit = path[0], self.paths.guards, None
-        try:
-            channel = await self.channels.get(
-                first.address, first.port, first.rsa_id, first.ed_id, seconds
-            )
-            window = self.directory.consensus.param("circwindow", CIRCUIT_WINDOW, 100, 1000)
-            circuit = Circuit(channel, window)
-            await circuit.extend(first, seconds)
-            if not guards.succeeded(first.rsa_id):
-                raise CircuitError("better guards may be back")
-            for relay in path[1:]:
-                await circuit.extend(relay, seconds)
-        except BaseException as e:
-            if isinstance(e, TorError) and not (circuit and circuit.path):
-                guards.failed(first.rsa_id)
-            if circuit:
-                circuit.close()
-            raise
-        return circuit
-
-    async def circuit_to(self, purpose, target=None, attempts=ATTEMPTS):
+    async def circuit_to(self, purpose, target=None, attempts=None):
         """Return a circuit for `purpose`, trying other paths where one fails; CircuitError.
 
-        "exit": one that may be shared, for port `target`; "rendezvous": three hops, the
-        last one random; "hsdir", "intro", "service_intro", "service_rendezvous": three
-        hops and `target`.
+        "exit": a shared one, for port `target`; "rendezvous": three hops, the last at random;
+        "hsdir", "intro", "service_intro", "service_rendezvous": three and the relay `target`.
         """
         if purpose == "exit":
             return await self._exit_circuit(target)
-        circuit = self._spare(target)
-        if circuit is not None:
-            try:
-                if target is not None:
-                    await circuit.extend(target, BUILD_SECONDS)
-                return circuit
-            except CircuitError as e:
-                log(INFO, "%s", e)
-                attempts -= 1
-        return await self._onion_circuit(_ROLE.get(purpose, "rend"), target, attempts)
+        # A target may be down for good; who asks for one knows others.
+        return await self._make(lambda: self._onion_path(target), attempts or (3 if target else 6))
 
-    async def _onion_circuit(self, role, target, attempts=ATTEMPTS):
-        return await self._retry(lambda: self.paths.onion_path(role, target), attempts)
-
-    async def _retry(self, choose, attempts=ATTEMPTS):
-        error = "none was allowed"
+    async def _make(self, choose, attempts=6):
+        # `choose` returns a path, and a circuit that has its first hops, or None.
+        guards = self.paths.guards
         for _ in range(attempts):
+            path = circuit = None
             try:
-                return await self.build_circuit(choose())
-            except (ChannelError, CircuitError) as e:
+                path, circuit = choose()
+                if circuit is None:
+                    first = path[0]
+                    place = first.address, first.port, first.rsa_id, first.ed_id
+                    channel = await self.channels.get(*place)
+                    # One in use may be from before the network went down.
+                    if not channel.circuits:
+                        guards.network_up()
+                    window = self.paths.param("circwindow", 1000, 100, 1000)
+                    circuit = Circuit(channel, window)
+                circuit.since = ticks_ms()
+                for relay in path[len(circuit.path) :]:
+                    await circuit.extend(relay, BUILD_SECONDS)
+                    if len(circuit.path) == 1 and not guards.succeeded(relay.rsa_id):
+                        raise CircuitError("better guards may be up again")
+                return circuit
+            except BaseException as e:
+                if circuit:
+                    circuit.close()
+                if not isinstance(e, (ChannelError, CircuitError)):
+                    raise
+                if path and not (circuit and circuit.path):
+                    guards.failed(path[0].rsa_id)
                 error = e
-                log(INFO, "A circuit failed: %s", e)
+                log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
-    # Circuits kept ready have three hops, which any target can follow.
+    def _onion_path(self, target):
+        # A spare circuit has three hops, which a target can follow, but not A-B-A (the
+        # guard may be the target, as in tor).
+        if self._spares:
+            spare = self._spares.pop(0)
+            again = target and target.rsa_id in [r.rsa_id for r in spare.path[1:]]
+            if not again and not is_dirty(spare):
+                return spare.path + ([target] if target else []), spare
+            spare.close()
+        return self.paths.onion_path("rend", target), None
 
-    def _spare(self, target):
-        found, t = None, ticks_ms()
-        for entry in self._spares[:]:
-            born, circuit = entry
-            if circuit.closed or ticks_diff(t, born) > DIRTY_MS:
-                self._spares.remove(entry)
-                circuit.close()
-            # Not A-B-A; the guard may be the target, as in tor.
-            elif not found and (
-                target is None or target.rsa_id not in [r.rsa_id for r in circuit.path[1:]]
-            ):
-                self._spares.remove(entry)
-                found = circuit
-        if SPARES and not self._filling:
-            self._filling = True
-            spawn(self._fill())
-        return found
-
-    async def _fill(self):
-        try:
-            while len(self._spares) < SPARES:
-                self._spares.append((ticks_ms(), await self._onion_circuit("rend", None)))
-        except TorError as e:
-            log(INFO, "%s", e)
-        self._filling = False
+    async def _keep_spares(self):
+        while True:
+            try:
+                while len(self._spares) < SPARES:
+                    make = self._make(lambda: (self.paths.onion_path("rend"), None))
+                    self._spares.append(await make)
+            except TorError:
+                await asyncio.sleep(60)
+            await asyncio.sleep(1)
 
     async def _exit_circuit(self, port):
-        # An entry: when it was begun, a Promise of the circuit, the ports it was asked for.
-        t = ticks_ms()
-        for entry in self._exits[:]:
-            born, promise, ports = entry
-            circuit = promise.get()
-            if promise.done() and (not circuit or circuit.closed) or ticks_diff(t, born) > DIRTY_MS:
-                self._exits.remove(entry)
-            elif port in ports or circuit and self._allows(circuit.path[-1].rsa_id, port):
-                ports.add(port)
-                return await promise.wait()
-        promise = Promise()
-        self._exits.append((t, promise, {port}))
-        try:
-            promise.set(await self._retry(lambda: self.paths.exit_path(port)))
-        except BaseException as e:
-            promise.fail(e if isinstance(e, TorError) else CircuitError("given up: %s" % e))
-            raise
-        return promise.get()
+        table = self.directory.table
 
-    def _allows(self, rsa_id, port):
-        i = self.directory.table.find(rsa_id)
-        return i >= 0 and self.directory.table.exit_allows(i, port)
+        def fits(circuit):
+            i = table.find(circuit.path[-1].rsa_id)
+            return i >= 0 and table.exit_allows(i, port)
+
+        make = lambda: self._make(lambda: (self.paths.exit_path(port), None))
+        return await shared(self._exits, port, make, fits)
 
     def retire(self, circuit):
         """Give `circuit` no new stream."""
-        self._exits = [entry for entry in self._exits if entry[1].get() is not circuit]
+        circuit.since -= 2 * DIRTY_MS
 
 
-# ═══ 14. Onion client ═══════════════════════════════════════════════════════
-# Descriptor, introduction, rendezvous (rend-spec-v3 3 and 4), and streams over
-# the circuit that comes of it; all streams to a service share one.
+# === 14. Onion client =======================================================
+# Descriptor, introduction, rendezvous (rend-spec-v3 3 and 4), and streams over the
+# circuit that comes of it.
 
-MAX_DESCRIPTOR = 50000
+_MAX_DESCRIPTOR = 50000
 _HSDIR_SECONDS, _ANSWER_SECONDS, _REND_SECONDS = 30, 20, 40
-# tor's MaxCircuitDirtiness.
-IDLE_SECONDS = 600
-_MAX_PEERS = 8 if MICROPYTHON else 256
-
-
-class OnionPeer:
-    """What the client keeps of a service: `descriptor`, good `until`; `circuit`, a Promise."""
-
-    def __init__(self, key):
-        self.key = key
-        self.circuit = self.descriptor = self.blinded = self.subcred = None
-        self.until = 0
+_MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 async def hsdir_request(tor, relay, method, path, body=b""):
-    """Ask an onion-service directory over four hops: the body of its answer; TorError."""
+    """Ask an onion-service directory, over four hops; return the body of its answer."""
     circuit = await tor.circuit_to("hsdir", relay)
     try:
         stream = await circuit.open_directory_stream(_HSDIR_SECONDS)
-        asking = http_request(stream, method, path, body, MAX_DESCRIPTOR)
+        asking = http_request(stream, method, path, body, _MAX_DESCRIPTOR)
         status, body = await asyncio.wait_for(asking, _HSDIR_SECONDS)
     except asyncio.TimeoutError:
-        raise DirectoryError("a directory of onion services does not answer")
+        status = "nothing"
     finally:
         circuit.close()
     if status != 200:
-        raise DirectoryError("a directory of onion services answers %d" % status)
+        raise DirectoryError("a directory of onion services answers %s" % status)
     return body
 
 
-async def close_idle(circuit):
-    """Wait until `circuit` is closed, and close it when it has no streams for long."""
-    while not circuit.closed:
-        try:
-            await circuit.closing.wait(IDLE_SECONDS)
-        except asyncio.TimeoutError:
-            if not circuit.streams:
-                circuit.close()
+def _shuffled(items):
+    return sorted(items, key=lambda _: randbelow(1 << 30))
 
 
-async def _find_descriptor(tor, peer):
-    # The one at hand, or from the responsible directories in random order (2.2.3).
-    directory, key, error = tor.directory, peer.key, None
+async def _find_descriptor(tor, key):
+    # The one at hand, or one from the responsible directories in random order (2.2.3).
+    directory, error = tor.directory, "no directory"
     period = time_periods(directory.consensus, directory.network.testing)[2]
     blinded = ed25519_blind_public(key, blinding_param(key, period))
-    if peer.descriptor and blinded == peer.blinded and now() < peer.until:
-        return
-    peer.blinded, peer.subcred = blinded, subcredential(key, blinded)
+    found = tor.descriptors.get(blinded)
+    if found and now() < found.until:
+        return found
+    subcred = subcredential(key, blinded)
     ring = hsdir_ring(directory.table, directory.consensus, blinded, period, False)
-    while ring:
-        relay = directory.table.relay(ring.pop(randbelow(len(ring))))
+    for i in _shuffled(ring):
         try:
-            body = await hsdir_request(tor, relay, "GET", "/tor/hs/3/" + b64encode(blinded))
-            peer.descriptor = parse_descriptor(body, blinded, peer.subcred, now())
-            peer.until = now() + peer.descriptor.lifetime
-            return
+            path = "/tor/hs/3/" + b64encode(blinded)
+            text = await hsdir_request(tor, directory.table.relay(i), "GET", path)
+            found = parse_descriptor(text, blinded, subcred, now())
+            found.subcred, found.until = subcred, now() + found.lifetime
+            if len(tor.descriptors) >= _MAX_DESCRIPTORS:
+                tor.descriptors.clear()
+            tor.descriptors[blinded] = found
+            return found
         except TorError as e:
             error = e
             log(INFO, "no descriptor: %s", e)
-    raise DescriptorError(
-        "no descriptor of %s, check the address and that the service is up: %s"
-        % (onion_address(key), error)
-    )
+    address = onion_address(key)
+    raise DescriptorError("no descriptor of %s: is it right, and up? %s" % (address, error))
 
 
 async def _rendezvous_point(tor, cookie):
@@ -4032,97 +3962,73 @@ async def _rendezvous_point(tor, cookie):
     return circuit
 
 
-async def _introduce(tor, peer, intro):
+async def _introduce(tor, descriptor, intro):
     # Meet the service through one introduction point; the joined circuit.
     if is_private(intro.address) and not tor.directory.network.testing:
         raise OnionError("an introduction point has a private address")
-    cookie = urandom(20)
+    cookie, met = urandom(20), None
     circuits = await asyncio.gather(
         _rendezvous_point(tor, cookie), tor.circuit_to("intro", intro), return_exceptions=True
     )
-    rend, introducing = circuits
     try:
         for circuit in circuits:
             if isinstance(circuit, BaseException):
                 raise circuit
+        rend, introducing = circuits
         if rend.closed:
             raise rend.closing.get()
         # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
         # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        state, body = hs_ntor_client_intro(intro, peer.subcred, cookie, rend.path[-1])
+        param = tor.directory.consensus.param
+        vegas = Vegas(param) if descriptor.flow and sendme_increment(param) else None
+        subcred, relay = descriptor.subcred, rend.path[-1]
+        state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
         joined = rend.expect((RELAY_RENDEZVOUS2,))
         answers = (RELAY_INTRODUCE_ACK,)
-        answer = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
-        status = Reader(answer[1], "INTRODUCE_ACK").uint(2)
+        _, ack = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
+        status = Reader(ack, "INTRODUCE_ACK").uint(2)
         if status:
             raise OnionError("an introduction point refused: status %d" % status)
-        answer = await joined.wait(_REND_SECONDS)
-        rend.add_onion_hop(hs_ntor_client_finish(state, answer[1]))
-        introducing.close()
+        _, reply = await joined.wait(_REND_SECONDS)
+        rend.add_onion_hop(hs_ntor_client_finish(state, reply), False, vegas)
+        met = rend
         return rend
-    except BaseException as e:
+    except asyncio.TimeoutError:
+        raise OnionError("the service did not come to the rendezvous point")
+    finally:
         for circuit in circuits:
-            if not isinstance(circuit, BaseException):
+            if circuit is not met and not isinstance(circuit, BaseException):
                 circuit.close()
-        if isinstance(e, asyncio.TimeoutError):
-            raise CircuitError("the service did not come to the rendezvous point")
-        raise
 
 
-async def _meet(tor, peer):
+async def _meet(tor, key):
     # Try all introduction points, and those of newer descriptors for a while: a service that
     # lost relays publishes anew within seconds.
-    begun, pause = ticks_ms(), 0
+    end, pause = now() + _REND_SECONDS, 0
     while True:
-        await _find_descriptor(tor, peer)
-        for intro in sorted(peer.descriptor.intro_points, key=lambda _: randbelow(1 << 30)):
+        descriptor = await _find_descriptor(tor, key)
+        for intro in _shuffled(descriptor.intro_points):
             try:
-                return await _introduce(tor, peer, intro)
+                return await _introduce(tor, descriptor, intro)
             except TorError as e:
                 error = e
                 log(INFO, "introduction failed: %s", e)
-        peer.descriptor = None
-        if ticks_diff(ticks_ms(), begun) > 1000 * _REND_SECONDS:
-            break
+        descriptor.until = 0
+        if now() > end:
+            raise OnionError("%s cannot be reached, is it up? %s" % (onion_address(key), error))
         await asyncio.sleep(pause)
         pause = 3
-    raise OnionError("%s cannot be reached, is it up? %s" % (onion_address(peer.key), error))
 
 
-async def _keep_circuit(tor, peer, promise):
-    try:
-        promise.set(await _meet(tor, peer))
-        await close_idle(promise.get())
-    except TorError as e:
-        promise.fail(e)
-    finally:
-        promise.fail(OnionError("the attempt was given up"))
-        if peer.circuit is promise:
-            peer.circuit = None
-
-
-async def onion_circuit(tor, name):
-    """Return the circuit to a service, `name` is (key, isolation); build it if there is none."""
-    peers = tor.onion_circuits
-    if name not in peers:
-        for old in list(peers) if len(peers) >= _MAX_PEERS else ():
-            if peers[old].circuit is None:
-                del peers[old]
-        peers[name] = OnionPeer(name[0])
-    peer = peers[name]
-    if peer.circuit is None or peer.circuit.done() and peer.circuit.get().closed:
-        peer.circuit = Promise()
-        spawn(_keep_circuit(tor, peer, peer.circuit))
-    return await peer.circuit.wait()
-
-
-async def connect_onion(tor, key, port, isolation=None):
+async def connect_onion(tor, key, port):
     """Open a stream to `port` of the service with the identity `key` (32 bytes).
 
-    Streams of one `isolation` share a circuit.  Raises OnionError, StreamError.
+    Raises OnionError, StreamError.
     """
     for last in (False, True):
-        circuit = await onion_circuit(tor, (key, isolation))
+        circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
+        # As in tor: a new one would be dear.
+        circuit.since = ticks_ms()
         try:
             return await circuit.open_stream("", port, _REND_SECONDS, 0)
         except (CircuitError, StreamError) as e:
@@ -4133,49 +4039,47 @@ async def connect_onion(tor, key, port, isolation=None):
                 raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
 
 
-# ═══ 15. Onion service ══════════════════════════════════════════════════════
+# === 15. Onion service ======================================================
 # Introduction points, publishing, and answering introductions (rend-spec-v3 2
 # to 4); keys as in tor's HiddenServiceDir.
 
 INTRO_POINTS = 3
-# tor: at most so many introduction circuits in so long.
-_INTRO_LAUNCHES, _INTRO_SPAN_MS = 10, 300000
-_UPLOADS = 1 if MICROPYTHON else 4
-# Of one service: introductions being answered, rendezvous circuits; streams on each.
-_MAX_MEETINGS, _MAX_CIRCUITS, _MAX_STREAMS = (4, 12, 8) if MICROPYTHON else (64, 1024, 512)
+# Of one service: introductions answered in a second; tasks, about one for each circuit;
+# streams on each circuit; uploads at once.
+_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point is replaced after once or twice so many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
-_SECRET_HEAD = b"== ed25519v1-secret: type0 ==\0\0\0"
-_PUBLIC_HEAD = b"== ed25519v1-public: type0 ==\0\0\0"
+_KEY_HEAD = b"== ed25519v1-%s: type0 ==\0\0\0"
 
 
 def load_service_key(key_dir):
-    """Return (expanded secret key, public key) of a folder, a new key where there is none."""
-    path = key_dir + "/hs_ed25519_"
+    """Return (expanded secret key, public key) of a folder, new ones where there are none."""
+    path, head = key_dir + "/hs_ed25519_", _KEY_HEAD % b"secret"
     try:
         private_dir(key_dir)
-        data = read_file(path + "secret_key")
-        if data is None and "hs_ed25519_secret_key" in os.listdir(key_dir):
-            raise ConfigError("the key in %s cannot be read: whose is it?" % key_dir)
-        if data is None:
-            data = _SECRET_HEAD + ed25519_expand(urandom(32))
-            write_file(path + "secret_key", data)
-        if len(data) != 96 or data[:32] != _SECRET_HEAD:
-            raise ConfigError("%ssecret_key is no key of an onion service (version 3)" % path)
+        if "hs_ed25519_secret_key" not in os.listdir(key_dir):
+            write_file(path + "secret_key", head + ed25519_expand(urandom(32)))
+        data = read_file(path + "secret_key") or b""
+        if len(data) != 96 or data[:32] != head:
+            raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
         public = ed25519_public_expanded(data[32:])
-        write_file(path + "public_key", _PUBLIC_HEAD + public)
+        write_file(path + "public_key", _KEY_HEAD % b"public" + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
         raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
     return data[32:], public
 
 
+async def _ignore(*_):
+    pass
+
+
 class OnionService:
-    """An onion service: its key in `key_dir`, `ports` {virtual port: target}.
+    """An onion service: its key in `key_dir`, `ports` {virtual port: target}; ConfigError.
 
     A target is a local port, (host, port), "unix:/path" or a coroutine function that gets
     (reader, writer).  `address`; `rate`: introductions answered in a second, eight times
-    as many in a burst.  Raises ConfigError.
+    as many in a burst.
     """
 
     def __init__(self, tor, key_dir, ports):
@@ -4187,20 +4091,15 @@ class OnionService:
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
         self._esk, self.key = load_service_key(key_dir)
-        self.address = onion_address(self.key)
-        self.rate = 25
-        self.intros, self.circuits = [], []
-        # How many more introductions may be answered, in thousandths, and as of when.
-        self._tokens, self._counted, self._meetings = 8000 * self.rate, ticks_ms(), 0
-        self._launched = []
-        self._consensus, self._periods, self._uploaded = None, [], {}
-        self._changed, self._published = asyncio.Event(), Promise()
-        self._tasks = []
+        self.address, self.rate = onion_address(self.key), _RATE
+        self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
+        # How many introductions may be answered now; the authentication keys published.
+        self._tokens, self._shown = 8 * _RATE, ()
+        self._updates, self._periods, self._published = None, [], Promise()
 
     async def start(self):
         """Open the service; return when its descriptors were published."""
-        self._tasks = [spawn(self._publish_always())]
-        self._tasks += [spawn(self._keep_intro()) for _ in range(INTRO_POINTS)]
+        self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
     async def close(self):
@@ -4213,17 +4112,31 @@ class OnionService:
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
 
-    # ── Introduction points (3.1) ──
+    # --- Introduction points (3.1) ---
+
+    def _over(self, intro):
+        listed = self.tor.directory.table.find(intro.rsa_id) >= 0
+        return not listed or now() > intro.until or intro.left <= 0
+
+    async def _keep_intros(self):
+        while True:
+            self._tasks = [task for task in self._tasks if not task.done()]
+            self._tokens = min(self._tokens + self.rate, 8 * self.rate)
+            try:
+                while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
+                    self.intros.append(self._new_intro())
+                    self._tasks.append(spawn(self._keep_intro(self.intros[-1])))
+            except TorError as e:
+                log(WARN, "no introduction point for %s: %s", self.address, e)
+                await asyncio.sleep(10)
+            await asyncio.sleep(1)
 
     def _new_intro(self):
-        # A Relay, with what belongs to an introduction point, apart from the others.
-        table = self.tor.directory.table
-        used = [i.rsa_id for i in self.intros]
-        others = [table.find(rsa_id) for rsa_id in used]
-        for _ in range(20):
-            intro = self.tor.paths.onion_path("intro", None, used)[-1]
-            if all([j < 0 or distinct(table, intro.index, j) for j in others]):
-                break
+        # A Relay, apart from the others, with what belongs to an introduction point.
+        table, pick = self.tor.directory.table, self.tor.paths.pick
+        used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
+        i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
+        intro = table.relay(i)
         intro.seed = urandom(32)
         intro.auth_key = ed25519_public(intro.seed)
         intro.b, intro.enc_key = x25519_keypair()
@@ -4232,158 +4145,121 @@ class OnionService:
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
         return intro
 
-    async def _keep_intro(self):
-        # Keep one introduction point, another when its time is over or it is lost.
-        while True:
-            try:
-                intro = self._new_intro()
-            except TorError as e:
-                log(WARN, "no introduction point for %s: %s", self.address, e)
-                await asyncio.sleep(10)
-                continue
-            self.intros.append(intro)
-            try:
-                # A lost circuit is built anew three times.
-                for _ in range(4):
-                    if await self._hold(intro):
-                        break
-            except TorError as e:
-                log(INFO, "introduction point lost: %s", e)
-            finally:
-                self.intros.remove(intro)
+    async def _keep_intro(self, intro):
+        try:
+            # A lost circuit is made anew three times.
+            for _ in range(4):
+                await self._hold(intro)
+                if self._over(intro):
+                    break
+        except TorError as e:
+            log(INFO, "introduction point lost: %s", e)
+        finally:
+            self.intros.remove(intro)
 
     async def _hold(self, intro):
-        # Hold one circuit to an introduction point; True when its time is over.
-        while len(self._launched) >= _INTRO_LAUNCHES:
-            if ticks_diff(ticks_ms(), self._launched[0]) > _INTRO_SPAN_MS:
-                self._launched.pop(0)
-            else:
-                await asyncio.sleep(1)
-        self._launched.append(ticks_ms())
+        # tor: at most ten introduction circuits in five minutes.
+        while 0 <= now() - self._launched[0] < 300:
+            await asyncio.sleep(1)
+        self._launched = self._launched[1:] + [now()]
         circuit = await self.tor.circuit_to("service_intro", intro)
-        self.circuits.append(circuit)
         try:
             circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
             message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
             answers = (RELAY_INTRO_ESTABLISHED,)
             await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
             intro.ready = True
-            self._changed.set()
-            while not circuit.closed:
-                gone = self.tor.directory.table.find(intro.rsa_id) < 0
-                if gone or now() > intro.until or intro.left <= 0:
-                    return True
-                try:
-                    await circuit.closing.wait(10)
-                except asyncio.TimeoutError:
-                    pass
+            # When its time is over, it stays until the descriptor names another.
+            while not circuit.closed and (intro.auth_key in self._shown or not self._over(intro)):
+                await asyncio.sleep(1)
         finally:
             intro.ready = False
             circuit.close()
-            self.circuits.remove(circuit)
 
-    # ── Publishing (2.2.1, 2.4) ──
+    # --- Publishing (2.2.1, 2.4) ---
 
     def _find_periods(self):
-        # [(period, blinded secret key, blinded key, subcredential, directories)]
-        directory = self.tor.directory
-        consensus, table = directory.consensus, directory.table
-        if consensus is self._consensus:
+        # Of each: itself, blinded secret and public key, subcredential, directories, and
+        # {the RSA identity of one: (the introduction points that it has, until when)}.
+        if self._updates == self.tor.updates:
             return
-        found = []
+        directory, key, uploaded = self.tor.directory, self.key, {p[2]: p[5] for p in self._periods}
+        self._updates, self._periods = self.tor.updates, []
+        consensus, table = directory.consensus, directory.table
         for period in time_periods(consensus, directory.network.testing)[:2]:
-            param = blinding_param(self.key, period)
-            blinded = ed25519_blind_public(self.key, param)
-            ring = hsdir_ring(table, consensus, blinded, period, True)
-            esk, subcred = ed25519_blind_secret(self._esk, param), subcredential(self.key, blinded)
-            found.append((period, esk, blinded, subcred, [table.relay(i) for i in ring]))
-        blinded = [p[2] for p in found]
-        self._uploaded = {k: v for k, v in self._uploaded.items() if k[0] in blinded}
-        self._consensus, self._periods = consensus, found
+            param = blinding_param(key, period)
+            esk, blinded = ed25519_blind_secret(self._esk, param), ed25519_blind_public(key, param)
+            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, True)]
+            found = period, esk, blinded, subcredential(key, blinded), ring
+            self._periods.append(found + (uploaded.get(blinded, {}),))
 
-    async def _publish_always(self):
+    async def _keep_published(self):
+        waited = 0
         while True:
             # Wait for all introduction points, after a while for any.
-            waited = ready = 0
-            while ready < INTRO_POINTS and (waited < 30 or not ready):
-                await asyncio.sleep(1)
-                waited, ready = waited + 1, len([i for i in self.intros if i.ready])
-            self._changed.clear()
-            self._find_periods()
-            done = failed = 0
-            for period in self._periods:
-                try:
-                    good, bad = await self._publish(*period)
-                except MemoryError:
-                    good, bad = 0, 1
-                done, failed = done + good, failed + bad
-            if done:
+            await asyncio.sleep(1)
+            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
+            waited = waited + 1 if len(ready) < INTRO_POINTS else 0
+            if not ready or 0 < waited < 30:
+                continue
+            results = []
+            try:
+                self._find_periods()
+                for period in self._periods:
+                    await self._publish(ready, results, *period)
+            except MemoryError:
+                results.append(False)
+            if True in results:
+                self._shown = [i.auth_key for i in ready]
                 self._published.set()
-            elif failed:
+            elif results:
                 log(WARN, "the descriptors of %s could not be published", self.address)
-            # A new consensus, a changed introduction point or the time can make it due.
-            for _ in range(20 if failed else 60):
-                if self._changed.is_set() or self._consensus is not self.tor.directory.consensus:
-                    break
-                await asyncio.sleep(1)
+            if False in results:
+                await asyncio.sleep(20)
 
-    async def _publish(self, period, esk, blinded, subcred, ring):
-        # Upload to the directories that lack the present state: (how many, failed).
-        intros = [i for i in self.intros if i.ready]
-        state = set([i.auth_key for i in intros])
-        todo = []
+    async def _publish(self, intros, results, period, esk, blinded, subcred, ring, uploaded):
+        # Upload to the directories that lack this state.
+        state, t, todo = set([i.auth_key for i in intros]), now(), []
         for relay in ring:
-            known, until = self._uploaded.get((blinded, relay.rsa_id), (None, 0))
-            if state and (known != state or until < now()):
+            known, until = uploaded.get(relay.rsa_id, (None, 0))
+            if known != state or until < t:
                 todo.append(relay)
-        if not todo:
-            return 0, 0
-        revision = revision_counter(esk, now() - period[3])
-        text = make_descriptor(esk, blinded, subcred, revision, intros, now())
-        good, bad = [], []
 
-        async def upload():
+        async def upload(text):
             while todo:
                 relay = todo.pop()
                 try:
                     await hsdir_request(self.tor, relay, "POST", "/tor/hs/3/publish", text)
                     # tor: again after one to two hours.
-                    until = now() + 3600 + randbelow(3600)
-                    self._uploaded[blinded, relay.rsa_id] = state, until
-                    good.append(relay)
+                    uploaded[relay.rsa_id] = state, t + 3600 + randbelow(3600)
+                    results.append(True)
                 except TorError as e:
-                    bad.append(relay)
-                    log(INFO, "a descriptor could not be uploaded: %s", e)
+                    results.append(False)
+                    log(INFO, "a descriptor was not uploaded: %s", e)
 
-        await asyncio.gather(*[upload() for _ in range(_UPLOADS)])
-        log(INFO, "period %d: %d uploads, %d failed", period[0], len(good), len(bad))
-        return len(good), len(bad)
+        if todo:
+            revision = revision_counter(esk, t - period[3])
+            flow = sendme_increment(self.tor.directory.consensus.param)
+            text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
+            await asyncio.gather(*[upload(text) for _ in range(_UPLOADS)])
 
-    # ── Introductions and rendezvous (3.3, 4) ──
+    # --- Introductions and rendezvous (3.3, 4) ---
 
     def _introduced(self, intro, body):
-        t = ticks_ms()
-        grown = self._tokens + ticks_diff(t, self._counted) * self.rate
-        self._tokens, self._counted = min(grown, 8000 * self.rate), t
-        full = self._meetings >= _MAX_MEETINGS or self._tokens < 1000
-        if len(self.circuits) >= _MAX_CIRCUITS:
-            idle = [c for c in self.circuits if c.on_begin and not c.streams]
-            full = full or not idle
-            if not full:
-                idle[0].close()
+        full = not self._tokens or intro.left < -_INTRODUCTIONS
+        if not full and len(self._tasks) >= _MAX_TASKS:
+            idle = [c for c in self.circuits if not c.streams]
+            full = not idle or idle[0].close()
         if full:
             return log(INFO, "an introduction is dropped: too many")
-        self._tokens -= 1000
-        self._meetings += 1
-        spawn(self._answer(intro, body))
+        self._tokens -= 1
+        self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
         try:
             circuit = await self._join(intro, body)
         except TorError as e:
             return log(INFO, "an introduction came to nothing: %s", e)
-        finally:
-            self._meetings -= 1
         self.circuits.append(circuit)
         await close_idle(circuit)
         self.circuits.remove(circuit)
@@ -4402,19 +4278,25 @@ class OnionService:
         attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
         circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
         circuit.send(RELAY_RENDEZVOUS1, 0, answer)
-        circuit.add_onion_hop(keys, True)
+        param = directory.consensus.param
+        vegas = Vegas(param) if target.flow and sendme_increment(param) else None
+        circuit.add_onion_hop(keys, True, vegas)
         circuit.on_begin = self._begin
         return circuit
 
-    # ── Streams ──
+    # --- Streams ---
 
     async def _begin(self, stream, host, port):
-        target = self.ports.get(port)
+        circuit, target = stream.circuit, self.ports.get(port)
+        circuit.since = ticks_ms()
         if target is None:
-            # As if it had closed, and no second guess on this circuit.
+            # As if it had closed, and no second guess on this circuit.  DESTROY waits: at a
+            # relay it would overtake END.
+            circuit.on_begin = _ignore
             await stream.reject(END_DONE)
-            return stream.circuit.close()
-        if len(stream.circuit.streams) > _MAX_STREAMS:
+            await asyncio.sleep(0.2)
+            return circuit.close()
+        if len(circuit.streams) > _MAX_STREAMS:
             return await stream.reject(END_RESOURCELIMIT)
         try:
             if callable(target):
@@ -4422,16 +4304,16 @@ class OnionService:
                 await target(stream, stream)
                 return stream.close()
             if isinstance(target, str):
-                reader, writer = await asyncio.open_unix_connection(target[5:])
+                opening = asyncio.open_unix_connection(target[5:])
             else:
-                reader, writer = await asyncio.open_connection(target[0], target[1])
+                opening = asyncio.open_connection(*target)
+            reader, writer = await opening
         except Exception as e:
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
             log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
-            await stream.reject(END_CONNECTREFUSED)
-        else:
-            await stream.accept()
-            await pump(stream, reader, writer)
+            return await stream.reject(END_CONNECTREFUSED)
+        await stream.accept()
+        await pump(stream, reader, writer)
 
 
 # === 16. Tor =================================================================

@@ -354,3 +354,105 @@ def test_a_service_reads_early_data_and_ends_streams_as_done():
         assert far.circuit.closed
 
     run(test)
+
+
+XOFF, XON = 43, 44
+
+
+def defaults(name, default, low=0, high=1 << 31):
+    return default
+
+
+async def controlled():
+    """Return a Far and a stream of a circuit with congestion control."""
+    far = Far()
+    far.circuit.vegas = minitor.Vegas(defaults)
+    far.circuit._increment = 31
+    return far, await far.stream()
+
+
+def test_congestion_control_opens_its_window_as_sendmes_come():
+    async def test():
+        far, stream = await controlled()
+        stream.write(os.urandom(498 * 1000))
+        assert len(far.received()) == 124
+        tags = far.tags
+        far.circuit.receive(far.cell(SENDME, 0, b"\1\0\x14" + tags[30][:20]))
+        # Slow start: as many as were acknowledged, and as many again.
+        assert len(far.received()) == 62
+        far.circuit.receive(far.cell(SENDME, 0, b"\1\0\x14" + tags[30][:20]))
+        assert far.circuit.closed
+
+    run(test)
+
+
+def test_congestion_control_backs_off_from_queues():
+    vegas = minitor.Vegas(defaults)
+    clock, sent = [0], 0
+    before, minitor.ticks_ms = minitor.ticks_ms, lambda: clock[0]
+    try:
+        sizes = []
+        for rtt in [20] * 40 + [200] * 60 + [20] * 60:
+            vegas.sent.append(clock[0])
+            clock[0] += rtt
+            vegas.acked(vegas.cwnd)
+            sizes.append(vegas.cwnd)
+    finally:
+        minitor.ticks_ms = before
+    assert 124 < sizes[39] <= 5000
+    assert sizes[99] < sizes[39] // 2 and min(sizes) >= 124
+    assert sizes[-1] > sizes[99]
+
+
+def test_congestion_control_acknowledges_each_increment_and_stops_a_fast_sender():
+    async def test():
+        far, stream = await controlled()
+        data = bytes(498)
+        for start in range(0, 1240, 31):
+            far.circuit.receive(
+                b"".join(far.cell(DATA, stream.stream_id, data) for _ in range(31))
+            )
+        sent = far.received()
+        assert len([1 for command, stream_id, _ in sent if command == SENDME]) == 40
+        assert not any(command == SENDME and stream_id for command, stream_id, _ in sent)
+        assert [(c, d) for c, s, d in sent if s] == [(XOFF, b"\0")]
+        await stream.readexactly(498 * 1100)
+        assert far.received() == [(XON, stream.stream_id, bytes(5))]
+
+    run(test)
+
+
+def test_xoff_holds_a_stream_and_xon_lets_it_go():
+    async def test():
+        far, stream = await controlled()
+        far.circuit.receive(far.cell(XOFF, stream.stream_id, b"\0"))
+        stream.write(b"held")
+        assert far.received() == []
+        far.circuit.receive(far.cell(XON, stream.stream_id, bytes(5)))
+        assert far.received() == [(DATA, stream.stream_id, b"held")]
+
+    run(test)
+
+
+def test_a_sender_that_does_not_heed_xoff_loses_the_circuit():
+    async def test():
+        far, stream = await controlled()
+        cells = b"".join(far.cell(DATA, stream.stream_id, bytes(498)) for _ in range(31))
+        for _ in range(400):
+            if far.circuit.closed:
+                break
+            far.circuit.receive(cells)
+            cells = b"".join(far.cell(DATA, stream.stream_id, bytes(498)) for _ in range(31))
+        assert far.circuit.closed
+
+    run(test)
+
+
+def test_xoff_without_congestion_control_closes_the_circuit():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.circuit.receive(far.cell(XOFF, stream.stream_id, b"\0"))
+        assert far.circuit.closed
+
+    run(test)

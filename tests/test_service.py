@@ -1,4 +1,4 @@
-"""Sections 14 and 15 without a network: keys on disk, introductions, ports, refusals."""
+"""Sections 13b to 15 without a network: sharing, keys on disk, introductions, ports, refusals."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ class Circuit:
         self.closing, self.on_control, self.on_begin = minitor.Promise(), {}, None
         self.streams, self.kh, self.sent = {}, b"k" * 20, []
         self.path, self.answers, self.keys = [], list(answers), None
-        self.promises = []
+        self.promises, self.since = [], minitor.ticks_ms()
 
     @property
     def closed(self):
@@ -53,8 +53,8 @@ class Circuit:
     def send(self, command, stream_id, body):
         self.sent.append((command, body))
 
-    def add_onion_hop(self, keys, service=False):
-        self.keys = keys, service
+    def add_onion_hop(self, keys, service=False, vegas=None):
+        self.keys, self.vegas = (keys, service), vegas
 
 
 class Stream:
@@ -74,7 +74,8 @@ class Stream:
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
     directory = Thing(consensus=Consensus(), network=network, table=None)
-    return Thing(directory=directory, onion_circuits={}, asked=[], **fields)
+    caches = {"onion_circuits": {}, "descriptors": {}, "updates": 0}
+    return Thing(directory=directory, **caches, **fields)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def service(tmp_path):
     intro.b = b"q" * 32
     intro.enc_key = minitor.x25519_public(intro.b)
     service.intros.append(intro)
-    service._periods = [((1, 1440, b"", 0), b"", b"", b"s" * 32, [])]
+    service._periods = [((1, 1440, b"", 0), b"", b"", b"s" * 32, [], {})]
     service.built = []
 
     async def circuit_to(purpose, target=None, attempts=6):
@@ -137,6 +138,7 @@ def test_unreadable_key_is_kept(tmp_path):
     (tmp_path / "hs_ed25519_secret_key").mkdir()
     with pytest.raises(minitor.ConfigError, match="cannot be read"):
         minitor.load_service_key(str(tmp_path))
+    assert (tmp_path / "hs_ed25519_secret_key").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(minitor.ConfigError):
         minitor.load_service_key(str(tmp_path / "file"))
@@ -161,7 +163,7 @@ def test_introduction(service):
         state, body = introduce(service)
         service._introduced(service.intros[0], body)
         await settle()
-        assert len(service.circuits) == 1 and service._meetings == 0
+        assert len(service.circuits) == 1
         purpose, target, attempts = service.built[0]
         assert (purpose, target.rsa_id, attempts) == ("service_rendezvous", b"r" * 20, 2)
         circuit = service.circuits[0]
@@ -188,7 +190,7 @@ def test_introductions_refused(service):
                     introduce(service, b"p" * 20, "127.0.0.1")[1]):
             service._introduced(intro, bad)
             await settle()
-        assert len(service.built) == 1 and service._meetings == 0
+        assert len(service.built) == 1
         service.tor.directory.network.testing = True
         service._introduced(intro, introduce(service, b"P" * 20, "127.0.0.1")[1])
         await settle()
@@ -199,7 +201,7 @@ def test_introductions_refused(service):
 
 def test_rate_limit(service):
     async def main():
-        service.rate, service._tokens = 1, 3000
+        service.rate, service._tokens = 1, 3
         for n in range(10):
             service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[1])
             await settle()
@@ -210,7 +212,7 @@ def test_rate_limit(service):
 
 def test_full_service_closes_an_idle_circuit(service, monkeypatch):
     async def main():
-        monkeypatch.setattr(minitor, "_MAX_CIRCUITS", 3)
+        monkeypatch.setattr(minitor, "_MAX_TASKS", 3)
         for n in range(3):
             service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[1])
             await settle()
@@ -231,7 +233,15 @@ def test_full_service_closes_an_idle_circuit(service, monkeypatch):
 # ─── streams ───
 
 
-def test_ports(service):
+def test_ports(service, monkeypatch):
+    sleep = asyncio.sleep
+
+    slept = []
+
+    async def short(seconds):
+        slept.append(seconds)
+        await sleep(0)
+
     async def main():
         async def handler(reader, writer):
             seen.append(reader is writer)
@@ -239,7 +249,9 @@ def test_ports(service):
         async def broken(reader, writer):
             raise ValueError("of the handler")
 
+        monkeypatch.setattr(minitor.asyncio, "sleep", short)
         seen = []
+        slept.clear()
         service.ports.update({81: handler, 82: broken, 83: ("127.0.0.1", 1)})
         for port, expected, closed in (
             (79, [minitor.END_DONE], True),
@@ -251,6 +263,8 @@ def test_ports(service):
             stream = Stream(circuit)
             await service._begin(stream, "", port)
             assert (stream.log, circuit.closed) == (expected, closed), port
+            assert bool(slept) == closed
+            slept.clear()
         assert seen == [True]
         circuit = Circuit()
         circuit.streams = {n: None for n in range(600)}
@@ -264,18 +278,10 @@ def test_ports(service):
 # ─── the client ───
 
 
-def peer_and_intro():
-    intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), address="11.22.33.44")
-    intro.enc_key = minitor.x25519_public(b"q" * 32)
-    peer = minitor.OnionPeer(b"")
-    peer.subcred = b"s" * 32
-    return peer, intro
-
-
 def meet(answer, testing=False, address="11.22.33.44"):
     """Run `_introduce` with that INTRODUCE_ACK: (rendezvous circuit, introduction circuit)."""
-    peer, intro = peer_and_intro()
-    intro.address = address
+    intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), address=address)
+    intro.enc_key = minitor.x25519_public(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
     relay.ntor_key = minitor.x25519_public(b"n" * 32)
@@ -285,13 +291,16 @@ def meet(answer, testing=False, address="11.22.33.44"):
         return rend if purpose == "rendezvous" else introducing
 
     async def main():
-        task = asyncio.ensure_future(
-            minitor._introduce(fake_tor(testing, circuit_to=circuit_to), peer, intro)
-        )
+        descriptor = Thing(subcred=b"s" * 32, flow=31)
+        tor = fake_tor(testing, circuit_to=circuit_to)
+        task = asyncio.ensure_future(minitor._introduce(tor, descriptor, intro))
         await settle()
         if rend.promises and introducing.sent:
             body = introducing.sent[0][1]
-            cookie, reply = minitor.hs_ntor_service(intro, b"q" * 32, [b"s" * 32], body)[1:3]
+            target, cookie, reply, _ = minitor.hs_ntor_service(
+                intro, b"q" * 32, [b"s" * 32], body
+            )
+            assert target.flow
             assert rend.sent == [(minitor.RELAY_ESTABLISH_RENDEZVOUS, cookie)]
             rend.promises[0][1].set((minitor.RELAY_RENDEZVOUS2, reply[20:]))
         return await task
@@ -326,37 +335,387 @@ def test_client_refuses_private_introduction_points():
 
 
 def test_streams_share_one_attempt(monkeypatch):
-    built = []
+    built, opened = [], []
 
-    async def fake_meet(tor, peer):
-        built.append(peer.key)
+    async def fake_meet(tor, key):
+        built.append(key)
         await asyncio.sleep(0.01)
-        if peer.key == b"bad":
+        if key == b"bad":
             raise minitor.OnionError("down")
-        return Circuit()
+        circuit = Circuit()
+
+        async def open_stream(host, port, seconds, flags):
+            opened.append((circuit, port))
+            return len(opened)
+
+        circuit.open_stream = open_stream
+        return circuit
 
     monkeypatch.setattr(minitor, "_meet", fake_meet)
 
     async def main():
         tor = fake_tor()
-        name = (b"key", None)
-        circuits = await asyncio.gather(*[minitor.onion_circuit(tor, name) for _ in range(5)])
-        assert len(set(circuits)) == 1 and built == [b"key"]
-        await minitor.onion_circuit(tor, (b"key", "other"))
-        assert len(built) == 2
-        circuits[0].close()
-        await settle()
-        assert tor.onion_circuits[name].circuit is None
-        assert await minitor.onion_circuit(tor, name) is not circuits[0]
+        await asyncio.gather(*[minitor.connect_onion(tor, b"key", 80 + n) for n in range(5)])
+        assert len(set([c for c, _ in opened])) == 1 and built == [b"key"]
+        assert [port for _, port in opened] == [80, 81, 82, 83, 84]
+        opened[0][0].close()
+        await minitor.connect_onion(tor, b"key", 80)
+        assert opened[5][0] is not opened[0][0]
+        # One that gives up leaves the attempt to the others.
+        first = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
+        second = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert await second and built.count(b"other") == 1
         for _ in range(2):
             with pytest.raises(minitor.OnionError, match="down"):
-                await minitor.onion_circuit(tor, (b"bad", None))
-        assert built[-2:] == [b"bad"] * 2
-        # What is kept of services stays bounded.
-        for n in range(600):
-            tor.onion_circuits[n, None] = minitor.OnionPeer(b"idle")
-        with pytest.raises(minitor.OnionError):
-            await minitor.onion_circuit(tor, (b"bad", "again"))
-        assert len(tor.onion_circuits) < 10
+                await minitor.connect_onion(tor, b"bad", 80)
+        assert built[-2:] == [b"bad"] * 2 and len(tor.onion_circuits) <= 3
+
+    asyncio.run(main())
+
+
+def test_descriptors_are_kept(monkeypatch):
+    asked, broken = [], []
+
+    async def hsdir_request(tor, relay, method, path):
+        asked.append(relay)
+        if relay in broken:
+            raise minitor.DirectoryError("answers 404")
+        return b""
+
+    found = lambda *_: Thing(lifetime=60, intro_points=[])
+    monkeypatch.setattr(minitor, "hsdir_request", hsdir_request)
+    monkeypatch.setattr(minitor, "parse_descriptor", found)
+    monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [1, 2, 3])
+
+    async def main():
+        tor, key = fake_tor(), minitor.ed25519_public(b"k" * 32)
+        tor.directory.table = Thing(relay=lambda i: i)
+        first = await minitor._find_descriptor(tor, key)
+        assert await minitor._find_descriptor(tor, key) is first and len(asked) == 1
+        first.until = 0
+        broken[:] = [1, 2]
+        assert await minitor._find_descriptor(tor, key) is not first
+        assert asked[-1] == 3
+        monkeypatch.setattr(minitor, "_MAX_DESCRIPTORS", 4)
+        for n in range(9):
+            await minitor._find_descriptor(tor, minitor.ed25519_public(bytes([n]) * 32))
+            assert len(tor.descriptors) <= 4
+        broken.append(3)
+        with pytest.raises(minitor.DescriptorError, match="404"):
+            await minitor._find_descriptor(tor, minitor.ed25519_public(b"u" * 32))
+
+    asyncio.run(main())
+
+
+# ─── introduction points and publishing ───
+
+
+class Table:
+    """Relays by number; the RSA identity of each is its number, twenty times."""
+
+    gone = frozenset()
+
+    def __init__(self, count):
+        self.count = count
+
+    def find(self, rsa_id):
+        return -1 if rsa_id[0] in self.gone else rsa_id[0]
+
+    def relay(self, i):
+        key = minitor.x25519_public(b"n" * 32)
+        return Thing(rsa_id=bytes([i]) * 20, index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
+                     port=9001, ntor_key=key)
+
+
+@pytest.fixture
+def published(service, monkeypatch):
+    """A service on a network of 20 relays; `posts`: (directory, introduction points)."""
+    table, clock, sleep = Table(20), [0], asyncio.sleep
+    service.intros.clear()
+    service.posts, service.refusing, service.clock = [], set(), clock
+    service.tor.directory.table = table
+
+    def pick(role, accept, flags):
+        assert (role, flags) == ("intro", minitor.STABLE)
+        found = [i for i in range(20) if i not in table.gone | tried and accept(i)]
+        if not found:
+            raise minitor.CircuitError("no relay fits")
+        tried.add(found[0])
+        return found[0]
+
+    tried = service.tried = set()
+
+    service.tor.paths = Thing(pick=pick)
+    service.tor.services = [service]
+    monkeypatch.setattr(minitor, "distinct", lambda table, i, j: i != j)
+    monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [15, 16, 17])
+    monkeypatch.setattr(minitor, "now", lambda: 1460545200 + clock[0])
+    monkeypatch.setattr(minitor, "make_descriptor", lambda *args: [i.rsa_id[0] for i in args[4]])
+
+    async def circuit_to(purpose, target=None, attempts=6):
+        if target.rsa_id[0] in service.refusing:
+            raise minitor.CircuitError("refused")
+        service.built.append(Circuit([b""]))
+        service.built[-1].path = [target]
+        return service.built[-1]
+
+    async def hsdir_request(tor, relay, method, path, text):
+        if relay.rsa_id[0] in service.refusing:
+            raise minitor.DirectoryError("refused")
+        service.posts.append((relay.rsa_id[0], sorted(text)))
+
+    async def fast(seconds):
+        clock[0] += 1 if seconds else 0
+        await sleep(0)
+
+    service.tor.circuit_to = circuit_to
+    monkeypatch.setattr(minitor, "hsdir_request", hsdir_request)
+    monkeypatch.setattr(minitor.asyncio, "sleep", fast)
+
+    async def run(ticks):
+        for _ in range(ticks):
+            await sleep(0)
+
+    service.tick = run
+    return service
+
+
+def live(service):
+    return sorted([c.path[0].rsa_id[0] for c in service.built if not c.closed])
+
+
+def test_publishing(published):
+    async def main():
+        await asyncio.wait_for(published.start(), 5)
+        # Both periods, each at three directories.
+        assert sorted(published.posts) == sorted([(d, [0, 1, 2]) for d in (15, 16, 17)] * 2)
+        await published.tick(100)
+        assert len(published.posts) == 6
+        # Again after one to two hours.
+        published.clock[0] += 7201
+        await published.tick(100)
+        assert len(published.posts) == 12
+        # A new directory gets it, the others need not.
+        published.tor.updates += 1
+        minitor.hsdir_ring = lambda *_: [15, 16, 18]
+        await published.tick(100)
+        assert published.posts[12:] == [(18, [0, 1, 2])] * 2
+        # One that refuses is asked again, the others are not.
+        published.refusing, published.clock[0] = {18}, published.clock[0] + 7201
+        await published.tick(10)
+        published.refusing = set()
+        await published.tick(100)
+        assert sorted(published.posts[14:]) == sorted([(d, [0, 1, 2]) for d in (15, 16, 18)] * 2)
+        await published.close()
+        await published.tick(10)
+        assert live(published) == [] and published.tor.services == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("why", ["time", "count", "consensus"])
+def test_rotation_makes_the_new_one_first(published, why):
+    """An introduction point whose time is over stays until the descriptor names another."""
+
+    async def main():
+        await asyncio.wait_for(published.start(), 5)
+        old = published.intros[1]
+        published.refusing = set(range(3, 20))
+        if why == "time":
+            old.until = 0
+        elif why == "count":
+            old.left = 0
+        else:
+            published.tor.directory.table.gone = {1}
+        # No other can be had, and then no directory reached: it stays.
+        await published.tick(60)
+        assert live(published) == [0, 1, 2]
+        published.refusing = {15, 16, 17}
+        published.clock[0] += 300
+        published.tried.clear()
+        await published.tick(200)
+        assert live(published) == [0, 1, 2, 3] and old.ready
+        published.refusing = set()
+        await published.tick(200)
+        assert live(published) == [0, 2, 3] and old not in published.intros
+        assert published.posts[-1][1] == [0, 2, 3]
+        await published.close()
+
+    asyncio.run(main())
+
+
+def test_lost_introduction_circuit(published):
+    async def main():
+        await asyncio.wait_for(published.start(), 5)
+        keys = [i.auth_key for i in published.intros]
+        published.built[0].close()
+        await published.tick(100)
+        # The same point with the same keys: the descriptor is still right.
+        assert live(published) == [0, 1, 2] and keys == [i.auth_key for i in published.intros]
+        assert len(published.posts) == 6
+        published.refusing = {0}
+        published.built[3].close()
+        await published.tick(300)
+        assert live(published) == [1, 2, 3] and published.posts[-1][1] == [1, 2, 3]
+        # Ten circuits in five minutes, then it has to wait.
+        published.refusing, published.clock[0] = set(), published.clock[0] + 301
+        published.tried.clear()
+        start, before = published.clock[0], len(published.built)
+        while published.clock[0] < start + 290:
+            for circuit in published.built:
+                circuit.close()
+            await published.tick(5)
+        assert len(published.built) - before <= 10
+        await published.close()
+
+    asyncio.run(main())
+
+
+# ─── circuits ───
+
+
+class Core(minitor.TorCore):
+    """A TorCore whose circuits are made of nothing."""
+
+    def __init__(self):
+        self.directory = Thing(table=Thing(
+            find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
+        self.onion_circuits, self.updates = {}, 0
+        self._exits, self._spares, self._tasks = {}, [], []
+        self.log, self.down, self.gate = [], set(), None
+        guards = Thing(failed=lambda i: self.log.append(("failed", i[0])),
+                       succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
+                       network_up=lambda: self.log.append("up"))
+        self.paths = Thing(guards=guards, param=lambda *_: 1000)
+        self.paths.onion_path = lambda purpose, target=None: [
+            self.relay(i) for i in (1, 2, 3)] + ([target] if target else [])
+        self.paths.exit_path = lambda port: [self.relay(i) for i in (1, 2, port % 100)]
+
+        async def get(address, port, rsa_id, ed_id):
+            if rsa_id[0] in self.down:
+                raise minitor.ChannelError("down")
+            return Thing(circuits={})
+
+        self.channels = Thing(get=get)
+
+    def relay(self, i):
+        return Thing(rsa_id=bytes([i]) * 20, ed_id=b"", address="", port=1)
+
+
+@pytest.fixture
+def core(monkeypatch):
+    core = Core()
+    core.made = []
+
+    class Made(Circuit):
+        def __init__(self, channel, window):
+            Circuit.__init__(self)
+            core.made.append(self)
+
+        async def extend(self, relay, seconds):
+            await asyncio.sleep(0)
+            if relay.rsa_id[0] in core.down:
+                self.close()
+                raise minitor.CircuitError("no answer")
+            self.path.append(relay)
+
+    monkeypatch.setattr(minitor, "Circuit", Made)
+    return core
+
+
+def numbers(circuit):
+    return [relay.rsa_id[0] for relay in circuit.path]
+
+
+def test_circuits_are_tried_again(core):
+    async def main():
+        assert numbers(await core.circuit_to("rendezvous")) == [1, 2, 3]
+        assert core.log == ["up", ("succeeded", 1)]
+        assert numbers(await core.circuit_to("hsdir", core.relay(9))) == [1, 2, 3, 9]
+        for down, attempts, made in ((9, None, 3), (9, 2, 2), (2, None, 3), (1, None, 0)):
+            core.down, core.made[:], core.log[:] = {down}, [], []
+            with pytest.raises(minitor.CircuitError, match="attempts"):
+                await core.circuit_to("intro", core.relay(9), attempts)
+            assert len(core.made) == made and all([c.closed for c in core.made])
+            assert ("failed", 1) in core.log if down == 1 else ("failed", 1) not in core.log
+        core.down = set()
+        core.made[:] = []
+        task = asyncio.ensure_future(core.circuit_to("rendezvous"))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert task.cancelled() and [c.closed for c in core.made] == [True]
+
+    asyncio.run(main())
+
+
+def test_spare_circuits(core):
+    async def main():
+        core._spares = [await core.circuit_to("rendezvous") for _ in range(2)]
+        first, second = core._spares
+        assert await core.circuit_to("intro", core.relay(9)) is first
+        assert numbers(first) == [1, 2, 3, 9]
+        # A-B-A is not extended to; the guard is.
+        third = await core.circuit_to("intro", core.relay(3))
+        assert third is not second and second.closed
+        core._spares = [await core.circuit_to("rendezvous")]
+        assert numbers(await core.circuit_to("intro", core.relay(1))) == [1, 2, 3, 1]
+        old = await core.circuit_to("rendezvous")
+        old.since -= minitor.DIRTY_MS + 1
+        core._spares = [old]
+        assert await core.circuit_to("rendezvous") is not old and old.closed
+        keeper = asyncio.ensure_future(core._keep_spares())
+        await settle()
+        assert len(core._spares) == minitor.SPARES
+        keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_exit_circuits_are_shared(core, monkeypatch):
+    async def main():
+        a, b, c = await asyncio.gather(*[core.circuit_to("exit", p) for p in (80, 80, 443)])
+        assert a is b and c is not a
+        # Its exit allows this port, too; not that one.
+        assert await core.circuit_to("exit", 22) is a
+        assert await core.circuit_to("exit", 1080) not in (a, c)
+        core.retire(a)
+        assert await core.circuit_to("exit", 80) is c
+        c.close()
+        d = await core.circuit_to("exit", 80)
+        assert d not in (a, c)
+        d.since -= minitor.DIRTY_MS + 1
+        assert await core.circuit_to("exit", 80) is not d
+        core.down = {2}
+        for _ in range(2):
+            with pytest.raises(minitor.CircuitError):
+                await core.circuit_to("exit", 8080)
+        assert len(core._exits) <= 4
+
+    asyncio.run(main())
+
+
+def test_idle_circuits_are_closed():
+    class Closing(minitor.Promise):
+        async def wait(self, seconds):
+            await asyncio.sleep(0)
+            raise asyncio.TimeoutError
+
+    async def main():
+        circuit = Circuit()
+        circuit.closing, circuit.streams = Closing(), {1: None}
+        task = asyncio.ensure_future(minitor.close_idle(circuit))
+        circuit.since -= minitor.DIRTY_MS + 1
+        await settle()
+        assert not circuit.closed
+        # Used again, then idle, and at last idle for long.
+        circuit.streams, circuit.since = {}, minitor.ticks_ms()
+        await settle()
+        assert not circuit.closed
+        circuit.since -= minitor.DIRTY_MS + 1
+        await task
+        assert circuit.closed
 
     asyncio.run(main())

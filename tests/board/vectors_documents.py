@@ -119,12 +119,11 @@ assert list(table.missing()) == []
 network = minitor.load_network()
 assert len(network.authorities) == 9 and len(network.fallbacks) == 200
 line = "DirAuthority a orport=5000 v3ident=%s 127.0.0.1:80 %s" % ("11" * 20, "22" * 20)
-network = minitor.parse_network("TestingTorNetwork 1\n" + line)
-assert network.testing and network.authorities == [
-    ("a", b"\x11" * 20, b"\x22" * 20, "127.0.0.1", 5000)
-]
+network = minitor.Network("TestingTorNetwork 1\n" + line)
+assert network.testing and network.authorities == [(b"\x22" * 20, "127.0.0.1", 5000)]
+assert network.identities == {b"\x11" * 20}
 try:
-    minitor.parse_network(line.replace("orport", "port"))
+    minitor.Network(line.replace("orport", "port"))
     assert False
 except minitor.ConfigError:
     pass

@@ -47,7 +47,7 @@ def reachable(client, address, seconds):
     def fetch():
         forget(client)
         assert curl(client, "http://%s/" % address, user="u%d" % time.time_ns(),
-                    seconds=30).stdout == HELLO
+                    seconds=15).stdout == HELLO
 
     retry(fetch, seconds)
 
@@ -100,8 +100,8 @@ def test_dead_introduction_point(tornet, target, client, relays, tmp_path):
         while points[0] in introduction_points(tornet, client, service.address, 4):
             assert time.monotonic() < deadline, "a dead introduction point stays published"
             forget(client)
-        for _ in range(6):
-            reachable(client, service.address, 20)
+        for _ in range(5):
+            reachable(client, service.address, 40)
 
 
 def test_guard_of_the_service_dies(tornet, target, client, relays, tmp_path):

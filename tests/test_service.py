@@ -589,6 +589,8 @@ class Core(minitor.TorCore):
                        succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
                        network_up=lambda: self.log.append("up"))
         self.paths = Thing(guards=guards, param=lambda *_: 1000)
+        self.paths.failed = lambda rsa_id: self.doubts.append(rsa_id)
+        self.doubts = []
         self.paths.onion_path = lambda purpose, target=None: [
             self.relay(i) for i in (1, 2, 3)] + ([target] if target else [])
         self.paths.exit_path = lambda port: [self.relay(i) for i in (1, 2, port % 100)]

@@ -583,24 +583,21 @@ class TorNet:
         return service
 
     def _wait_uploaded(self, control, seconds):
-        # Two periods, so two blinded keys; every directory that got one has answered, but for
-        # those that have not in a while: relays that tests killed may be back or not.
-        keys, waiting, stored = set(), set(), 0
-        end, patience = time.monotonic() + seconds, None
-        while len(keys) < 2 or waiting:
-            if patience is None and len(keys) == 2 and stored >= 4:
-                patience = time.monotonic() + 10
-            if patience is not None and time.monotonic() > patience:
-                return
+        # Two periods, so two blinded keys.  A directory that does not answer is not waited for.
+        keys, waiting, uploaded, end = set(), set(), 0, time.monotonic() + seconds
+        quiet = time.monotonic() + 10
+        while len(keys) < 2 or waiting and (not uploaded or time.monotonic() < quiet):
             if time.monotonic() > end:
-                raise TorNetError("a service did not upload its descriptors")
-            for line in control.event(1) or ():
+                raise TorNetError("a service did not upload its descriptors: %d keys, %d directories"
+                                  " have one, %d do not answer" % (len(keys), uploaded, len(waiting)))
+            for line in control.event(0.5) or ():
                 words = line.split()
+                quiet = time.monotonic() + 10
                 if words[1] == "UPLOAD":
                     keys.add(words[5])
                     waiting.add(words[4])
                 else:
-                    stored += words[1] == "UPLOADED"
+                    uploaded += words[1] == "UPLOADED"
                     waiting.discard(words[4])
 
     def stop(self):

@@ -162,13 +162,13 @@ def test_wifi_that_comes_late(board):
 
 
 def test_wifi_with_a_wrong_password(board):
-    board.scene(wifi=[35], wrong_password=True)
+    board.scene(wifi=[100], wrong_password=True)
     assert "WiFi: not joined yet: wrong password?\n" in board.boot()
 
 
 def test_wifi_that_goes_away(board):
-    board.scene(wifi=[0, 20, 20, 20, 40])
-    board.write(HANDLER + FAILS % 120)
+    board.scene(speed=100, wifi=[0, 30, 30, 30, 60])
+    board.write(HANDLER + FAILS % 180)
     out = board.boot()
     assert out.count("WiFi: joined") == 3 and out.count("WiFi: lost") == 2
     # Tor deals with it by itself.

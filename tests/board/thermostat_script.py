@@ -1,6 +1,7 @@
 # MicroPython and CPython: examples/thermostat without Tor.     thermostat_script.py FOLDER
 
 import asyncio
+import gc
 import json
 import sys
 
@@ -46,7 +47,15 @@ def ask(line, body="", fields=""):
     visitor = Visitor(head % (line, fields, len(body)) + body)
     asyncio.run(thermostat.handler(visitor, visitor))
     assert visitor.closed and visitor.largest < 4000
-    head, _, body = visitor.sent.partition(b"\r\n\r\n")
+    head, _, rest = visitor.sent.partition(b"\r\n\r\n")
+    body, size, visitor = b"", 1, None
+    while size:
+        gc.collect()
+        number, _, rest = rest.partition(b"\r\n")
+        size = int(number, 16)
+        assert rest[size : size + 2] == b"\r\n"
+        body, rest = body + rest[:size], rest[size + 2 :]
+    assert not rest
     return head.decode().split(" ")[1], body.decode()
 
 

@@ -29,6 +29,20 @@ def tor_service(tornet, target):
 
 
 @pytest.fixture
+def new_service(tornet, target):
+    """One that C tor hosts, new: tor takes minutes to notice what other tests did to its relays."""
+    services = []
+
+    def start():
+        services.append(tornet.onion_service({80: target.port}))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture
 def relays(tornet):
     """Kills relays, and starts them again after the test."""
     killed = []
@@ -87,108 +101,6 @@ def test_key_moves_to_tor_and_back(tornet, target, client, tmp_path):
     with serve(tornet, tmp_path / "data", target.port) as back:
         assert back.address == address
         reachable(client, address, 60)
-
-
-def test_dead_introduction_point(tornet, target, client, relays, tmp_path):
-    with serve(tornet, tmp_path, target.port) as service:
-        points = introduction_points(tornet, client, service.address)
-        assert points, "no introduction point seen"
-        relays(points[0])
-        reachable(client, service.address, 90)
-        # Every introduction point of the descriptor works, not only the two that lived on.
-        deadline = time.monotonic() + 120
-        while points[0] in introduction_points(tornet, client, service.address, 4):
-            assert time.monotonic() < deadline, "a dead introduction point stays published"
-            forget(client)
-        for _ in range(5):
-            reachable(client, service.address, 40)
-
-
-def test_guard_of_the_service_dies(tornet, target, client, relays, tmp_path):
-    """All circuits of the service go through its guard: it comes back through another."""
-    with serve(tornet, tmp_path, target.port) as service:
-        url = "http://%s/bytes/%d" % (service.address, 3 * MB)
-
-        assert sha256hex(curl_ok(client, url)) == sha256hex(payload(3 * MB))
-        before = _connections(service.pid, tornet)
-        assert before, "the service has no link to a relay"
-        for relay in before:
-            relays(relay)
-        reachable(client, service.address, 120)
-
-
-def _connections(pid, net):
-    """Return the relays that process `pid` has TCP connections to."""
-    sockets = set()
-    for name in os.listdir("/proc/%d/fd" % pid):
-        try:
-            sockets.add(os.readlink("/proc/%d/fd/%s" % (pid, name)))
-        except OSError:
-            pass
-    peers = set()
-    with open("/proc/%d/net/tcp" % pid) as f:
-        for line in f.readlines()[1:]:
-            fields = line.split()
-            if "socket:[%s]" % fields[9] in sockets and fields[3] == "01":
-                number = bytes.fromhex(fields[2].partition(":")[0])
-                peers.add(".".join(str(b) for b in reversed(number)))
-    return [r for r in net.relays if r.address in peers and r.role != "authority"]
-
-
-def test_relay_dies_in_mid_transfer_of_ours(tornet, tor_service, target, relays, tmp_path):
-    """The stream ends with an error, not silently and not never; the next one works."""
-    with module.Tor(data_dir=str(tmp_path), network=tornet.network_file) as tor:
-        for base in ("http://127.0.0.1:%d" % target.port, "http://" + tor_service.address):
-            assert tor.http_get(base + "/") == HELLO.decode()
-            found = busiest(tornet, lambda: _fetch(tor, base, 6 * MB), 1)
-            outcome = []
-
-            def transfer():
-                try:
-                    outcome.append(len(_fetch(tor, base, 40 * MB)))
-                except Exception as e:
-                    outcome.append(e)
-
-            thread = threading.Thread(target=transfer)
-            thread.start()
-            time.sleep(1)
-            relays(found[0])
-            thread.join(90)
-            assert outcome, "the transfer hangs"
-            # The relay that was busiest may not be on this path any more; then all of it came.
-            assert outcome[0] == 40 * MB or isinstance(outcome[0], Exception)
-            retry(lambda: _again(tor, base), 60)
-            tornet.restart(found[0])
-
-
-def _fetch(tor, base, size):
-    # A relay does not always say that the next one has gone: a silence of this long ends it too.
-    with tor.urlopen(base + "/bytes/%d" % size, timeout=20) as response:
-        data = response.read()
-    assert len(data) == size
-    return data
-
-
-def _again(tor, base):
-    try:
-        assert tor.http_get(base + "/") == HELLO.decode()
-    except module.TorError as e:
-        raise AssertionError(e)
-
-
-def test_relay_dies_in_mid_transfer_of_the_service(tornet, target, client, relays, tmp_path):
-    with serve(tornet, tmp_path / "serve", target.port) as service:
-        url = "http://%s/bytes/%d" % (service.address, 40 * MB)
-        curl_ok(client, "http://%s/" % service.address)
-        results = []
-        thread = threading.Thread(target=lambda: results.append(curl(client, url)))
-        found = busiest(tornet, lambda: (thread.start(), time.sleep(2)), 1)
-        relays(found[0])
-        thread.join(150)
-        assert results, "the transfer hangs"
-        down = retry(lambda: curl_ok(client, "http://%s/bytes/%d" % (service.address, BIG),
-                                     seconds=60), 120)
-        assert sha256hex(down) == sha256hex(payload(BIG))
 
 
 def _files(folder):
@@ -257,10 +169,117 @@ def test_wrong_authorities(tornet, tmp_path):
         assert "Bootstrapped 100%" not in program.err
 
 
-def test_get_while_relays_are_down(tornet, tor_service, relays, tmp_path):
+def test_dead_introduction_point(tornet, target, client, relays, tmp_path):
+    with serve(tornet, tmp_path, target.port) as service:
+        points = introduction_points(tornet, client, service.address)
+        assert points, "no introduction point seen"
+        relays(points[0])
+        reachable(client, service.address, 90)
+        # Every introduction point of the descriptor works, not only the two that lived on.
+        deadline = time.monotonic() + 120
+        while points[0] in introduction_points(tornet, client, service.address, 4):
+            assert time.monotonic() < deadline, "a dead introduction point stays published"
+            forget(client)
+        for _ in range(5):
+            reachable(client, service.address, 40)
+
+
+def test_guard_of_the_service_dies(tornet, target, client, relays, tmp_path):
+    """All circuits of the service go through its guard: it comes back through another."""
+    with serve(tornet, tmp_path, target.port) as service:
+        url = "http://%s/bytes/%d" % (service.address, 3 * MB)
+
+        assert sha256hex(curl_ok(client, url)) == sha256hex(payload(3 * MB))
+        before = _connections(service.pid, tornet)
+        assert before, "the service has no link to a relay"
+        for relay in before:
+            relays(relay)
+        reachable(client, service.address, 120)
+
+
+def _connections(pid, net):
+    """Return the relays that process `pid` has TCP connections to."""
+    sockets = set()
+    for name in os.listdir("/proc/%d/fd" % pid):
+        try:
+            sockets.add(os.readlink("/proc/%d/fd/%s" % (pid, name)))
+        except OSError:
+            pass
+    peers = set()
+    with open("/proc/%d/net/tcp" % pid) as f:
+        for line in f.readlines()[1:]:
+            fields = line.split()
+            if "socket:[%s]" % fields[9] in sockets and fields[3] == "01":
+                number = bytes.fromhex(fields[2].partition(":")[0])
+                peers.add(".".join(str(b) for b in reversed(number)))
+    return [r for r in net.relays if r.address in peers and r.role != "authority"]
+
+
+def test_relay_dies_in_mid_transfer_of_ours(tornet, new_service, target, relays, tmp_path):
+    """The stream ends with an error, not silently and not never; the next one works."""
+    with module.Tor(data_dir=str(tmp_path), network=tornet.network_file) as tor:
+        for kind in ("onion", "exit"):
+            name = new_service().address if kind == "onion" else "127.0.0.1:%d" % target.port
+            base = "http://" + name
+            assert tor.http_get(base + "/") == HELLO.decode()
+            found = busiest(tornet, lambda: _fetch(tor, base, 6 * MB), 1)
+            outcome = []
+
+            def transfer():
+                try:
+                    outcome.append(len(_fetch(tor, base, 40 * MB)))
+                except Exception as e:
+                    outcome.append(e)
+
+            thread = threading.Thread(target=transfer)
+            thread.start()
+            time.sleep(1)
+            relays(found[0])
+            thread.join(90)
+            assert outcome, "the transfer hangs"
+            # The relay that was busiest may not be on this path any more; then all of it came.
+            assert outcome[0] == 40 * MB or isinstance(outcome[0], Exception)
+            tornet.restart(found[0])
+            if kind == "onion":
+                base = "http://" + new_service().address
+            retry(lambda: _again(tor, base), 60)
+
+
+def _fetch(tor, base, size):
+    # A relay does not always say that the next one has gone: a silence of this long ends it too.
+    with tor.urlopen(base + "/bytes/%d" % size, timeout=20) as response:
+        data = response.read()
+    assert len(data) == size
+    return data
+
+
+def _again(tor, base):
+    try:
+        assert tor.http_get(base + "/") == HELLO.decode()
+    except module.TorError as e:
+        raise AssertionError(e)
+
+
+def test_relay_dies_in_mid_transfer_of_the_service(tornet, target, client, relays, tmp_path):
+    with serve(tornet, tmp_path / "serve", target.port) as service:
+        url = "http://%s/bytes/%d" % (service.address, 40 * MB)
+        curl_ok(client, "http://%s/" % service.address)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(curl(client, url)))
+        found = busiest(tornet, lambda: (thread.start(), time.sleep(2)), 1)
+        relays(found[0])
+        thread.join(150)
+        assert results, "the transfer hangs"
+        down = retry(lambda: curl_ok(client, "http://%s/bytes/%d" % (service.address, BIG),
+                                     seconds=60), 120)
+        assert sha256hex(down) == sha256hex(payload(BIG))
+
+
+def test_get_while_relays_are_down(tornet, new_service, relays, tmp_path):
     """Two relays of the consensus do not answer: other paths are found."""
     for name in ("relay7", "relay1family"):
         relays(tornet.relay(name))
+    tor_service = new_service()
     for i in range(3):
         folder = tmp_path / str(i)
         assert get(tornet, folder / "data", "http://%s/" % tor_service.address,

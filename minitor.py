@@ -1371,6 +1371,10 @@ class Relay:
         self.usable = bool(self.flags & USABLE)
 
 
+def _pieces(packed, size):
+    return [packed[at : at + size] for at in range(0, len(packed), size)]
+
+
 class RelayTable:
     """The relays of a consensus, by index; `flags` and `weights` are arrays of integers."""
 
@@ -1502,10 +1506,6 @@ def load_table(path, network_id):
         pieces.append(r.take(r.uint(4)))
     columns = [array(code, piece) for code, piece in zip(_COLUMNS, pieces[2:9])]
     return RelayTable(pieces[1], columns, pieces[9:]), Consensus().load(pieces[0])
-
-
-def _pieces(packed, size):
-    return [packed[at : at + size] for at in range(0, len(packed), size)]
 
 
 # === 8. Cells and handshakes ================================================
@@ -1902,15 +1902,6 @@ def hsdir_ring(table, consensus, blinded, period, store):
     return found
 
 
-def revision_counter(esk, seconds):
-    """Return a revision counter as tor makes it (F.2).
-
-    `esk`: the blinded secret key; `seconds`: since the period's protocol run began.
-    """
-    # tor hashes the zero that ends its string, too.
-    return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
-
-
 def ope_encrypt(key, n):
     """Return the sum of the first `n` numbers of a key stream."""
     total = n = min(max(n, 1), 1 << 18)
@@ -1919,6 +1910,15 @@ def ope_encrypt(key, n):
         count = min(256, n - at)
         total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
+
+
+def revision_counter(esk, seconds):
+    """Return a revision counter as tor makes it (F.2).
+
+    `esk`: the blinded secret key; `seconds`: since the period's protocol run began.
+    """
+    # tor hashes the zero that ends its string, too.
+    return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
 
 
 def make_ed_cert(kind, key, when, esk, public):
@@ -2372,6 +2372,11 @@ class Layer:
         return True
 
 
+def sendme_increment(param):
+    """Return after how many cells congestion control sends a SENDME; 0 where it is not used."""
+    return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
+
+
 class Vegas:
     """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3).
 
@@ -2426,11 +2431,6 @@ class Vegas:
             self._acks, self._full = 0, False
 
 
-def sendme_increment(param):
-    """Return after how many cells congestion control sends a SENDME; 0 where it is not used."""
-    return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
-
-
 def congestion_control(param, wanted):
     """Return a Vegas if the consensus (`param`) has congestion control and the peer `wanted` it."""
     return None if MICROPYTHON else Vegas(param) if wanted and sendme_increment(param) else None
@@ -2443,6 +2443,208 @@ def padded(data):
 
 
 _TO_CLOSED = (RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON)
+
+
+class Stream:
+    """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
+
+    def __init__(self, circuit, stream_id):
+        self.circuit, self.stream_id = circuit, stream_id
+        circuit.streams[stream_id] = self
+        self.opened = Promise()
+        self.package = self._deliver = NO_WINDOW if circuit.vegas else STREAM_WINDOW
+        self._stopped = False
+        self.outgoing = b""
+        self._incoming = bytearray()
+        self._ended = self._error = None
+        self._closing = False
+        self._readable = asyncio.Event()
+        self._writable = asyncio.Event()
+
+    # ── Called by the circuit ──
+
+    def feed(self, data):
+        if self._ended or not (self.opened.done() or self.circuit.on_begin):
+            raise ProtocolError("DATA on stream %d, which is not open" % self.stream_id)
+        self._deliver -= 0 if self.circuit.vegas else 1
+        if self._deliver < 0:
+            raise ProtocolError("more DATA on stream %d than its window" % self.stream_id)
+        if len(self._incoming) > 16 * XOFF_LIMIT:
+            raise ProtocolError("stream %d does not heed XOFF" % self.stream_id)
+        if not self._closing:
+            self._incoming.extend(data)
+
+    def arrived(self):
+        self._readable.set()
+        self._acknowledge()
+
+    def _acknowledge(self):
+        if self.circuit.vegas:
+            # Stop the other side above the limit, and let it go on below half of it.
+            much = len(self._incoming) * (2 if self._stopped else 1) > XOFF_LIMIT
+            if much != self._stopped and not self._ended:
+                self._stopped = much
+                command, body = (RELAY_XOFF, b"\0") if much else (RELAY_XON, bytes(5))
+                self.circuit.send(command, self.stream_id, body)
+        elif len(self._incoming) < READ_AHEAD and not self._ended:
+            while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT:
+                self._deliver += STREAM_INCREMENT
+                self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+
+    def message(self, command, data):
+        if command == RELAY_END:
+            reason = data[0] if data else 1
+            text = reason_text(END_REASONS, reason)
+            self.circuit.streams.pop(self.stream_id, None)
+            self.end(StreamError("the stream was closed: %s" % text, reason))
+        elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
+            self.package = 0 if command == RELAY_XOFF else NO_WINDOW
+            self.circuit.flush(self)
+        elif command == RELAY_SENDME:
+            self.package += STREAM_INCREMENT
+            if self.package > STREAM_WINDOW:
+                raise ProtocolError("a SENDME on stream %d too many" % self.stream_id)
+            self.circuit.flush(self)
+        elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
+            self.opened.set(data)
+        else:
+            raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
+
+    def end(self, error):
+        """The other side, or the circuit, is gone; what arrived can still be read."""
+        self._ended = True
+        # Clients end with MISC whatever happened, so at a service it is no error.
+        if error.reason != 6 and not (error.reason == 1 and self.circuit.on_begin):
+            self._error = error
+        self.outgoing = b""
+        self.opened.fail(error)
+        self._readable.set()
+        self._writable.set()
+
+    def flushed(self):
+        self._writable.set()
+        if self._closing and not self.outgoing:
+            self._send_end(6 if self.circuit.on_begin else 1)
+
+    def _send_end(self, reason):
+        if not self._ended and self.circuit.streams.pop(self.stream_id, None):
+            self._ended = True
+            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
+            self._readable.set()
+            self._writable.set()
+
+    # ── At a service ──
+
+    async def accept(self):
+        """Answer BEGIN with CONNECTED."""
+        if not self._ended:
+            self.opened.set()
+            self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
+
+    async def reject(self, reason):
+        """Answer BEGIN with END."""
+        self._send_end(reason)
+
+    # ── Reading ──
+
+    def _take(self, n):
+        if n >= len(self._incoming):
+            piece, self._incoming = bytes(self._incoming), bytearray()
+        else:
+            piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
+        self._acknowledge()
+        return piece
+
+    async def _more(self):
+        """Wait for bytes; False at the end; StreamError where the stream broke."""
+        if self._ended or self._closing:
+            if self._error is not None:
+                raise self._error
+            return False
+        self._readable.clear()
+        await self._readable.wait()
+        return True
+
+    async def read(self, n=-1):
+        """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
+        if n < 0:
+            pieces = []
+            while True:
+                pieces.append(await self.read(65536))
+                if not pieces[-1]:
+                    return b"".join(pieces)
+        while n and not self._incoming:
+            if not await self._more():
+                return b""
+        return self._take(n)
+
+    async def readexactly(self, n):
+        """Return `n` bytes; EOFError when the stream ends before."""
+        data = b""
+        while len(data) < n:
+            piece = await self.read(n - len(data))
+            if not piece:
+                raise EOFError("the stream ended %d bytes early" % (n - len(data)))
+            data += piece
+        return data
+
+    async def readuntil(self, separator=b"\n", limit=65536):
+        """Return bytes up to and with `separator`; EOFError, or StreamError past `limit`."""
+        start = 0
+        while True:
+            at = self._incoming.find(separator, start)
+            if at >= 0:
+                return self._take(at + len(separator))
+            start = max(0, len(self._incoming) - len(separator) + 1)
+            if start > limit:
+                raise StreamError("more than %d bytes without %r" % (limit, separator), 13)
+            if not await self._more():
+                raise EOFError("the stream ended before %r" % separator)
+
+    async def readline(self):
+        """Return a line with its end, or what is left where the stream ends."""
+        try:
+            return await self.readuntil(b"\n")
+        except EOFError:
+            return self._take(len(self._incoming))
+
+    # ── Writing ──
+
+    def write(self, data):
+        """Send `data`; follow with `await drain()`."""
+        if self._ended or self._closing:
+            raise self._error or StreamError("the stream is closed", 6)
+        waiting = bool(self.outgoing)
+        self.outgoing = self.outgoing + bytes(data) if waiting else bytes(data)
+        if not waiting:
+            self.circuit.flush(self)
+
+    async def drain(self):
+        """Wait until there is room for more; StreamError where the stream broke."""
+        while len(self.outgoing) > WRITE_AHEAD and not self._ended:
+            self._writable.clear()
+            await self._writable.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self):
+        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
+        if not self._closing:
+            self._closing = True
+            self._readable.set()
+            if not self.outgoing:
+                self.flushed()
+
+    def is_closing(self):
+        return self._closing or bool(self._ended)
+
+    async def wait_closed(self):
+        while not self._ended:
+            self._writable.clear()
+            await self._writable.wait()
+
+    def get_extra_info(self, name, default=None):
+        return {"circuit": self.circuit}.get(name, default)
 
 
 class Circuit:
@@ -2780,208 +2982,6 @@ class Circuit:
                 stream.end(StreamError(str(error), 8))
             self.streams = {}
         return self.closing.get()
-
-
-class Stream:
-    """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
-
-    def __init__(self, circuit, stream_id):
-        self.circuit, self.stream_id = circuit, stream_id
-        circuit.streams[stream_id] = self
-        self.opened = Promise()
-        self.package = self._deliver = NO_WINDOW if circuit.vegas else STREAM_WINDOW
-        self._stopped = False
-        self.outgoing = b""
-        self._incoming = bytearray()
-        self._ended = self._error = None
-        self._closing = False
-        self._readable = asyncio.Event()
-        self._writable = asyncio.Event()
-
-    # ── Called by the circuit ──
-
-    def feed(self, data):
-        if self._ended or not (self.opened.done() or self.circuit.on_begin):
-            raise ProtocolError("DATA on stream %d, which is not open" % self.stream_id)
-        self._deliver -= 0 if self.circuit.vegas else 1
-        if self._deliver < 0:
-            raise ProtocolError("more DATA on stream %d than its window" % self.stream_id)
-        if len(self._incoming) > 16 * XOFF_LIMIT:
-            raise ProtocolError("stream %d does not heed XOFF" % self.stream_id)
-        if not self._closing:
-            self._incoming.extend(data)
-
-    def arrived(self):
-        self._readable.set()
-        self._acknowledge()
-
-    def _acknowledge(self):
-        if self.circuit.vegas:
-            # Stop the other side above the limit, and let it go on below half of it.
-            much = len(self._incoming) * (2 if self._stopped else 1) > XOFF_LIMIT
-            if much != self._stopped and not self._ended:
-                self._stopped = much
-                command, body = (RELAY_XOFF, b"\0") if much else (RELAY_XON, bytes(5))
-                self.circuit.send(command, self.stream_id, body)
-        elif len(self._incoming) < READ_AHEAD and not self._ended:
-            while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT:
-                self._deliver += STREAM_INCREMENT
-                self.circuit.send(RELAY_SENDME, self.stream_id, b"")
-
-    def message(self, command, data):
-        if command == RELAY_END:
-            reason = data[0] if data else 1
-            text = reason_text(END_REASONS, reason)
-            self.circuit.streams.pop(self.stream_id, None)
-            self.end(StreamError("the stream was closed: %s" % text, reason))
-        elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
-            self.package = 0 if command == RELAY_XOFF else NO_WINDOW
-            self.circuit.flush(self)
-        elif command == RELAY_SENDME:
-            self.package += STREAM_INCREMENT
-            if self.package > STREAM_WINDOW:
-                raise ProtocolError("a SENDME on stream %d too many" % self.stream_id)
-            self.circuit.flush(self)
-        elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
-            self.opened.set(data)
-        else:
-            raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
-
-    def end(self, error):
-        """The other side, or the circuit, is gone; what arrived can still be read."""
-        self._ended = True
-        # Clients end with MISC whatever happened, so at a service it is no error.
-        if error.reason != 6 and not (error.reason == 1 and self.circuit.on_begin):
-            self._error = error
-        self.outgoing = b""
-        self.opened.fail(error)
-        self._readable.set()
-        self._writable.set()
-
-    def flushed(self):
-        self._writable.set()
-        if self._closing and not self.outgoing:
-            self._send_end(6 if self.circuit.on_begin else 1)
-
-    def _send_end(self, reason):
-        if not self._ended and self.circuit.streams.pop(self.stream_id, None):
-            self._ended = True
-            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
-            self._readable.set()
-            self._writable.set()
-
-    # ── At a service ──
-
-    async def accept(self):
-        """Answer BEGIN with CONNECTED."""
-        if not self._ended:
-            self.opened.set()
-            self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
-
-    async def reject(self, reason):
-        """Answer BEGIN with END."""
-        self._send_end(reason)
-
-    # ── Reading ──
-
-    def _take(self, n):
-        if n >= len(self._incoming):
-            piece, self._incoming = bytes(self._incoming), bytearray()
-        else:
-            piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
-        self._acknowledge()
-        return piece
-
-    async def _more(self):
-        """Wait for bytes; False at the end; StreamError where the stream broke."""
-        if self._ended or self._closing:
-            if self._error is not None:
-                raise self._error
-            return False
-        self._readable.clear()
-        await self._readable.wait()
-        return True
-
-    async def read(self, n=-1):
-        """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
-        if n < 0:
-            pieces = []
-            while True:
-                pieces.append(await self.read(65536))
-                if not pieces[-1]:
-                    return b"".join(pieces)
-        while n and not self._incoming:
-            if not await self._more():
-                return b""
-        return self._take(n)
-
-    async def readexactly(self, n):
-        """Return `n` bytes; EOFError when the stream ends before."""
-        data = b""
-        while len(data) < n:
-            piece = await self.read(n - len(data))
-            if not piece:
-                raise EOFError("the stream ended %d bytes early" % (n - len(data)))
-            data += piece
-        return data
-
-    async def readuntil(self, separator=b"\n", limit=65536):
-        """Return bytes up to and with `separator`; EOFError, or StreamError past `limit`."""
-        start = 0
-        while True:
-            at = self._incoming.find(separator, start)
-            if at >= 0:
-                return self._take(at + len(separator))
-            start = max(0, len(self._incoming) - len(separator) + 1)
-            if start > limit:
-                raise StreamError("more than %d bytes without %r" % (limit, separator), 13)
-            if not await self._more():
-                raise EOFError("the stream ended before %r" % separator)
-
-    async def readline(self):
-        """Return a line with its end, or what is left where the stream ends."""
-        try:
-            return await self.readuntil(b"\n")
-        except EOFError:
-            return self._take(len(self._incoming))
-
-    # ── Writing ──
-
-    def write(self, data):
-        """Send `data`; follow with `await drain()`."""
-        if self._ended or self._closing:
-            raise self._error or StreamError("the stream is closed", 6)
-        waiting = bool(self.outgoing)
-        self.outgoing = self.outgoing + bytes(data) if waiting else bytes(data)
-        if not waiting:
-            self.circuit.flush(self)
-
-    async def drain(self):
-        """Wait until there is room for more; StreamError where the stream broke."""
-        while len(self.outgoing) > WRITE_AHEAD and not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
-        if self._error is not None:
-            raise self._error
-
-    def close(self):
-        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
-        if not self._closing:
-            self._closing = True
-            self._readable.set()
-            if not self.outgoing:
-                self.flushed()
-
-    def is_closing(self):
-        return self._closing or bool(self._ended)
-
-    async def wait_closed(self):
-        while not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
-
-    def get_extra_info(self, name, default=None):
-        return {"circuit": self.circuit}.get(name, default)
 
 
 async def pump(stream, reader, writer):

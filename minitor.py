@@ -1010,7 +1010,7 @@ def check_ed_cert(data, what, kind, public, when):
         good = good and not flags & 1
     signed, signature = data[: r.at], r.take(64)
     require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
-    require(expires >= when, what + " has expired")
+    require(expires >= when, what + " has expired, or the clock is ahead")
     public = public or signing_key
     require(public and signing_key in (None, public), what + " is signed by another key")
     require(ed25519_verify(public, signed, signature), what + " has a bad signature")

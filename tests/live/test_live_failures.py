@@ -275,12 +275,12 @@ def test_relay_dies_in_mid_transfer_of_the_service(tornet, target, client, relay
         assert sha256hex(down) == sha256hex(payload(BIG))
 
 
-def test_get_while_relays_are_down(tornet, new_service, relays, tmp_path):
-    """Two relays of the consensus do not answer: other paths are found."""
-    for name in ("relay7", "relay1family"):
-        relays(tornet.relay(name))
-    tor_service = new_service()
-    for i in range(3):
-        folder = tmp_path / str(i)
-        assert get(tornet, folder / "data", "http://%s/" % tor_service.address,
-                   tmp_path / "out", seconds=120) == HELLO
+def test_get_while_relays_are_down(tornet, target, relays, tmp_path):
+    """Two relays of the consensus do not answer: service and client find other paths."""
+    with serve(tornet, tmp_path / "serve", target.port) as service:
+        for name in ("relay7", "relay1family"):
+            relays(tornet.relay(name))
+        for i in range(3):
+            folder = tmp_path / str(i)
+            assert get(tornet, folder / "data", "http://%s/" % service.address,
+                       tmp_path / "out", seconds=120) == HELLO

@@ -985,8 +985,8 @@ def rsa_verify(key, digest, signature):
     s = int.from_bytes(signature, "big")
     if size < 128 or n >> 8 * size - 1 != 1 or s >= n:
         return False
-    padded = b"\0\1" + b"\xff" * (size - 3 - len(digest)) + b"\0" + digest
-    return pow(s, e, n) == int.from_bytes(padded, "big")
+    block = b"\0\1" + b"\xff" * (size - 3 - len(digest)) + b"\0" + digest
+    return pow(s, e, n) == int.from_bytes(block, "big")
 
 
 # === 6. Certificates and documents ==========================================

@@ -24,6 +24,7 @@ import atexit
 import base64
 import collections
 import concurrent.futures
+import itertools
 import os
 import re
 import shutil
@@ -43,6 +44,7 @@ OR_PORT, DIR_PORT = 9001, 9030
 HIDDEN_PORT = 9101  # where a relay listens that is reached with a delay
 SEATS = 32  # nodes in one range of addresses
 START_SECONDS = 180
+HUM_SECONDS = 4
 
 
 class TorNetError(Exception):
@@ -299,10 +301,36 @@ class TorNet:
             for node in self.relays[AUTHORITIES:]:
                 node.start()
             self._wait_usable(relays)
+            self.hummer = self.client()
         except BaseException:
             self.stop()
             raise
+        threading.Thread(target=self._hum, daemon=True).start()
         self.progress("the network is usable after %.0f s" % (time.monotonic() - started))
+
+    def _hum(self):
+        """Send a cell over every link between two relays again and again, as on a busy network.
+
+        tor (0.4.9.11) leaves a DESTROY in its queue when the one before has not left the buffer
+        (circuitmux_append_destroy_cell), until another cell goes the same way: without traffic,
+        clients never learn that a circuit of theirs has ended.
+        """
+        pairs = list(itertools.combinations([r.fingerprint for r in self.relays], 2))
+        try:
+            control, circuits = self.hummer.control(), []
+            while not self.stopped:
+                for pair in pairs:
+                    time.sleep(HUM_SECONDS / len(pairs))
+                    try:
+                        circuits.append(control.command("EXTENDCIRCUIT 0 %s,%s" % pair)[0].split()[1])
+                        if len(circuits) > len(pairs) // 2:
+                            control.command("CLOSECIRCUIT " + circuits.pop(0))
+                    except TorNetError:
+                        # A relay that was killed; or the circuit has ended already.
+                        pass
+        except OSError:
+            # The network is being stopped.
+            pass
 
     def _take_range(self):
         # An abstract socket is a lock that ends with its process, whoever that belonged to.

@@ -670,7 +670,7 @@ def test_layer_two_is_replaced_when_due_or_gone(clock):
     first = min(net.table.find(gone) for gone in before) + 2
     shorter = Net(first)
     for i in range(first - 1, 60):
-        shorter.add(net.table.flags[i] & (GUARD | EXIT))
+        shorter.add(net.table.flags[i] & EXIT | GUARD)
     gone = [rsa_id for rsa_id in before if shorter.table.find(rsa_id) < 0]
     paths.update(shorter.table, make_consensus())
     paths.onion_path()

@@ -2078,10 +2078,6 @@ def parse_descriptor(data, blinded, subcred, when):
 # === 10. Channel ============================================================
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
-# How much one read takes, and how much may wait to be written.
-READ_SIZE = 4112 if MICROPYTHON else 1 << 18
-QUEUE_SIZE = 16448 if MICROPYTHON else 1 << 18
-
 
 class Channel:
     """A link to one relay.
@@ -2122,22 +2118,20 @@ class Channel:
 
     async def _watch(self):
         while not self.closing.done():
-            try:
-                await self.closing.wait(60)
-            except asyncio.TimeoutError:
-                idle = ticks_diff(ticks_ms(), self.used) // 1000
-                if idle > 180 and not self.circuits:
-                    self.close("idle")
-                elif idle > 240:
-                    self.send(cell(0, PADDING))
+            await asyncio.sleep(20)
+            idle = ticks_diff(ticks_ms(), self.used) // 1000
+            if idle > 180 and not self.circuits:
+                self.close("idle")
+            elif idle > 240:
+                self.send(cell(0, PADDING))
         # A peer that reads nothing must not keep the socket for ever.
         await asyncio.sleep(2)
         for task in self._tasks:
             task.cancel()
 
     def room(self):
-        """Return how many more cells the queue takes before senders must wait."""
-        return (QUEUE_SIZE - self._queued) // 514
+        """Return how many more cells the queue takes."""
+        return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
         """Queue whole cells."""
@@ -2168,7 +2162,7 @@ class Channel:
         rest = b"\0\0"
         try:
             while not self.closing.done():
-                data = await reader.read(READ_SIZE)
+                data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 data = rest + data if rest else data
@@ -2182,17 +2176,16 @@ class Channel:
         at, end = 0, len(data)
         while end - at >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
-            if not self._version and command != VERSIONS:
-                raise ProtocolError("cell %d where VERSIONS was due" % command)
             if command >= 128 or command == VERSIONS:
                 size, body = data[body] << 8 | data[body + 1], body + 2
-                if size > 16384:
-                    raise ProtocolError("cell %d of %d bytes" % (command, size))
+            if size > 16384 or not self._version and command != VERSIONS:
+                text = "cell %d of %d bytes (VERSIONS: %d)"
+                raise ProtocolError(text % (command, size, self._version))
             if end - body < size:
                 break
             at = body + size
             circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
-            if not self.opened.done():
+            if not self.opened.done() or command in (VERSIONS, NETINFO, CERTS):
                 self._handshake(command, data[body:at])
             elif command == RELAY:
                 cells = [data[body:at]]
@@ -2201,8 +2194,6 @@ class Channel:
                     at += 514
                 if circuit:
                     circuit.receive(b"".join(cells))
-            elif command in (VERSIONS, NETINFO, CERTS, AUTH_CHALLENGE):
-                raise ProtocolError("cell %d after the handshake" % command)
             elif circuit and command in (CREATED2, CREATED_FAST):
                 circuit.created(command, data[body:at])
             elif circuit and command == DESTROY:
@@ -2217,16 +2208,17 @@ class Channel:
             require(bytes([0, self._version]) in offered, "no link protocol in common")
         elif command == CERTS and not self.rsa_id:
             self.rsa_id, self.ed_id = self._check(body)
-        elif command == NETINFO and self.rsa_id:
-            timestamp = parse_netinfo(body)[0]
+        elif command == NETINFO and self.rsa_id and not self.opened.done():
+            timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
-            self.send(cell(0, NETINFO, netinfo(self.address)))
+            # No time, and no address of ours (tor-spec 4.5).
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
             if self._version == 5:
                 # None is sent here: one side alone would stand out (padding-spec 2).
-                self.send(cell(0, PADDING_NEGOTIATE, padding_negotiate()))
+                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
         elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
-            raise ProtocolError("cell %d out of place in the handshake" % command)
+            raise ProtocolError("cell %d out of place" % command)
 
     def adopt(self, circuit):
         """Return a new circuit ID, of the initiator's half, for `circuit`."""
@@ -2237,10 +2229,6 @@ class Channel:
             circ_id = randbelow(1 << 31) | 1 << 31
         self.circuits[circ_id] = circuit
         return circ_id
-
-    def forget(self, circ_id):
-        self.used = ticks_ms()
-        self.circuits.pop(circ_id, None)
 
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
@@ -2918,7 +2906,7 @@ class Circuit:
         """Close the circuit because of `error`, and return it."""
         if not self.closing.done():
             self.closing.set(error)
-            self.channel.forget(self.circ_id)
+            self.channel.circuits.pop(self.circ_id, None)
             if tell and not self.channel.closing.done():
                 self.channel.send(cell(self.circ_id, DESTROY, b"\0"))
             log(INFO, "%s", error)
@@ -2972,7 +2960,7 @@ _ROLES = {
 
 
 def distinct(table, i, j):
-    """Tell whether the networks and families of relays `i` and `j` differ (path-spec 2.2)."""
+    """Return whether the networks and families of relays `i` and `j` differ (path-spec 2.2)."""
     (net, net6), (other, other6) = table.subnets(i), table.subnets(j)
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
@@ -2995,7 +2983,7 @@ class Weights:
                 # Not 0: where no relay has a weight, all are alike.
                 yield i, bandwidth * factors[flags & kind] or 1
 
-    def pick(self, role, accept, stable=0):
+    def pick(self, role, accept, stable=STABLE):
         """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
         position, need, never = _ROLES[role]
         doubts = self._doubts = {i: end for i, end in self._doubts.items() if end > now()}
@@ -3010,10 +2998,6 @@ class Weights:
                 if at < 0:
                     return i
         raise CircuitError("no %s is left for this path" % role)
-
-    def failed(self, rsa_id):
-        """Note that a circuit could not be extended to that relay: others are tried first."""
-        self._doubts[self.table.find(rsa_id)] = now() + 120
 
     def percent(self):
         """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
@@ -3045,7 +3029,7 @@ class PathSelector(Weights):
     def __init__(self, table, consensus, path):
         # `online`: when a relay last answered; `layer_two`: {RSA identity: when to replace
         # it}, only in memory, as in tor.
-        self.sample, self.online, self.layer_two, self._path = [], 0, {}, path
+        self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
             stored = json.loads(read_file(path) or b"[]")
             self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
@@ -3077,9 +3061,9 @@ class PathSelector(Weights):
     def _save(self):
         stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
         try:
-            write_file(self._path, json.dumps(stored).encode())
+            write_file(self._file, json.dumps(stored).encode())
         except OSError as e:
-            log(WARN, "cannot store the guards in %s: %s", self._path, e)
+            log(WARN, "cannot store the guards in %s: %s", self._file, e)
 
     def _until(self, name, days):
         # At random, so that it does not tell when it was set (guard-spec A.2).
@@ -3106,9 +3090,11 @@ class PathSelector(Weights):
         best = [g for g in up if g in primary][:use] or up[:1]
         return self.table.relay(best[randbelow(len(best))].index)
 
-    def guard_failed(self, rsa_id):
-        """Note that a guard was not reached, or built no first hop (guard-spec 4.7)."""
-        for g in [g for g in self.sample if g.rsa_id == rsa_id]:
+    def failed(self, rsa_id, hop=0):
+        """Note that a guard (guard-spec 4.7), or a later `hop`, failed: try others first."""
+        if hop:
+            self._doubts[self.table.find(rsa_id)] = now() + 120
+        for g in [g for g in self.sample if g.rsa_id == rsa_id and not hop]:
             g.failed_at = now()
             g.failing_since = g.failing_since or g.failed_at
 
@@ -3120,7 +3106,7 @@ class PathSelector(Weights):
                 g.failed_at = 0
         self.online = now()
 
-    def guard_succeeded(self, rsa_id):
+    def succeeded(self, rsa_id):
         """Note that a guard built a first hop; False: better ones may be up again (4.8)."""
         self.network_up()
         primary = self.primary()
@@ -3139,14 +3125,14 @@ class PathSelector(Weights):
         # tor's LongLivedPorts, roughly.
         stable = 0 if port in (80, 443) else STABLE
         last = self.pick("exit", lambda i: self.table.exit_allows(i, port), stable)
-        return self._path_to(self.table.relay(last), ["middle"], stable)
+        return self._path(self.table.relay(last), ["middle"], stable)
 
     def onion_path(self, target=None):
         """Return guard, layer-2 guard, and middle and `target` or a rendezvous point."""
         roles = ["middle", "middle" if target else "rend"]
-        return self._path_to(target, roles, STABLE, self._layer_two())
+        return self._path(target, roles, second=self._layer_two())
 
-    def _path_to(self, last, roles, stable, second=()):
+    def _path(self, last, roles, stable=STABLE, second=()):
         # A guard, relays for `roles`, the first of those in `second`, and `last`, if any.
         table, used = self.table, [self.table.find(last.rsa_id)] if last else []
 
@@ -3169,10 +3155,10 @@ class PathSelector(Weights):
         for rsa_id in [r for r in two if two[r] <= now() or table.find(r) < 0]:
             del two[rsa_id]
         low = p("guard-hs-l2-lifetime-min", 86400, 1)
-        span = max(p("guard-hs-l2-lifetime-max", 12 * 86400, 1) - low, 1)
+        span = p("guard-hs-l2-lifetime-max", 12 * 86400, low + 1) - low
         lite = p("vanguards-lite-enabled", 1, 0, 1)
         while len(two) < lite * p("guard-hs-l2-number", 4, 1, 19):
-            i = self.pick("middle", lambda i: table.rsa_id(i) not in two, STABLE)
+            i = self.pick("middle", lambda i: table.rsa_id(i) not in two)
             two[table.rsa_id(i)] = now() + 1 + low + max(randbelow(span), randbelow(span))
         return [table.find(r) for r in two] if lite else []
 
@@ -3718,7 +3704,7 @@ class TorCore:
         await directory.bootstrap()
         file = self.data_dir + "/guards.json"
         self.paths = paths = PathSelector(directory.table, directory.consensus, file)
-        directory.on_update, directory.directory_failed = self._update, paths.guard_failed
+        directory.on_update, directory.directory_failed = self._update, paths.failed
         directory.directory_relay = lambda: paths.guard(kind="dir-guards", use=3)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to("rendezvous")]
@@ -3767,7 +3753,7 @@ class TorCore:
                 circuit.since = ticks_ms()
                 for relay in path[len(circuit.path) :]:
                     await circuit.extend(relay, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not paths.guard_succeeded(relay.rsa_id):
+                    if len(circuit.path) == 1 and not paths.succeeded(relay.rsa_id):
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
@@ -3777,10 +3763,8 @@ class TorCore:
                     raise
                 if path:
                     n = len(circuit.path) if circuit else 0
-                    if n == 0:
-                        paths.guard_failed(path[0].rsa_id)
-                    elif n < len(path):
-                        paths.failed(path[n].rsa_id)
+                    if n < len(path):
+                        paths.failed(path[n].rsa_id, n)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))

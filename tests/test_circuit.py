@@ -39,9 +39,6 @@ class FakeChannel:
         self.circuits[0x80000001] = circuit
         return 0x80000001
 
-    def forget(self, circ_id):
-        self.circuits.pop(circ_id, None)
-
     def room(self):
         return self.space
 

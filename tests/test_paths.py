@@ -383,7 +383,7 @@ def test_guards_are_stored(clock, tmp_path):
     path = str(tmp_path / "guards.json")
     first = selector(net.table, path=path)
     picked = first.guard().rsa_id
-    assert first.guard_succeeded(picked)
+    assert first.succeeded(picked)
     again = selector(net.table, path=path)
     assert ids(again.sample) == ids(first.sample)
     assert [g.until for g in again.sample] == [g.until for g in first.sample]
@@ -471,7 +471,7 @@ def test_guards_expire(clock):
     paths = selector(net.table)
     confirmed = paths.sample[0]
     clock[0] += 100 * DAY
-    assert paths.guard_succeeded(paths.guard().rsa_id)
+    assert paths.succeeded(paths.guard().rsa_id)
     assert START + 154 * DAY < confirmed.until <= START + 160 * DAY
     clock[0] += 21 * DAY
     others = paths.sample[1:]
@@ -487,30 +487,30 @@ def test_failed_guards_are_replaced_and_retried(clock):
     paths = selector(network(guards=100).table)
     paths.online = minitor.now()
     a, b, c = paths.primary()
-    assert paths.guard_succeeded(paths.guard().rsa_id)
-    paths.guard_failed(a.rsa_id)
+    assert paths.succeeded(paths.guard().rsa_id)
+    paths.failed(a.rsa_id)
     assert paths.guard().rsa_id == b.rsa_id
-    paths.guard_failed(b.rsa_id)
+    paths.failed(b.rsa_id)
     assert paths.guard().rsa_id == c.rsa_id
     clock[0] += 601
     # The first is tried again after ten minutes.
     assert paths.guard().rsa_id == a.rsa_id
-    paths.guard_failed(a.rsa_id)
+    paths.failed(a.rsa_id)
     clock[0] += 7 * 3600
     paths.guard()
-    paths.guard_failed(a.rsa_id)
+    paths.failed(a.rsa_id)
     clock[0] += 6300
     # Failing for seven hours: after 107 minutes.
     assert paths.guard().rsa_id != a.rsa_id
     clock[0] += 200
     assert paths.guard().rsa_id == a.rsa_id
-    assert paths.guard_succeeded(a.rsa_id) and a.failing_since == 0
+    assert paths.succeeded(a.rsa_id) and a.failing_since == 0
 
 
 def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
     paths = selector(network(guards=100).table)
     first = paths.guard().rsa_id
-    paths.guard_failed(first)
+    paths.failed(first)
     clock[0] -= 3600
     assert paths.guard().rsa_id == first
 
@@ -519,30 +519,30 @@ def test_network_down_does_not_burn_guards(clock):
     net = network(guards=400)
     paths = selector(net.table)
     first = paths.guard().rsa_id
-    assert paths.guard_succeeded(first)
+    assert paths.succeeded(first)
     sample = ids(paths.sample)
     clock[0] += 1000
     tried = set()
     for _ in range(200):
         picked = paths.guard().rsa_id
         tried.add(picked)
-        paths.guard_failed(picked)
+        paths.failed(picked)
         clock[0] += 30
         paths.update(net.table, make_consensus())
     assert ids(paths.sample) == sample and tried <= set(sample)
     # The network is back, and some other guard answers first: it is not used for that.
     for g in paths.sample:
-        paths.guard_failed(g.rsa_id)
+        paths.failed(g.rsa_id)
     other = paths.sample[7]
     other.failed_at = 0
     assert paths.guard().rsa_id == other.rsa_id
     clock[0] += 10
-    assert paths.guard_succeeded(other.rsa_id) is False
+    assert paths.succeeded(other.rsa_id) is False
     assert not other.confirmed
     # What failed meanwhile was not the guards' fault.
     paths.update(net.table, make_consensus())
     assert paths.guard().rsa_id == first and ids(paths.sample) == sample
-    assert paths.guard_succeeded(first)
+    assert paths.succeeded(first)
 
 
 @pytest.mark.parametrize("guards, most", [(400, 60), (30, 30)])
@@ -550,7 +550,7 @@ def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clo
     paths = selector(network(guards=guards).table)
     for _ in range(10):
         for _ in range(30):
-            paths.guard_failed(paths.guard().rsa_id)
+            paths.failed(paths.guard().rsa_id)
             paths.online = minitor.now()
         paths.update(paths.table, make_consensus())
     assert len(paths.sample) == most
@@ -560,25 +560,25 @@ def test_where_all_guards_are_down_the_primary_ones_take_turns(clock):
     paths = selector(network(guards=20).table)
     paths.online = minitor.now()
     for g in paths.sample:
-        paths.guard_failed(g.rsa_id)
+        paths.failed(g.rsa_id)
         clock[0] += 1
     for g in paths.primary() * 2:
         assert paths.guard().rsa_id == g.rsa_id
         clock[0] += 5
-        paths.guard_failed(g.rsa_id)
+        paths.failed(g.rsa_id)
 
 
 def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
     paths = selector(network(guards=100).table)
     first = paths.guard().rsa_id
     paths.network_up()
-    paths.guard_failed(first)
+    paths.failed(first)
     clock[0] += 300
     paths.network_up()
     assert paths.guard().rsa_id != first
     clock[0] += 650
     for _ in range(30):
-        paths.guard_failed(paths.guard().rsa_id)
+        paths.failed(paths.guard().rsa_id)
     paths.network_up()
     assert paths.guard().rsa_id == first and len(paths.sample) <= 22
 
@@ -587,11 +587,11 @@ def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
     paths = selector(network(guards=100).table)
     for g in paths.primary():
         paths.online = minitor.now()
-        paths.guard_failed(paths.guard().rsa_id)
+        paths.failed(paths.guard().rsa_id)
     fourth = paths.guard()
     assert fourth.rsa_id == paths.sample[3].rsa_id
     clock[0] += 5
-    assert paths.guard_succeeded(fourth.rsa_id) is True
+    assert paths.succeeded(fourth.rsa_id) is True
     assert paths.primary()[0].rsa_id == fourth.rsa_id
 
 
@@ -599,13 +599,13 @@ def test_guard_that_a_restriction_chose_counts_at_once(clock):
     paths = selector(network(guards=100).table)
     refused = {g.index for g in paths.primary()}
     other = paths.guard(lambda i: i not in refused)
-    assert paths.guard_succeeded(other.rsa_id) is True
+    assert paths.succeeded(other.rsa_id) is True
 
 
 def test_unknown_guards_are_ignored(clock):
     paths = selector(network().table)
-    paths.guard_failed(bytes(20))
-    assert paths.guard_succeeded(bytes(20)) is True
+    paths.failed(bytes(20))
+    assert paths.succeeded(bytes(20)) is True
 
 
 # ── onion circuits ──
@@ -789,7 +789,7 @@ def test_distribution_on_the_public_network(public, clock, role, position):
     for i, c in classes.items():
         expected[c] = expected.get(c, 0) + exact[i] * rounds / total
     for _ in range(rounds):
-        i = chooser.pick(role, lambda i: True)
+        i = chooser.pick(role, lambda i: True, 0)
         counts[classes[i]] = counts.get(classes[i], 0) + 1
     assert sum(counts.values()) == rounds
     # 0.999 quantile for 19 degrees of freedom: 43.8
@@ -801,12 +801,12 @@ def test_relays_that_failed_lately_are_tried_last(clock):
     paths = selector(table)
     middles = [i for i in range(len(table)) if not table.flags[i] & (minitor.GUARD | minitor.EXIT)]
     for i in middles[1:]:
-        paths.failed(table.rsa_id(i))
+        paths.failed(table.rsa_id(i), 2)
     never = minitor.GUARD | minitor.EXIT
     for _ in range(20):
         assert paths.pick("middle", lambda i: not table.flags[i] & never) == middles[0]
     # Where nothing else is left they are chosen all the same, and after two minutes as ever.
-    paths.failed(table.rsa_id(middles[0]))
+    paths.failed(table.rsa_id(middles[0]), 2)
     assert paths.pick("middle", lambda i: not table.flags[i] & never) in middles
     clock[0] += 121
     picked = set(paths.pick("middle", lambda i: not table.flags[i] & never) for _ in range(99))

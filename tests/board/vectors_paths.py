@@ -60,7 +60,7 @@ try:
     assert refused(m.PathSelector(network(2), consensus, FILE + "2").exit_path, 443)
 
     # Guards are stored, and a damaged file is not believed.
-    assert paths.guard_succeeded(guard)
+    assert paths.succeeded(guard)
     again = m.PathSelector(table, consensus, FILE)
     assert [g.rsa_id for g in again.sample] == [g.rsa_id for g in paths.sample]
     assert len(again.sample) == 20 and again.sample[0].confirmed

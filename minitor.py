@@ -2080,46 +2080,36 @@ def parse_descriptor(data, blinded, subcred, when):
 
 
 class Channel:
-    """A link to one relay.
+    """A link to one relay, which must be `rsa_id` and, if given, `ed_id`.
 
-    `rsa_id`, `ed_id`: its identities, proved by CERTS; `skew`: its clock minus ours in
-    seconds; `circuits`: {circuit ID: Circuit}; `opened`, `closing`: Promises of the channel
-    itself, and of the reason why it is gone.
+    `skew`: its clock minus ours in seconds; `circuits`: {circuit ID: Circuit}; `opened`,
+    `closing`: Promises of the channel itself, and of the reason why it is gone.
     """
 
-    def __init__(self, address, port):
-        self.address, self.port, self.rsa_id, self.ed_id = address, port, None, None
-        self.skew = self._version = self._queued = 0
-        self.circuits, self._queue, self._tasks = {}, [], []
+    def __init__(self, address, port, rsa_id, ed_id, seconds):
+        self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
+        self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
-        self.used = ticks_ms()
+        # What is still to come of the handshake.
+        self._due = [VERSIONS, CERTS, NETINFO]
+        spawn(self._run(seconds))
 
     def __str__(self):
-        name = " (%s)" % hexlify(self.rsa_id) if self.rsa_id else ""
-        return "relay %s:%d%s" % (self.address, self.port, name)
+        return "relay %s:%d (%s)" % (self.address, self.port, hexlify(self.rsa_id))
 
-    async def open(self, rsa_id, ed_id, seconds):
-        """Connect to the relay, which must be `rsa_id` and, if given, `ed_id`; ChannelError."""
+    async def _run(self, seconds):
         try:
-            reader, writer, certificate = await tls_connect(self.address, self.port, seconds)
-            self._check = lambda certs: parse_certs(certs, certificate(), rsa_id, ed_id, now())
+            reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
-            spawn(self._watch())
             self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except asyncio.TimeoutError:
             self.close("no answer within %d s" % seconds)
-        except OSError as e:
+        except Exception as e:
             self.close("cannot be reached: %s" % e)
-        finally:
-            if not self.opened.done():
-                self.close("given up")
-        await self.opened.wait()
-
-    async def _watch(self):
         while not self.closing.done():
             await asyncio.sleep(20)
-            idle = ticks_diff(ticks_ms(), self.used) // 1000
+            idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
             elif idle > 240:
@@ -2146,7 +2136,7 @@ class Channel:
                 self._wake.clear()
                 data, self._queue = b"".join(self._queue), []
                 writer.write(data)
-                self.used = ticks_ms()
+                self._used = ticks_ms()
                 await writer.drain()
                 self._queued -= len(data)
                 for circuit in list(self.circuits.values()):
@@ -2176,16 +2166,16 @@ class Channel:
         at, end = 0, len(data)
         while end - at >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
+            if VERSIONS in self._due and command != VERSIONS:
+                raise ProtocolError("cell %d where VERSIONS was due" % command)
             if command >= 128 or command == VERSIONS:
                 size, body = data[body] << 8 | data[body + 1], body + 2
-            if size > 16384 or not self._version and command != VERSIONS:
-                text = "cell %d of %d bytes (VERSIONS: %d)"
-                raise ProtocolError(text % (command, size, self._version))
+                require(size <= 16384, "a cell of %d bytes" % size)
             if end - body < size:
                 break
             at = body + size
             circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
-            if not self.opened.done() or command in (VERSIONS, NETINFO, CERTS):
+            if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif command == RELAY:
                 cells = [data[body:at]]
@@ -2201,24 +2191,27 @@ class Channel:
         return at
 
     def _handshake(self, command, body):
-        # VERSIONS, CERTS, AUTH_CHALLENGE (which clients do not answer), NETINFO.
-        if command == VERSIONS and not self._version:
+        # Clients do not answer AUTH_CHALLENGE.
+        if command in (AUTH_CHALLENGE, VPADDING, PADDING):
+            return
+        require(command in self._due[:1], "cell %d out of place" % command)
+        self._due.pop(0)
+        if command == VERSIONS:
             offered = _pieces(body, 2)
-            self._version = 5 if b"\0\5" in offered else 4
-            require(bytes([0, self._version]) in offered, "no link protocol in common")
-        elif command == CERTS and not self.rsa_id:
-            self.rsa_id, self.ed_id = self._check(body)
-        elif command == NETINFO and self.rsa_id and not self.opened.done():
+            self._pads = b"\0\5" in offered
+            require(self._pads or b"\0\4" in offered, "no link protocol in common")
+        elif command == CERTS:
+            wanted = self._certificate(), self.rsa_id, self.ed_id, now()
+            self.rsa_id, self.ed_id = parse_certs(body, *wanted)
+        else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
             # No time, and no address of ours (tor-spec 4.5).
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
-            if self._version == 5:
+            if self._pads:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
-        elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
-            raise ProtocolError("cell %d out of place" % command)
 
     def adopt(self, circuit):
         """Return a new circuit ID, of the initiator's half, for `circuit`."""
@@ -2251,11 +2244,9 @@ class Channels:
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """Return the channel to the relay, opening it where there is none; ChannelError."""
         self._open = {r: c for r, c in self._open.items() if not c.closing.done()}
-        channel = self._open.get(rsa_id)
-        if not channel:
-            channel = self._open[rsa_id] = Channel(address, port)
-            await channel.open(rsa_id, ed_id, seconds)
-        return await channel.opened.wait()
+        if rsa_id not in self._open:
+            self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+        return await self._open[rsa_id].opened.wait()
 
     def close(self):
         for channel in self._open.values():

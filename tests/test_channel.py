@@ -136,9 +136,10 @@ def connect(relay, then=None, rsa_id=None, ed_id=None, seconds=5):
     async def main():
         server = await asyncio.start_server(relay.serve, "127.0.0.1", 0, ssl=relay.context)
         port = server.sockets[0].getsockname()[1]
-        channel = minitor.Channel("127.0.0.1", port)
+        wanted = rsa_id or relay.rsa_id, ed_id or relay.ed_id
+        channel = minitor.Channel("127.0.0.1", port, *wanted, seconds)
         try:
-            await channel.open(rsa_id or relay.rsa_id, ed_id or relay.ed_id, seconds)
+            await channel.opened.wait()
             if then:
                 await then(channel)
         finally:
@@ -215,7 +216,7 @@ def test_a_relay_that_says_nothing_is_given_up(relay):
 def test_nobody_there_is_told():
     async def main():
         with pytest.raises(minitor.ChannelError, match="127.0.0.1:1"):
-            await minitor.Channel("127.0.0.1", 1).open(bytes(20), None, 5)
+            await minitor.Channel("127.0.0.1", 1, bytes(20), None, 5).opened.wait()
 
     asyncio.run(main())
 

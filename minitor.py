@@ -2935,12 +2935,11 @@ async def pump(stream, reader, writer):
 
 
 # === 12. Paths and guards ===================================================
-# Which relays a circuit goes through: bandwidth weights, networks and families
-# (path-spec 2.2), entry guards (guard-spec), vanguards-lite (proposal 333).
+# Which relays a circuit goes through (path-spec 2, guard-spec, proposal 333: vanguards-lite).
 
 _NEED = RUNNING | VALID | FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
-# Role: position of its bandwidth weights, flags it must have, flags it must not have.
+# Role: position of its weights, flags it must have, flags it must not have.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
@@ -2957,14 +2956,14 @@ def distinct(table, i, j):
 
 
 class Weights:
-    """Chooses relays of a table at random, by the bandwidth weights of a consensus."""
+    """Random choice of relays by the bandwidth weights of a consensus."""
 
     def __init__(self, table, consensus):
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
 
     def weigh(self, position, need, never=0):
-        """Yield (index, weight) of the relays with all flags of `need` and none of `never`."""
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
         # Only ratios count, whatever bwweightscale is (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
@@ -2977,12 +2976,11 @@ class Weights:
     def pick(self, role, accept, stable=STABLE):
         """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
         position, need, never = _ROLES[role]
-        doubts = self._doubts = {i: end for i, end in self._doubts.items() if end > now()}
-        # As in tor, without these flags where no relay is left.
-        least = need & ~(FAST | STABLE | EXIT)
-        for need, avoid in ((need | stable, doubts), (least, doubts), (least, ())):
+        # Where no relay is left, without these flags, as in tor; then those that failed lately.
+        least, t = need & ~(FAST | STABLE | EXIT), now()
+        for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
             left = self.weigh(position, need, never)
-            left = [(i, w) for i, w in left if i not in avoid and accept(i)]
+            left = [(i, w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
             at = randbelow(sum(w for _, w in left) or 1)
             for i, w in left:
                 at -= w
@@ -2991,7 +2989,7 @@ class Weights:
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
-        """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
+        """Return which percentage of paths has its microdescriptors (path-spec 2.1.0)."""
         percent = 100
         for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
             flags = need | USABLE, need
@@ -3018,8 +3016,7 @@ class PathSelector(Weights):
     """Chooses paths, lists of Relay; `path`: the file of the entry guards.  CircuitError."""
 
     def __init__(self, table, consensus, path):
-        # `online`: when a relay last answered; `layer_two`: {RSA identity: when to replace
-        # it}, only in memory, as in tor.
+        # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
             stored = json.loads(read_file(path) or b"[]")
@@ -3037,8 +3034,7 @@ class PathSelector(Weights):
             i = table.find(g.rsa_id)
             g.index = i if i in free else -1
             free.discard(i)
-        # A failure counts once a relay has answered since: a network that is down uses up
-        # no guards.
+        # A failure counts once a relay answered since: a dead network uses up no guards.
         listed = self._order()
         usable = [g for g in listed if g.failed_at > self.online or not g.down()]
         lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
@@ -3057,7 +3053,7 @@ class PathSelector(Weights):
             log(WARN, "cannot store the guards in %s: %s", self._file, e)
 
     def _until(self, name, days):
-        # At random, so that it does not tell when it was set (guard-spec A.2).
+        # Random, not to tell when it was set (guard-spec A.2).
         days = self.param("guard-%s-days" % name, days, 1, 3650)
         return now() + days * 86400 - randbelow(days * 8640)
 
@@ -3091,9 +3087,9 @@ class PathSelector(Weights):
 
     def network_up(self):
         """Note that a relay answered: what failed in a long silence is tried again (4.8)."""
-        silence = self.param("guard-internet-likely-down-interval", 600, 1)
+        until = self.online + self.param("guard-internet-likely-down-interval", 600, 1)
         for g in self.sample:
-            if g.failed_at > self.online and now() > self.online + silence:
+            if g.failed_at > self.online and now() > until:
                 g.failed_at = 0
         self.online = now()
 
@@ -3124,34 +3120,33 @@ class PathSelector(Weights):
         return self._path(target, roles, second=self._layer_two())
 
     def _path(self, last, roles, stable=STABLE, second=()):
-        # A guard, relays for `roles`, the first of those in `second`, and `last`, if any.
-        table, used = self.table, [self.table.find(last.rsa_id)] if last else []
+        # A guard, relays for `roles` (the first one of `second`: vanguards), and `last`, if any.
+        table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
 
         def apart(i):
-            # Behind vanguards only A-B-A is kept out, as in tor: to avoid their families, or
-            # a guard as target, would tell of them.
+            # As in tor: to avoid their families, or a guard as target, would tell of them.
             if second:
-                return i not in used and (len(path) > 1 or i in second)
-            return all([distinct(table, i, j) for j in used if j >= 0])
+                return i not in path and (len(path) > 2 or i in second)
+            return all([distinct(table, i, j) for j in path if j >= 0])
 
-        path = [self.guard(lambda i: second or apart(i))]
+        path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
-            used.append(path[-1].index)
-            path.append(table.relay(self.pick(role, apart, stable)))
-        return path + [last] if last else path
+            path.append(self.pick(role, apart, stable))
+        return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
     def _layer_two(self):
-        # The indexes of the layer-2 guards.  Each lives for the longer of two random times.
+        # Their indexes; none without vanguards.  Each lives for the longer of two random times.
         p, table, two = self.param, self.table, self.layer_two
+        if not p("vanguards-lite-enabled", 1, 0, 1):
+            return []
         for rsa_id in [r for r in two if two[r] <= now() or table.find(r) < 0]:
             del two[rsa_id]
         low = p("guard-hs-l2-lifetime-min", 86400, 1)
         span = p("guard-hs-l2-lifetime-max", 12 * 86400, low + 1) - low
-        lite = p("vanguards-lite-enabled", 1, 0, 1)
-        while len(two) < lite * p("guard-hs-l2-number", 4, 1, 19):
+        while len(two) < p("guard-hs-l2-number", 4, 1, 19):
             i = self.pick("middle", lambda i: table.rsa_id(i) not in two)
             two[table.rsa_id(i)] = now() + 1 + low + max(randbelow(span), randbelow(span))
-        return [table.find(r) for r in two] if lite else []
+        return [table.find(rsa_id) for rsa_id in two]
 
 
 # === 13. Directory client ===================================================

@@ -2080,17 +2080,17 @@ def parse_descriptor(data, blinded, subcred, when):
 
 
 class Channel:
-    """A link to one relay, which must be `rsa_id` and, if given, `ed_id`.
+    """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `skew`: its clock minus ours in seconds; `circuits`: {circuit ID: Circuit}; `opened`,
-    `closing`: Promises of the channel itself, and of the reason why it is gone.
+    `skew`: its clock minus ours, in seconds; `opened`, `closing`: Promises of the channel
+    itself, and of why it is gone.
     """
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
-        # What is still to come of the handshake.
+        # Of the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
 
@@ -2103,10 +2103,8 @@ class Channel:
             self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
             self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
-        except asyncio.TimeoutError:
-            self.close("no answer within %d s" % seconds)
         except Exception as e:
-            self.close("cannot be reached: %s" % e)
+            self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
         while not self.closing.done():
             await asyncio.sleep(20)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
@@ -2120,11 +2118,10 @@ class Channel:
             task.cancel()
 
     def room(self):
-        """Return how many more cells the queue takes."""
+        # In cells.
         return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
-        """Queue whole cells."""
         self._queue.append(data)
         self._queued += len(data)
         self._wake.set()
@@ -2161,8 +2158,7 @@ class Channel:
             self.close("the link broke: %s" % e)
 
     def _cells(self, data):
-        # Dispatch the whole cells in `data`, relay cells in a row for one circuit together,
-        # and return how many bytes those are.
+        # Dispatch whole cells, relay cells in a row for a circuit together; return their bytes.
         at, end = 0, len(data)
         while end - at >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
@@ -2201,8 +2197,8 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            wanted = self._certificate(), self.rsa_id, self.ed_id, now()
-            self.rsa_id, self.ed_id = parse_certs(body, *wanted)
+            wanted = self.rsa_id, self.ed_id, now()
+            self.ed_id = parse_certs(body, self._certificate(), *wanted)[1]
         else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
@@ -2214,9 +2210,9 @@ class Channel:
             self.opened.set(self)
 
     def adopt(self, circuit):
-        """Return a new circuit ID, of the initiator's half, for `circuit`."""
+        # Its circuit ID is of the initiator's half.
         if self.closing.done():
-            raise ChannelError("%s: %s" % (self, self.closing.get()))
+            raise ChannelError(self.closing.get())
         circ_id = 0
         while not circ_id or circ_id in self.circuits:
             circ_id = randbelow(1 << 31) | 1 << 31
@@ -2226,23 +2222,22 @@ class Channel:
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
         if not self.closing.done():
-            error = "%s: %s" % (self, why)
-            log(INFO, "%s", error)
+            why = "%s: %s" % (self, why)
+            log(INFO, why)
             self.closing.set(why)
-            self.opened.fail(ChannelError(error))
+            self.opened.fail(ChannelError(why))
             for circuit in list(self.circuits.values()):
-                circuit.fail(CircuitError(error, 8))
+                circuit.fail(CircuitError(why, 8))
             self._wake.set()
 
 
 class Channels:
     """The open channels, one for each relay."""
 
-    def __init__(self):
-        self._open = {}
+    _open = {}
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
-        """Return the channel to the relay, opening it where there is none; ChannelError."""
+        """Return the open channel to the relay, or a new one; ChannelError."""
         self._open = {r: c for r, c in self._open.items() if not c.closing.done()}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
@@ -2955,49 +2950,6 @@ def distinct(table, i, j):
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
 
-class Weights:
-    """Random choice of relays by the bandwidth weights of a consensus."""
-
-    def __init__(self, table, consensus):
-        self.table, self.param, self._doubts = table, consensus.param, {}
-        self._weights = dict(consensus.bandwidth_weights, Wge=0)
-
-    def weigh(self, position, need, never=0):
-        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
-        # Only ratios count, whatever bwweightscale is (dir-spec 3.8.3).
-        w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
-        w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-        factors, mask, kind = dict(w), need | never, GUARD | EXIT
-        for i, flags, bandwidth, _ in self.table.scan():
-            if flags & mask == need:
-                # Not 0: where no relay has a weight, all are alike.
-                yield i, bandwidth * factors[flags & kind] or 1
-
-    def pick(self, role, accept, stable=STABLE):
-        """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
-        position, need, never = _ROLES[role]
-        # Where no relay is left, without these flags, as in tor; then those that failed lately.
-        least, t = need & ~(FAST | STABLE | EXIT), now()
-        for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
-            left = self.weigh(position, need, never)
-            left = [(i, w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
-            at = randbelow(sum(w for _, w in left) or 1)
-            for i, w in left:
-                at -= w
-                if at < 0:
-                    return i
-        raise CircuitError("no %s is left for this path" % role)
-
-    def percent(self):
-        """Return which percentage of paths has its microdescriptors (path-spec 2.1.0)."""
-        percent = 100
-        for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            flags = need | USABLE, need
-            have, total = [sum(w for _, w in self.weigh(position, need)) for need in flags]
-            percent = percent * have // total if total else percent
-        return percent
-
-
 class Guard:
     """A sampled guard, good `until` then; `index` -1: not listed now (guard-spec 4.1)."""
 
@@ -3007,19 +2959,19 @@ class Guard:
         self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
 
     def down(self):
-        # Tried again after 10 minutes, in the end 9 hours, nearly as in guard-spec 4.5.
+        # Tried again after 10 minutes to 9 hours, nearly as in guard-spec 4.5.
         wait = min(max(600, (self.failed_at - self.failing_since) // 4), 32400)
         return 0 <= now() - self.failed_at < wait
 
 
-class PathSelector(Weights):
-    """Chooses paths, lists of Relay; `path`: the file of the entry guards.  CircuitError."""
+class PathSelector:
+    """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
     def __init__(self, table, consensus, path):
         # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
-            stored = json.loads(read_file(path) or b"[]")
+            stored = json.loads(read_file(path or "") or b"[]")
             self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
         except Exception:
             log(WARN, "%s is damaged: choosing new guards", path)
@@ -3027,7 +2979,10 @@ class PathSelector(Weights):
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
-        Weights.__init__(self, table, consensus)
+        self.table, self.param, self._doubts = table, consensus.param, {}
+        self._weights = dict(consensus.bandwidth_weights, Wge=0)
+        if not self._file:
+            return
         self.sample = [g for g in self.sample if g.until > now()]
         free = set([i for i, _ in self.weigh(*_ROLES["guard"])])
         for g in self.sample:
@@ -3044,6 +2999,40 @@ class PathSelector(Weights):
             free.remove(i)
             self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
         self._save()
+
+    def weigh(self, position, need, never=0):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+        # Only ratios count (dir-spec 3.8.3).
+        w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
+        w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
+        factors, mask, kind = dict(w), need | never, GUARD | EXIT
+        for i, flags, bandwidth, _ in self.table.scan():
+            if flags & mask == need:
+                # Not 0: where no relay has a weight, all are alike.
+                yield i, bandwidth * factors[flags & kind] or 1
+
+    def pick(self, role, accept, stable=STABLE):
+        """Return the index of a relay for `role` that `accept(index)` takes."""
+        position, need, never = _ROLES[role]
+        # If none is left: without these flags, as in tor; then those that failed lately, too.
+        least, t = need & ~(FAST | STABLE | EXIT), now()
+        for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
+            left = self.weigh(position, need, never)
+            left = [(i, w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
+            at = randbelow(sum(w for _, w in left) or 1)
+            for i, w in left:
+                at -= w
+                if at < 0:
+                    return i
+        raise CircuitError("no %s is left for this path" % role)
+
+    def percent(self):
+        """Return what percentage of paths has microdescriptors (path-spec 2.1.0)."""
+        percent = 100
+        for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
+            have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
+            percent = percent * have // total if total else percent
+        return percent
 
     def _save(self):
         stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
@@ -3066,19 +3055,19 @@ class PathSelector(Weights):
         return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
-        """Return the Relay to enter by, one whose index `accept` takes (guard-spec 4.6)."""
+        """Return the Relay to enter by, of those that `accept(index)` takes (4.6)."""
         flags, primary = self.table.flags, self.primary()
         fit = [g for g in self._order() if flags[g.index] & USABLE and accept(g.index)]
         # Where all are down, the best take turns.
         up = [g for g in fit if not g.down()] or sorted(fit[:3], key=lambda g: g.failed_at)[:1]
         if not up:
-            raise CircuitError("no entry guard is left for this path")
+            raise CircuitError("no entry guard is left")
         use = self.param("guard-n-primary-%s-to-use" % kind, use, 1)
         best = [g for g in up if g in primary][:use] or up[:1]
         return self.table.relay(best[randbelow(len(best))].index)
 
     def failed(self, rsa_id, hop=0):
-        """Note that a guard (guard-spec 4.7), or a later `hop`, failed: try others first."""
+        """Try others before this guard (guard-spec 4.7), or later `hop`."""
         if hop:
             self._doubts[self.table.find(rsa_id)] = now() + 120
         for g in [g for g in self.sample if g.rsa_id == rsa_id and not hop]:
@@ -3086,7 +3075,7 @@ class PathSelector(Weights):
             g.failing_since = g.failing_since or g.failed_at
 
     def network_up(self):
-        """Note that a relay answered: what failed in a long silence is tried again (4.8)."""
+        """A relay answered: try again what failed in a long silence (4.8)."""
         until = self.online + self.param("guard-internet-likely-down-interval", 600, 1)
         for g in self.sample:
             if g.failed_at > self.online and now() > until:
@@ -3094,7 +3083,7 @@ class PathSelector(Weights):
         self.online = now()
 
     def succeeded(self, rsa_id):
-        """Note that a guard built a first hop; False: better ones may be up again (4.8)."""
+        """A guard built a first hop; return whether no better one may be up again (4.8)."""
         self.network_up()
         primary = self.primary()
         for g in [g for g in self.sample if g.rsa_id == rsa_id]:
@@ -3115,12 +3104,12 @@ class PathSelector(Weights):
         return self._path(self.table.relay(last), ["middle"], stable)
 
     def onion_path(self, target=None):
-        """Return guard, layer-2 guard, and middle and `target` or a rendezvous point."""
+        """Return guard, layer-2 guard, then middle and `target`, or a rendezvous point."""
         roles = ["middle", "middle" if target else "rend"]
         return self._path(target, roles, second=self._layer_two())
 
     def _path(self, last, roles, stable=STABLE, second=()):
-        # A guard, relays for `roles` (the first one of `second`: vanguards), and `last`, if any.
+        # `second`: the layer-2 guards, one of which takes the first role.
         table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
 
         def apart(i):
@@ -3135,7 +3124,7 @@ class PathSelector(Weights):
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
     def _layer_two(self):
-        # Their indexes; none without vanguards.  Each lives for the longer of two random times.
+        # Their indexes.  Each lives for the longer of two random times.
         p, table, two = self.param, self.table, self.layer_two
         if not p("vanguards-lite-enabled", 1, 0, 1):
             return []
@@ -3145,7 +3134,7 @@ class PathSelector(Weights):
         span = p("guard-hs-l2-lifetime-max", 12 * 86400, low + 1) - low
         while len(two) < p("guard-hs-l2-number", 4, 1, 19):
             i = self.pick("middle", lambda i: table.rsa_id(i) not in two)
-            two[table.rsa_id(i)] = now() + 1 + low + max(randbelow(span), randbelow(span))
+            two[table.rsa_id(i)] = now() + low + max(randbelow(span), randbelow(span))
         return [table.find(rsa_id) for rsa_id in two]
 
 
@@ -3573,7 +3562,7 @@ class Directory:
             table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
-        weights = Weights(table, consensus)
+        weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
         until = 101 if whole else least
         for _ in range(3):

@@ -118,7 +118,7 @@ def factors(weights, position, *kinds):
     net = Net()
     for flags in kinds:
         net.add(flags, weight=1)
-    chooser = minitor.Weights(net.table, make_consensus(weights))
+    chooser = minitor.PathSelector(net.table, make_consensus(weights), None)
     return [w for _, w in chooser.weigh(position, minitor.RUNNING)]
 
 
@@ -144,7 +144,7 @@ def test_choice_follows_the_weights(clock):
     for n in range(40):
         net.add((0, GUARD, EXIT, GUARD | EXIT)[n % 4], weight=1 + n * n)
     weights = dict(WEIGHTS, Wmd=700, Wme=1100)
-    chooser = minitor.Weights(net.table, make_consensus(weights))
+    chooser = minitor.PathSelector(net.table, make_consensus(weights), None)
     exact = {}
     for n in range(40):
         factor = (10000, 3248, 1100, 700)[n % 4]
@@ -163,7 +163,7 @@ def test_choice_among_few_acceptable_ones_follows_the_weights(clock):
     net = Net()
     for n in range(60):
         net.add(0, weight=1000 if n > 3 else 1 + n)
-    chooser = minitor.Weights(net.table, make_consensus())
+    chooser = minitor.PathSelector(net.table, make_consensus(), None)
     counts = {}
     for _ in range(1000):
         i = chooser.pick("middle", lambda i: i < 4)
@@ -175,7 +175,7 @@ def test_choice_where_nothing_has_a_weight_is_uniform(clock):
     net = Net()
     for _ in range(4):
         net.add(0, weight=0)
-    chooser = minitor.Weights(net.table, make_consensus())
+    chooser = minitor.PathSelector(net.table, make_consensus(), None)
     picked = [chooser.pick("middle", lambda i: True) for _ in range(400)]
     assert chi_square({i: picked.count(i) for i in range(4)}, dict.fromkeys(range(4), 100)) < 17
 
@@ -185,7 +185,7 @@ def test_largest_weights_do_not_overflow(clock):
     for _ in range(3):
         net.add(0, weight=0xFFFFFFFF)
     consensus = make_consensus(dict.fromkeys(WEIGHTS, 2**31 - 1), bwweightscale=2**31 - 1)
-    chooser = minitor.Weights(net.table, consensus)
+    chooser = minitor.PathSelector(net.table, consensus, None)
     assert {chooser.pick("middle", lambda i: True) for _ in range(60)} == {0, 1, 2}
 
 
@@ -194,7 +194,7 @@ def test_percent_counts_bandwidth_of_each_position(clock):
     for usable in (True, True, False, True):
         net.add(GUARD, usable=usable, weight=100)
         net.add(EXIT, usable=True)
-    chooser = minitor.Weights(net.table, make_consensus(dict(WEIGHTS, Wme=10000)))
+    chooser = minitor.PathSelector(net.table, make_consensus(dict(WEIGHTS, Wme=10000)), None)
     # 75 % of the guards, 99 % of the middles' bandwidth, all exits
     assert chooser.percent() == 74 or chooser.percent() == 73
     for i in range(len(net.table)):
@@ -744,7 +744,7 @@ def public():
 
 def test_restrictions_hold_on_the_public_network(public, clock):
     table, consensus = public
-    assert minitor.Weights(table, consensus).percent() == 100
+    assert minitor.PathSelector(table, consensus, None).percent() == 100
     for n in range(60):
         if n % 10 == 0:
             paths = minitor.PathSelector(table, consensus, NOWHERE)
@@ -765,7 +765,7 @@ def test_restrictions_hold_on_the_public_network(public, clock):
 @pytest.mark.parametrize("role, position", [("middle", "m"), ("exit", "e"), ("guard", "g")])
 def test_distribution_on_the_public_network(public, clock, role, position):
     table, consensus = public
-    chooser = minitor.Weights(table, consensus)
+    chooser = minitor.PathSelector(table, consensus, None)
     rounds, exact, counts = 1500, {}, {}
     w = consensus.bandwidth_weights
     need = {"middle": FAST, "exit": FAST | EXIT, "guard": FAST | STABLE | V2DIR | GUARD}[role]

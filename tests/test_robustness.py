@@ -293,7 +293,7 @@ def test_consensus(checks, consensus, authority_certs, size):
         parsed.check_times(parsed.valid_after)
         again = minitor.Consensus().load(parsed.head)
         assert again.params == parsed.params and again.srv_current == parsed.srv_current
-        weights.append(minitor.Weights(table, parsed).percent())
+        weights.append(minitor.PathSelector(table, parsed, None).percent())
         minitor.time_periods(parsed, False)
         minitor.time_periods(parsed, True)
         for i in range(len(table)):

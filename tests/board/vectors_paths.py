@@ -36,11 +36,11 @@ consensus.params, consensus.bandwidth_weights = {}, {}
 table = network(66)
 
 # Weights above the width of the machine: relay 31 of 32 has half of all.
-weights = m.Weights(table, consensus)
+weights = m.PathSelector(table, consensus, None)
 names = ("Wgg", "Wgm", "Wgd", "Wmg", "Wmm", "Wme", "Wmd", "Weg", "Wem", "Wee", "Wed")
 for name in names + ("Wgb", "Wmb", "Web", "Wdb"):
     consensus.bandwidth_weights[name] = 0x7FFFFFFF
-for chooser in (weights, m.Weights(table, consensus)):
+for chooser in (weights, m.PathSelector(table, consensus, None)):
     picked = [chooser.pick("middle", lambda i: i < 32) for _ in range(60)]
     assert 12 < picked.count(31) < 48 and min(picked) > 10, picked
 assert weights.percent() == 100

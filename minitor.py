@@ -2197,8 +2197,7 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            wanted = self.rsa_id, self.ed_id, now()
-            self.ed_id = parse_certs(body, self._certificate(), *wanted)[1]
+            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
         else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
@@ -2934,7 +2933,7 @@ async def pump(stream, reader, writer):
 
 _NEED = RUNNING | VALID | FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
-# Role: position of its weights, flags it must have, flags it must not have.
+# Role: position, flags it must have, flags it must not have.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
@@ -2955,7 +2954,7 @@ class Guard:
 
     failing_since = failed_at = 0
 
-    def __init__(self, rsa_id, until, confirmed=0, index=-1):
+    def __init__(self, rsa_id, until, confirmed, index=-1):
         self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
 
     def down(self):
@@ -3008,7 +3007,7 @@ class PathSelector:
         factors, mask, kind = dict(w), need | never, GUARD | EXIT
         for i, flags, bandwidth, _ in self.table.scan():
             if flags & mask == need:
-                # Not 0: where no relay has a weight, all are alike.
+                # Not 0: without weights, all are alike.
                 yield i, bandwidth * factors[flags & kind] or 1
 
     def pick(self, role, accept, stable=STABLE):
@@ -3101,14 +3100,13 @@ class PathSelector:
         # tor's LongLivedPorts, roughly.
         stable = 0 if port in (80, 443) else STABLE
         last = self.pick("exit", lambda i: self.table.exit_allows(i, port), stable)
-        return self._path(self.table.relay(last), ["middle"], stable)
+        return self._path(self.table.relay(last), ["middle"], (), stable)
 
     def onion_path(self, target=None):
         """Return guard, layer-2 guard, then middle and `target`, or a rendezvous point."""
-        roles = ["middle", "middle" if target else "rend"]
-        return self._path(target, roles, second=self._layer_two())
+        return self._path(target, ["middle", "middle" if target else "rend"], self._layer_two())
 
-    def _path(self, last, roles, stable=STABLE, second=()):
+    def _path(self, last, roles, second, stable=STABLE):
         # `second`: the layer-2 guards, one of which takes the first role.
         table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
 

@@ -283,7 +283,6 @@ def test_two_callers_share_one_channel(relay):
         one, two = await asyncio.gather(channels.get(*wanted), channels.get(*wanted))
         assert one is two and len(count) == 1
         one.close()
-        await asyncio.sleep(0.05)
         three = await channels.get(*wanted)
         assert three is not one and len(count) == 2
         channels.close()

@@ -2090,7 +2090,7 @@ class Channel:
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
-        # Of the handshake.
+        # Still due in the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
 

@@ -291,3 +291,24 @@ def test_two_callers_share_one_channel(relay):
         server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_caller_that_gives_up_takes_nobody_along(relay):
+    async def main():
+        server = await asyncio.start_server(relay.serve, "127.0.0.1", 0, ssl=relay.context)
+        channels = minitor.Channels()
+        wanted = ("127.0.0.1", server.sockets[0].getsockname()[1], relay.rsa_id, relay.ed_id)
+        one, two = [asyncio.ensure_future(channels.get(*wanted)) for _ in range(2)]
+        await asyncio.sleep(0)
+        one.cancel()
+        assert (await two).ed_id == relay.ed_id
+        # What is still being opened is closed with the others.
+        channels.close()
+        three = asyncio.ensure_future(channels.get(*wanted))
+        await asyncio.sleep(0)
+        channels.close()
+        with pytest.raises(minitor.ChannelError, match="closed"):
+            await three
+        server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))

@@ -2078,76 +2078,53 @@ def parse_descriptor(data, blinded, subcred, when):
 # === 10. Channel ============================================================
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
-# How much one read takes, and how much may wait to be written.
-READ_SIZE = 4112 if MICROPYTHON else 1 << 18
-QUEUE_SIZE = 16448 if MICROPYTHON else 1 << 18
-LARGEST_VARIABLE_CELL = 16384
-HANDSHAKE_SECONDS = 20
-IDLE_MS, KEEPALIVE_MS = 180000, 240000
-
 
 class Channel:
-    """A link to one relay.
+    """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `rsa_id`, `ed_id`: its identities, proved by CERTS; `skew`: its clock minus ours in
-    seconds; `circuits`: {circuit ID: Circuit}; `closing`: a Promise that is set to the
-    reason when the channel is gone.
+    `skew`: its clock minus ours, in seconds; `opened`, `closing`: Promises of the channel
+    itself, and of why it is gone.
     """
 
-    def __init__(self, address, port):
-        self.address, self.port = address, port
-        self.rsa_id = self.ed_id = None
-        self.skew = 0
-        self.circuits = {}
-        self.closing = Promise()
-        self.used = ticks_ms()
-        self._opened, self._version = Promise(), 0
-        self._queue, self._queued, self._blocked = [], 0, []
-        self._wake = asyncio.Event()
-        self._tasks = []
+    def __init__(self, address, port, rsa_id, ed_id, seconds):
+        self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
+        self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
+        self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
+        # Still due in the handshake.
+        self._due = [VERSIONS, CERTS, NETINFO]
+        spawn(self._run(seconds))
 
     def __str__(self):
-        name = " (%s)" % hexlify(self.rsa_id) if self.rsa_id else ""
-        return "relay %s:%d%s" % (self.address, self.port, name)
+        return "relay %s:%d (%s)" % (self.address, self.port, hexlify(self.rsa_id))
 
-    async def open(self, rsa_id, ed_id, seconds=HANDSHAKE_SECONDS):
-        """Connect and shake hands; the relay must be `rsa_id` and, where given, `ed_id`.
-
-        Returns the channel.  Raises ChannelError.
-        """
-        self._wanted = rsa_id, ed_id
+    async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
             self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
-            await self._opened.wait(seconds)
-        except asyncio.TimeoutError:
-            self.close("no answer within %d s" % seconds)
-        except OSError as e:
-            self.close("cannot be reached: %s" % e)
-        except asyncio.CancelledError:
-            self.close("given up")
-            raise
-        if self.closing.done():
-            raise ChannelError("%s: %s" % (self, self.closing.get()))
-        return self
-
-    # ── Writing ──
+            await self.opened.wait(seconds)
+        except Exception as e:
+            self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
+        while not self.closing.done():
+            await asyncio.sleep(20)
+            idle = ticks_diff(ticks_ms(), self._used) // 1000
+            if idle > 180 and not self.circuits:
+                self.close("idle")
+            elif idle > 240:
+                self.send(cell(0, PADDING))
+        # A peer that reads nothing must not keep the socket for ever.
+        await asyncio.sleep(2)
+        for task in self._tasks:
+            task.cancel()
 
     def room(self):
-        """Return how many more cells the queue takes before senders must wait."""
-        return (QUEUE_SIZE - self._queued) // 514
+        # In cells.
+        return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
-        """Queue whole cells."""
         self._queue.append(data)
         self._queued += len(data)
         self._wake.set()
-
-    def when_room(self, callback):
-        """Call `callback()` once, when the queue has drained."""
-        if callback not in self._blocked:
-            self._blocked.append(callback)
 
     async def _write(self, writer):
         try:
@@ -2156,173 +2133,118 @@ class Channel:
                 self._wake.clear()
                 data, self._queue = b"".join(self._queue), []
                 writer.write(data)
-                self.used = ticks_ms()
+                self._used = ticks_ms()
                 await writer.drain()
                 self._queued -= len(data)
-                blocked, self._blocked = self._blocked, []
-                for callback in blocked:
-                    callback()
+                for circuit in list(self.circuits.values()):
+                    circuit.resume()
         except OSError as e:
             self.close("the link broke: %s" % e)
         finally:
             self._tasks[0].cancel()
             await hang_up(writer)
 
-    # ── Reading ──
-
     async def _read(self, reader):
-        rest = b""
+        # In VERSIONS the circuit ID is two bytes shorter.
+        rest = b"\0\0"
         try:
             while not self.closing.done():
-                data = await reader.read(READ_SIZE)
+                data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 data = rest + data if rest else data
                 rest = data[self._cells(data) :]
-        except OSError as e:
+        except (OSError, ProtocolError, MemoryError) as e:
             self.close("the link broke: %s" % e)
-        except ProtocolError as e:
-            self.close("the relay broke the link protocol: %s" % e)
 
     def _cells(self, data):
-        """Dispatch the whole cells at the front of `data`; return how many bytes those are.
-
-        Relay cells in a row for one circuit go to it together.
-        """
+        # Dispatch whole cells, relay cells in a row for a circuit together; return their bytes.
         at, end = 0, len(data)
-        while end - at >= 5:
-            # The circuit ID has 2 bytes in VERSIONS, then 4.
-            body = at + (5 if self._version else 3)
-            command = data[body - 1]
-            if not self._version and command != VERSIONS:
+        while end - at >= 7:
+            head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
+            if VERSIONS in self._due and command != VERSIONS:
                 raise ProtocolError("cell %d where VERSIONS was due" % command)
-            circuit = self.circuits.get(int.from_bytes(data[at : body - 1], "big"))
-            if command == RELAY and self._opened.done():
-                head, cells = data[at:body], []
+            if command >= 128 or command == VERSIONS:
+                size, body = data[body] << 8 | data[body + 1], body + 2
+                require(size <= 16384, "a cell of %d bytes" % size)
+            if end - body < size:
+                break
+            at = body + size
+            circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
+            if self._due or command in (VERSIONS, CERTS, NETINFO):
+                self._handshake(command, data[body:at])
+            elif command == RELAY:
+                cells = [data[body:at]]
                 while at + 514 <= end and data[at : at + 5] == head:
                     cells.append(data[at + 5 : at + 514])
                     at += 514
-                if not cells:
-                    break
-                if circuit is not None:
+                if circuit:
                     circuit.receive(b"".join(cells))
-                continue
-            size = 509
-            if command >= 128 or command == VERSIONS:
-                if body + 2 > end:
-                    break
-                size, body = data[body] << 8 | data[body + 1], body + 2
-                if size > LARGEST_VARIABLE_CELL:
-                    raise ProtocolError("cell %d of %d bytes" % (command, size))
-            if body + size > end:
-                break
-            at = body + size
-            if not self._opened.done():
-                self._handshake(command, data[body:at])
-            elif command in (VERSIONS, NETINFO, CERTS, AUTH_CHALLENGE):
-                raise ProtocolError("cell %d after the handshake" % command)
-            elif circuit is not None:
-                if command in (CREATED2, CREATED_FAST):
-                    circuit.created(command, data[body:at])
-                elif command == DESTROY:
-                    circuit.destroyed(data[body])
+            elif circuit and command in (CREATED2, CREATED_FAST):
+                circuit.created(command, data[body:at])
+            elif circuit and command == DESTROY:
+                circuit.destroyed(data[body])
         return at
 
     def _handshake(self, command, body):
-        # VERSIONS, CERTS, AUTH_CHALLENGE (which clients do not answer), NETINFO.
-        if command == VERSIONS and not self._version:
-            offered = [body[i] << 8 | body[i + 1] for i in range(0, len(body) - 1, 2)]
-            self._version = max([v for v in offered if v in (4, 5)] or [0])
-            if not self._version:
-                raise ProtocolError("no link protocol in common")
-        elif command == CERTS and self.rsa_id is None:
-            ids = parse_certs(body, self._certificate(), self._wanted[0], self._wanted[1], now())
-            self.rsa_id, self.ed_id = ids
-        elif command == NETINFO and self.rsa_id is not None:
-            timestamp = parse_netinfo(body)[0]
+        # Clients do not answer AUTH_CHALLENGE.
+        if command in (AUTH_CHALLENGE, VPADDING, PADDING):
+            return
+        require(command in self._due[:1], "cell %d out of place" % command)
+        self._due.pop(0)
+        if command == VERSIONS:
+            offered = _pieces(body, 2)
+            self._pads = b"\0\5" in offered
+            require(self._pads or b"\0\4" in offered, "no link protocol in common")
+        elif command == CERTS:
+            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
+        else:
+            timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
-            self.send(cell(0, NETINFO, netinfo(self.address)))
-            if self._version == 5:
-                # Padding against netflow records is not sent here, so the relay's is turned
-                # down too: one side alone would stand out (padding-spec 2).
-                self.send(cell(0, PADDING_NEGOTIATE, padding_negotiate()))
-            self._opened.set()
-        elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
-            raise ProtocolError("cell %d out of place in the handshake" % command)
-
-    # ── Circuits ──
+            # No time, and no address of ours (tor-spec 4.5).
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
+            if self._pads:
+                # None is sent here: one side alone would stand out (padding-spec 2).
+                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
+            self.opened.set(self)
 
     def adopt(self, circuit):
-        """Give `circuit` an unused circuit ID of the initiator's half, and return it."""
+        # Its circuit ID is of the initiator's half.
         if self.closing.done():
-            raise ChannelError("the channel to %s is closed" % self)
+            raise ChannelError(self.closing.get())
         circ_id = 0
         while not circ_id or circ_id in self.circuits:
-            circ_id = int.from_bytes(urandom(4), "big") | 0x80000000
+            circ_id = randbelow(1 << 31) | 1 << 31
         self.circuits[circ_id] = circuit
         return circ_id
-
-    def forget(self, circ_id):
-        self.used = ticks_ms()
-        self.circuits.pop(circ_id, None)
 
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
         if not self.closing.done():
-            log(INFO, "Channel to %s: %s", self, why)
+            why = "%s: %s" % (self, why)
+            log(INFO, why)
             self.closing.set(why)
-            self._opened.set()
+            self.opened.fail(ChannelError(why))
             for circuit in list(self.circuits.values()):
-                circuit.fail(CircuitError("the channel to %s is gone: %s" % (self, why), 8))
+                circuit.fail(CircuitError(why, 8))
             self._wake.set()
-            spawn(self._linger())
-
-    async def _linger(self):
-        # A peer that reads nothing must not keep the socket for ever.
-        await asyncio.sleep(2)
-        for task in self._tasks:
-            task.cancel()
 
 
 class Channels:
     """The open channels, one for each relay."""
 
-    def __init__(self):
-        self._open = {}
+    _open = {}
 
-    async def get(self, address, port, rsa_id, ed_id=None, seconds=HANDSHAKE_SECONDS):
-        """Return the channel to the relay, opening it where there is none; ChannelError."""
-        found = self._open.get(rsa_id)
-        if found is None:
-            found = self._open[rsa_id] = Promise()
-            try:
-                found.set(await Channel(address, port).open(rsa_id, ed_id, seconds))
-                spawn(self._watch(rsa_id, found.get()))
-            except BaseException as e:
-                del self._open[rsa_id]
-                found.fail(e if isinstance(e, TorError) else ChannelError("given up: %s" % e))
-                if not isinstance(e, TorError):
-                    raise
-        return await found.wait()
-
-    async def _watch(self, rsa_id, channel):
-        # Drop the channel when it closes; close it when it is idle; keep it alive until then.
-        while not channel.closing.done():
-            try:
-                await channel.closing.wait(60)
-            except asyncio.TimeoutError:
-                idle = ticks_diff(ticks_ms(), channel.used)
-                if idle > IDLE_MS and not channel.circuits:
-                    channel.close("idle")
-                elif idle > KEEPALIVE_MS:
-                    channel.send(cell(0, PADDING))
-        self._open.pop(rsa_id, None)
+    async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
+        """Return the open channel to the relay, or a new one; ChannelError."""
+        self._open = {r: c for r, c in self._open.items() if not c.closing.done()}
+        if rsa_id not in self._open:
+            self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+        return await self._open[rsa_id].opened.wait()
 
     def close(self):
-        """Close every channel."""
-        for found in list(self._open.values()):
-            if found.get() is not None:
-                found.get().close()
+        for channel in self._open.values():
+            channel.close()
 
 
 # === 11. Circuits and streams ===============================================
@@ -2816,12 +2738,9 @@ class Circuit:
     def flush(self, stream):
         """Send what `stream` has to send, as far as windows and the channel's queue allow."""
         while stream.outgoing and not self.closing.done():
-            room = self.channel.room()
             window = self.vegas.cwnd if self.vegas else self._window
-            count = min(BATCH, room, window - self._inflight, stream.package)
+            count = min(BATCH, self.channel.room(), window - self._inflight, stream.package)
             if count <= 0:
-                if room <= 0:
-                    self.channel.when_room(self._resume)
                 return
             # The tags in SENDMEs must not be known before the cells arrive: at least one
             # cell in each window carries randomness (tor-spec 7.4, "sendme").
@@ -2842,7 +2761,7 @@ class Circuit:
             self._seal(RELAY, messages)
         stream.flushed()
 
-    def _resume(self):
+    def resume(self):
         for stream in list(self.streams.values()):
             if stream.outgoing:
                 self.flush(stream)
@@ -2953,7 +2872,7 @@ class Circuit:
         if self.vegas:
             self.vegas.acked(self._inflight)
         self._inflight -= self._increment
-        self._resume()
+        self.resume()
 
     def _begin(self, stream_id, data):
         if stream_id in self.streams:
@@ -2972,7 +2891,7 @@ class Circuit:
         """Close the circuit because of `error`, and return it."""
         if not self.closing.done():
             self.closing.set(error)
-            self.channel.forget(self.circ_id)
+            self.channel.circuits.pop(self.circ_id, None)
             if tell and not self.channel.closing.done():
                 self.channel.send(cell(self.circ_id, DESTROY, b"\0"))
             log(INFO, "%s", error)
@@ -3009,13 +2928,12 @@ async def pump(stream, reader, writer):
         pass
 
 
-# ═══ 12. Paths and guards ═══════════════════════════════════════════════════
-# Which relays a circuit goes through: bandwidth weights, networks and families
-# (path-spec 2.2), entry guards (guard-spec), vanguards-lite (proposal 333).
+# === 12. Paths and guards ===================================================
+# Which relays a circuit goes through (path-spec 2, guard-spec, proposal 333: vanguards-lite).
 
 _NEED = RUNNING | VALID | FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
-# Role: position of its bandwidth weights, flags it must have, flags it must not have.
+# Role: position, flags it must have, flags it must not have.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
@@ -3023,8 +2941,6 @@ _ROLES = {
     "intro": ("m", _NEED | USABLE | PROTO_HSINTRO4, _NEVER),
     "rend": ("m", _NEED | USABLE | PROTO_HSREND2, _NEVER),
 }
-# Done without, as in tor, where no relay is left.
-_SPARE = FAST | STABLE | EXIT
 
 
 def distinct(table, i, j):
@@ -3033,128 +2949,100 @@ def distinct(table, i, j):
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
 
-def _one_of(relays, what):
-    if not relays:
-        raise CircuitError("no %s is left for this path" % what)
-    return relays[randbelow(len(relays))]
-
-
-class Weights:
-    """Chooses relays of one table at random, by the bandwidth weights of one consensus."""
-
-    def __init__(self, table, consensus):
-        self.table, self.param, self._factors, self._failed = table, consensus.param, {}, {}
-        given = dict(consensus.bandwidth_weights, Wge=0)
-        for position in "gme":
-            # Only ratios count, whatever bwweightscale is (dir-spec 3.8.3).
-            w = [given.get("W" + position + kind, -1) for kind in "mged"]
-            w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-            self._factors[position] = dict(w)
-
-    def weigh(self, position, need, never=0):
-        """Yield (index, weight) of the relays with all flags of `need` and none of `never`."""
-        factors, mask, kind = self._factors[position], need | never, GUARD | EXIT
-        for i, flags, bandwidth, _ in self.table.scan():
-            if flags & mask == need:
-                # Not 0: where no relay has a weight, all are alike.
-                yield i, bandwidth * factors[flags & kind] or 1
-
-    def pick(self, role, accept, stable=0):
-        """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""
-        position, need, never = _ROLES[role]
-        doubts, least = self.doubtful(), need & ~_SPARE
-        for need, avoid in ((need | stable, doubts), (least, doubts), (least, ())):
-            left = [
-                (i, w)
-                for i, w in self.weigh(position, need, never)
-                if i not in avoid and accept(i)
-            ]
-            at = randbelow(sum(w for _, w in left) or 1)
-            for i, w in left:
-                at -= w
-                if at < 0:
-                    return i
-        return _one_of((), role)
-
-    def failed(self, rsa_id):
-        """Note that a circuit could not be extended to that relay: others are tried first."""
-        failed, t = self._failed, now()
-        self._failed = dict((r, failed[r]) for r in failed if failed[r] > t)
-        self._failed[rsa_id] = t + 120
-
-    def doubtful(self):
-        """Return the indexes of the relays that failed lately."""
-        return [self.table.find(r) for r in self._failed if self._failed[r] > now()]
-
-    def percent(self):
-        """Return for how many of 100 paths the microdescriptors are there (path-spec 2.1.0)."""
-        percent = 100
-        for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            flags = (need | USABLE, need)
-            have, total = [sum(w for _, w in self.weigh(position, need)) for need in flags]
-            percent = percent * have // total if total else percent
-        return percent
-
-
 class Guard:
     """A sampled guard, good `until` then; `index` -1: not listed now (guard-spec 4.1)."""
 
     failing_since = failed_at = 0
 
-    def __init__(self, rsa_id, until, confirmed=0, index=-1):
+    def __init__(self, rsa_id, until, confirmed, index=-1):
         self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
 
     def down(self):
-        # Tried again after 10 minutes, in the end 9 hours, nearly as in guard-spec 4.5.
+        # Tried again after 10 minutes to 9 hours, nearly as in guard-spec 4.5.
         wait = min(max(600, (self.failed_at - self.failing_since) // 4), 32400)
         return 0 <= now() - self.failed_at < wait
 
 
-class Guards:
-    """The entry guards of a client, stored as JSON in the file `path` (None: nowhere)."""
+class PathSelector:
+    """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
-    def __init__(self, path=None):
-        # `online`: when a relay last answered.
-        self.sample, self.online, self._path = [], 0, path
+    def __init__(self, table, consensus, path):
+        # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
+        self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
             stored = json.loads(read_file(path or "") or b"[]")
             self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
         except Exception:
             log(WARN, "%s is damaged: choosing new guards", path)
+        self.update(table, consensus)
+
+    def update(self, table, consensus):
+        """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
+        self.table, self.param, self._doubts = table, consensus.param, {}
+        self._weights = dict(consensus.bandwidth_weights, Wge=0)
+        if not self._file:
+            return
+        self.sample = [g for g in self.sample if g.until > now()]
+        free = set([i for i, _ in self.weigh(*_ROLES["guard"])])
+        for g in self.sample:
+            i = table.find(g.rsa_id)
+            g.index = i if i in free else -1
+            free.discard(i)
+        # A failure counts once a relay answered since: a dead network uses up no guards.
+        listed = self._order()
+        usable = [g for g in listed if g.failed_at > self.online or not g.down()]
+        lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
+        room = self.param("guard-max-sample-size", 60, 1) - len(listed)
+        for _ in range(min(lack, room, len(free))):
+            i = self.pick("guard", lambda i: i in free)
+            free.remove(i)
+            self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
+        self._save()
+
+    def weigh(self, position, need, never=0):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+        # Only ratios count (dir-spec 3.8.3).
+        w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
+        w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
+        factors, mask, kind = dict(w), need | never, GUARD | EXIT
+        for i, flags, bandwidth, _ in self.table.scan():
+            if flags & mask == need:
+                # Not 0: without weights, all are alike.
+                yield i, bandwidth * factors[flags & kind] or 1
+
+    def pick(self, role, accept, stable=STABLE):
+        """Return the index of a relay for `role` that `accept(index)` takes."""
+        position, need, never = _ROLES[role]
+        # If none is left: without these flags, as in tor; then those that failed lately, too.
+        least, t = need & ~(FAST | STABLE | EXIT), now()
+        for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
+            left = self.weigh(position, need, never)
+            left = [(i, w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
+            at = randbelow(sum(w for _, w in left) or 1)
+            for i, w in left:
+                at -= w
+                if at < 0:
+                    return i
+        raise CircuitError("no %s is left for this path" % role)
+
+    def percent(self):
+        """Return what percentage of paths has microdescriptors (path-spec 2.1.0)."""
+        percent = 100
+        for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
+            have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
+            percent = percent * have // total if total else percent
+        return percent
 
     def _save(self):
         stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
         try:
-            if self._path:
-                write_file(self._path, json.dumps(stored).encode())
+            write_file(self._file, json.dumps(stored).encode())
         except OSError as e:
-            log(WARN, "cannot store the guards in %s: %s", self._path, e)
-
-    def update(self, weights):
-        """Take over a new consensus, as its Weights, and sample guards (guard-spec 4.2, 4.10)."""
-        self._weights, self._param = weights, weights.param
-        self.sample = [g for g in self.sample if g.until > now()]
-        free = set([i for i, _ in weights.weigh(*_ROLES["guard"])])
-        for g in self.sample:
-            i = weights.table.find(g.rsa_id)
-            g.index = i if i in free else -1
-            free.discard(i)
-        # A failure counts once a relay has answered since: a network that is down uses up
-        # no guards.
-        listed = self._order()
-        usable = [g for g in listed if g.failed_at > self.online or not g.down()]
-        lack = self._param("guard-min-filtered-sample-size", 20, 1) - len(usable)
-        room = self._param("guard-max-sample-size", 60, 1) - len(listed)
-        for _ in range(min(lack, room, len(free))):
-            i = weights.pick("guard", lambda i: i in free)
-            free.remove(i)
-            until = self._until("lifetime", 120)
-            self.sample.append(Guard(weights.table.rsa_id(i), until, 0, i))
-        self._save()
+            log(WARN, "cannot store the guards in %s: %s", self._file, e)
 
     def _until(self, name, days):
-        # At random, so that it does not tell when it was set (guard-spec A.2).
-        days = self._param("guard-%s-days" % name, days, 1, 3650)
+        # Random, not to tell when it was set (guard-spec A.2).
+        days = self.param("guard-%s-days" % name, days, 1, 3650)
         return now() + days * 86400 - randbelow(days * 8640)
 
     def _order(self):
@@ -3163,121 +3051,89 @@ class Guards:
         return [g for g in listed if g.confirmed] + [g for g in listed if not g.confirmed]
 
     def primary(self):
-        """Return the primary guards (guard-spec 4.4)."""
-        return self._order()[: self._param("guard-n-primary-guards", 3, 1)]
+        return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
 
-    def pick(self, accept=lambda i: True, kind="guards", use=1):
-        """Return the Relay to enter by, one whose index `accept` takes (4.6); CircuitError."""
-        table, primary = self._weights.table, self.primary()
-        fit = [g for g in self._order() if table.flags[g.index] & USABLE and accept(g.index)]
+    def guard(self, accept=lambda i: True, kind="guards", use=1):
+        """Return the Relay to enter by, of those that `accept(index)` takes (4.6)."""
+        flags, primary = self.table.flags, self.primary()
+        fit = [g for g in self._order() if flags[g.index] & USABLE and accept(g.index)]
         # Where all are down, the best take turns.
         up = [g for g in fit if not g.down()] or sorted(fit[:3], key=lambda g: g.failed_at)[:1]
-        use = self._param("guard-n-primary-%s-to-use" % kind, use, 1)
+        if not up:
+            raise CircuitError("no entry guard is left")
+        use = self.param("guard-n-primary-%s-to-use" % kind, use, 1)
         best = [g for g in up if g in primary][:use] or up[:1]
-        return table.relay(_one_of([g.index for g in best], "entry guard"))
+        return self.table.relay(best[randbelow(len(best))].index)
 
-    def failed(self, rsa_id):
-        """Note that a guard was not reached, or built no first hop (4.7)."""
-        for g in self.sample:
-            if g.rsa_id == rsa_id:
-                g.failed_at = now()
-                g.failing_since = g.failing_since or g.failed_at
+    def failed(self, rsa_id, hop=0):
+        """Try others before this guard (guard-spec 4.7), or later `hop`."""
+        if hop:
+            self._doubts[self.table.find(rsa_id)] = now() + 120
+        for g in [g for g in self.sample if g.rsa_id == rsa_id and not hop]:
+            g.failed_at = now()
+            g.failing_since = g.failing_since or g.failed_at
 
     def network_up(self):
-        """Note that a relay answered: what failed in a long silence is tried again (4.8)."""
-        silence = self._param("guard-internet-likely-down-interval", 600, 1)
+        """A relay answered: try again what failed in a long silence (4.8)."""
+        until = self.online + self.param("guard-internet-likely-down-interval", 600, 1)
         for g in self.sample:
-            if g.failed_at > self.online and now() > self.online + silence:
+            if g.failed_at > self.online and now() > until:
                 g.failed_at = 0
         self.online = now()
 
     def succeeded(self, rsa_id):
-        """Note that a circuit was built through a guard (4.8).
-
-        False: close it and try another path, as better guards may be up again.
-        """
+        """A guard built a first hop; return whether no better one may be up again (4.8)."""
         self.network_up()
         primary = self.primary()
-        for g in self.sample:
-            if g.rsa_id == rsa_id:
-                g.failed_at = g.failing_since = 0
-                if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
-                    return False
-                if not g.confirmed:
-                    g.confirmed = 1
-                    g.until = max(g.until, self._until("confirmed-min-lifetime", 60))
-                    self._save()
+        for g in [g for g in self.sample if g.rsa_id == rsa_id]:
+            g.failed_at = g.failing_since = 0
+            if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
+                return False
+            if not g.confirmed:
+                g.confirmed = 1
+                g.until = max(g.until, self._until("confirmed-min-lifetime", 60))
+                self._save()
         return True
 
-
-class PathSelector(Weights):
-    """Chooses paths: lists of Relay, from the guard on.  All raise CircuitError."""
-
-    def __init__(self, table, consensus, guards):
-        # Layer-2 guards, {RSA identity: when to replace it}: only in memory, as in tor.
-        self.guards, self.layer_two = guards, {}
-        self.update(table, consensus)
-
-    def update(self, table, consensus):
-        """Use a new table and consensus."""
-        Weights.__init__(self, table, consensus)
-        self.guards.update(self)
-
-    def directory_guard(self):
-        """Return the Relay for a one-hop directory circuit."""
-        return self.guards.pick(kind="dir-guards", use=3)
-
-    def exit_path(self, port=None):
-        """Return guard, middle and an exit that allows `port` (None: one to resolve names)."""
-        table = self.table
-        allows = (lambda i: table.exit_allows(i, port)) if port else table.exits
+    def exit_path(self, port):
+        """Return guard, middle and an exit that allows `port`."""
         # tor's LongLivedPorts, roughly.
         stable = 0 if port in (80, 443) else STABLE
-        last = self.pick("exit", allows, stable)
-        return self._path([last], ("middle",), stable) + [table.relay(last)]
+        last = self.pick("exit", lambda i: self.table.exit_allows(i, port), stable)
+        return self._path(self.table.relay(last), ["middle"], (), stable)
 
-    def onion_path(self, purpose, target=None, exclude=()):
-        """Return guard, layer-2 guard, middle and `target` (anything with an `rsa_id`).
+    def onion_path(self, target=None):
+        """Return guard, layer-2 guard, then middle and `target`, or a rendezvous point."""
+        return self._path(target, ["middle", "middle" if target else "rend"], self._layer_two())
 
-        `target` None: for "rend", the third hop is the rendezvous point; for "intro", one is
-        chosen whose RSA identity is not in `exclude`.
-        """
-        table = self.table
-        if target is None and purpose == "intro":
-            i = self.pick(purpose, lambda i: table.rsa_id(i) not in exclude, STABLE)
-            target = table.relay(i)
-        known = table.find(target.rsa_id) if target else -1
-        lite = self.param("vanguards-lite-enabled", 1, 0, 1)
-        roles = "layer 2" if lite else "middle", "middle" if target else purpose
-        path = self._path([known] if known >= 0 else [], roles, STABLE, lite)
-        return path + [target] if target else path
+    def _path(self, last, roles, second, stable=STABLE):
+        # `second`: the layer-2 guards, one of which takes the first role.
+        table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
 
-    def _path(self, used, roles, stable, lite=0):
-        # A guard, and relays for `roles`.  Behind vanguards only A-B-A is kept out, as in
-        # tor: to avoid their families, or a guard as target, would tell of them.
         def apart(i):
-            return i not in used if lite else all([distinct(self.table, i, j) for j in used])
+            # As in tor: to avoid their families, or a guard as target, would tell of them.
+            if second:
+                return i not in path and (len(path) > 2 or i in second)
+            return all([distinct(table, i, j) for j in path if j >= 0])
 
-        path = [self.guards.pick(lambda i: lite or apart(i))]
+        path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
-            used.append(path[-1].index)
-            pick = self._layer_two if role == "layer 2" else self.pick
-            path.append(self.table.relay(pick(role, apart, stable)))
-        return path
+            path.append(self.pick(role, apart, stable))
+        return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
-    def _layer_two(self, role, accept, stable):
-        # Each lives for the longer of two times drawn at random.
-        p, table, two, t = self.param, self.table, self.layer_two, now()
-        for rsa_id in [r for r in two if two[r] <= t or table.find(r) < 0]:
+    def _layer_two(self):
+        # Their indexes.  Each lives for the longer of two random times.
+        p, table, two = self.param, self.table, self.layer_two
+        if not p("vanguards-lite-enabled", 1, 0, 1):
+            return []
+        for rsa_id in [r for r in two if two[r] <= now() or table.find(r) < 0]:
             del two[rsa_id]
         low = p("guard-hs-l2-lifetime-min", 86400, 1)
-        span = max(p("guard-hs-l2-lifetime-max", 12 * 86400, 1) - low, 1)
+        span = p("guard-hs-l2-lifetime-max", 12 * 86400, low + 1) - low
         while len(two) < p("guard-hs-l2-number", 4, 1, 19):
-            i = self.pick("middle", lambda i: table.rsa_id(i) not in two, stable)
-            two[table.rsa_id(i)] = t + 1 + low + max(randbelow(span), randbelow(span))
-        left = [i for i in map(table.find, two) if accept(i) and table.flags[i] & USABLE]
-        doubts = self.doubtful()
-        return _one_of([i for i in left if i not in doubts] or left, role)
+            i = self.pick("middle", lambda i: table.rsa_id(i) not in two)
+            two[table.rsa_id(i)] = now() + low + max(randbelow(span), randbelow(span))
+        return [table.find(rsa_id) for rsa_id in two]
 
 
 # === 13. Directory client ===================================================
@@ -3704,7 +3560,7 @@ class Directory:
             table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
-        weights = Weights(table, consensus)
+        weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
         until = 101 if whole else least
         for _ in range(3):
@@ -3819,10 +3675,10 @@ class TorCore:
         """Get the directory ready, and one circuit; from then on refresh in the background."""
         directory = self.directory
         await directory.bootstrap()
-        guards = Guards(self.data_dir + "/guards.json")
-        self.paths = PathSelector(directory.table, directory.consensus, guards)
-        directory.on_update, directory.directory_failed = self._update, guards.failed
-        directory.directory_relay = self.paths.directory_guard
+        file = self.data_dir + "/guards.json"
+        self.paths = paths = PathSelector(directory.table, directory.consensus, file)
+        directory.on_update, directory.directory_failed = self._update, paths.failed
+        directory.directory_relay = lambda: paths.guard(kind="dir-guards", use=3)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to("rendezvous")]
         self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
@@ -3853,7 +3709,7 @@ class TorCore:
 
     async def _make(self, choose, attempts=6):
         # `choose` returns a path, and a circuit that has its first hops, or None.
-        guards = self.paths.guards
+        paths = self.paths
         for _ in range(attempts):
             path = circuit = None
             try:
@@ -3864,13 +3720,13 @@ class TorCore:
                     channel = await self.channels.get(*place)
                     # One in use may be from before the network went down.
                     if not channel.circuits:
-                        guards.network_up()
-                    window = self.paths.param("circwindow", 1000, 100, 1000)
+                        paths.network_up()
+                    window = paths.param("circwindow", 1000, 100, 1000)
                     circuit = Circuit(channel, window)
                 circuit.since = ticks_ms()
                 for relay in path[len(circuit.path) :]:
                     await circuit.extend(relay, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not guards.succeeded(relay.rsa_id):
+                    if len(circuit.path) == 1 and not paths.succeeded(relay.rsa_id):
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
@@ -3880,10 +3736,8 @@ class TorCore:
                     raise
                 if path:
                     n = len(circuit.path) if circuit else 0
-                    if n == 0:
-                        guards.failed(path[0].rsa_id)
-                    elif n < len(path):
-                        self.paths.failed(path[n].rsa_id)
+                    if n < len(path):
+                        paths.failed(path[n].rsa_id, n)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
@@ -3897,13 +3751,13 @@ class TorCore:
             if not again and not is_dirty(spare):
                 return spare.path + ([target] if target else []), spare
             spare.close()
-        return self.paths.onion_path("rend", target), None
+        return self.paths.onion_path(target), None
 
     async def _keep_spares(self):
         while True:
             try:
                 while len(self._spares) < SPARES:
-                    make = self._make(lambda: (self.paths.onion_path("rend"), None))
+                    make = self._make(lambda: (self.paths.onion_path(), None))
                     self._spares.append(await make)
             except TorError:
                 await asyncio.sleep(60)

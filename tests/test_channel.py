@@ -136,9 +136,10 @@ def connect(relay, then=None, rsa_id=None, ed_id=None, seconds=5):
     async def main():
         server = await asyncio.start_server(relay.serve, "127.0.0.1", 0, ssl=relay.context)
         port = server.sockets[0].getsockname()[1]
-        channel = minitor.Channel("127.0.0.1", port)
+        wanted = rsa_id or relay.rsa_id, ed_id or relay.ed_id
+        channel = minitor.Channel("127.0.0.1", port, *wanted, seconds)
         try:
-            await channel.open(rsa_id or relay.rsa_id, ed_id or relay.ed_id, seconds)
+            await channel.opened.wait()
             if then:
                 await then(channel)
         finally:
@@ -215,7 +216,7 @@ def test_a_relay_that_says_nothing_is_given_up(relay):
 def test_nobody_there_is_told():
     async def main():
         with pytest.raises(minitor.ChannelError, match="127.0.0.1:1"):
-            await minitor.Channel("127.0.0.1", 1).open(bytes(20), None, 5)
+            await minitor.Channel("127.0.0.1", 1, bytes(20), None, 5).opened.wait()
 
     asyncio.run(main())
 
@@ -282,12 +283,32 @@ def test_two_callers_share_one_channel(relay):
         one, two = await asyncio.gather(channels.get(*wanted), channels.get(*wanted))
         assert one is two and len(count) == 1
         one.close()
-        await asyncio.sleep(0.05)
         three = await channels.get(*wanted)
         assert three is not one and len(count) == 2
         channels.close()
         await asyncio.sleep(0.05)
         assert three.closing.done()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_caller_that_gives_up_takes_nobody_along(relay):
+    async def main():
+        server = await asyncio.start_server(relay.serve, "127.0.0.1", 0, ssl=relay.context)
+        channels = minitor.Channels()
+        wanted = ("127.0.0.1", server.sockets[0].getsockname()[1], relay.rsa_id, relay.ed_id)
+        one, two = [asyncio.ensure_future(channels.get(*wanted)) for _ in range(2)]
+        await asyncio.sleep(0)
+        one.cancel()
+        assert (await two).ed_id == relay.ed_id
+        # What is still being opened is closed with the others.
+        channels.close()
+        three = asyncio.ensure_future(channels.get(*wanted))
+        await asyncio.sleep(0)
+        channels.close()
+        with pytest.raises(minitor.ChannelError, match="closed"):
+            await three
         server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

@@ -13,6 +13,7 @@ from minitor import BADEXIT, EXIT, FAST, GUARD, MIDDLEONLY, NOEDCONSENSUS, STABL
 
 DAY = 86400
 START = 1_800_000_000
+NOWHERE = "missing-folder/guards.json"
 REAL = Path(os.environ.get("MINITOR_REAL", Path(__file__).parents[2] / "shared" / "real"))
 PROTOCOLS = (
     minitor.PROTO_RELAY2
@@ -102,7 +103,7 @@ def clock(monkeypatch):
 
 
 def selector(table, consensus=None, path=None):
-    return minitor.PathSelector(table, consensus or make_consensus(), minitor.Guards(path))
+    return minitor.PathSelector(table, consensus or make_consensus(), path or NOWHERE)
 
 
 def indexes(path):
@@ -117,7 +118,7 @@ def factors(weights, position, *kinds):
     net = Net()
     for flags in kinds:
         net.add(flags, weight=1)
-    chooser = minitor.Weights(net.table, make_consensus(weights))
+    chooser = minitor.PathSelector(net.table, make_consensus(weights), None)
     return [w for _, w in chooser.weigh(position, minitor.RUNNING)]
 
 
@@ -143,7 +144,7 @@ def test_choice_follows_the_weights(clock):
     for n in range(40):
         net.add((0, GUARD, EXIT, GUARD | EXIT)[n % 4], weight=1 + n * n)
     weights = dict(WEIGHTS, Wmd=700, Wme=1100)
-    chooser = minitor.Weights(net.table, make_consensus(weights))
+    chooser = minitor.PathSelector(net.table, make_consensus(weights), None)
     exact = {}
     for n in range(40):
         factor = (10000, 3248, 1100, 700)[n % 4]
@@ -162,7 +163,7 @@ def test_choice_among_few_acceptable_ones_follows_the_weights(clock):
     net = Net()
     for n in range(60):
         net.add(0, weight=1000 if n > 3 else 1 + n)
-    chooser = minitor.Weights(net.table, make_consensus())
+    chooser = minitor.PathSelector(net.table, make_consensus(), None)
     counts = {}
     for _ in range(1000):
         i = chooser.pick("middle", lambda i: i < 4)
@@ -174,7 +175,7 @@ def test_choice_where_nothing_has_a_weight_is_uniform(clock):
     net = Net()
     for _ in range(4):
         net.add(0, weight=0)
-    chooser = minitor.Weights(net.table, make_consensus())
+    chooser = minitor.PathSelector(net.table, make_consensus(), None)
     picked = [chooser.pick("middle", lambda i: True) for _ in range(400)]
     assert chi_square({i: picked.count(i) for i in range(4)}, dict.fromkeys(range(4), 100)) < 17
 
@@ -184,7 +185,7 @@ def test_largest_weights_do_not_overflow(clock):
     for _ in range(3):
         net.add(0, weight=0xFFFFFFFF)
     consensus = make_consensus(dict.fromkeys(WEIGHTS, 2**31 - 1), bwweightscale=2**31 - 1)
-    chooser = minitor.Weights(net.table, consensus)
+    chooser = minitor.PathSelector(net.table, consensus, None)
     assert {chooser.pick("middle", lambda i: True) for _ in range(60)} == {0, 1, 2}
 
 
@@ -193,7 +194,7 @@ def test_percent_counts_bandwidth_of_each_position(clock):
     for usable in (True, True, False, True):
         net.add(GUARD, usable=usable, weight=100)
         net.add(EXIT, usable=True)
-    chooser = minitor.Weights(net.table, make_consensus(dict(WEIGHTS, Wme=10000)))
+    chooser = minitor.PathSelector(net.table, make_consensus(dict(WEIGHTS, Wme=10000)), None)
     # 75 % of the guards, 99 % of the middles' bandwidth, all exits
     assert chooser.percent() == 74 or chooser.percent() == 73
     for i in range(len(net.table)):
@@ -236,7 +237,6 @@ def test_exit_policy(clock):
         assert paths.exit_path(22)[2].index == ssh
         assert paths.exit_path(8080)[2].index == rest
         assert paths.exit_path(80)[2].index not in (ssh, rest)
-    assert paths.exit_path(None)[2].flags & EXIT
 
 
 def test_exit_without_the_flag_serves_if_its_policy_does(clock):
@@ -250,9 +250,9 @@ def test_excluded_introduction_points(clock):
     paths = selector(net.table)
     used = [net.id(i) for i in range(29)]
     for _ in range(10):
-        assert paths.onion_path("intro", None, used)[3].index == 29
+        assert paths.pick("intro", lambda i: net.id(i) not in used, STABLE) == 29
     with pytest.raises(minitor.CircuitError):
-        paths.onion_path("intro", None, used + [net.id(29)])
+        paths.pick("intro", lambda i: i < 29 and net.id(i) not in used, STABLE)
 
 
 def test_stable_relays_are_preferred_except_for_web_pages(clock):
@@ -329,13 +329,12 @@ def test_no_path_is_a_circuit_error(clock):
         paths = selector(net.table)
         for choose in (
             lambda: paths.exit_path(80),
-            lambda: paths.onion_path("rend"),
-            lambda: paths.onion_path("intro"),
+            lambda: paths.onion_path(),
         ):
             with pytest.raises(minitor.CircuitError):
                 choose()
     with pytest.raises(minitor.CircuitError):
-        selector(Net().table).directory_guard()
+        selector(Net().table).guard()
 
 
 # ── guards ──
@@ -348,15 +347,14 @@ def ids(guards):
 def test_sample_and_primary(clock):
     net = network(guards=200)
     paths = selector(net.table)
-    guards = paths.guards
-    assert len(guards.sample) == 20
-    assert guards.primary() == guards.sample[:3]
-    for g in guards.sample:
+    assert len(paths.sample) == 20
+    assert paths.primary() == paths.sample[:3]
+    for g in paths.sample:
         assert net.table.flags[g.index] & GUARD
         assert START + 108 * DAY < g.until <= START + 120 * DAY
-    assert {guards.pick().rsa_id for _ in range(20)} == {guards.sample[0].rsa_id}
-    directories = {paths.directory_guard().rsa_id for _ in range(50)}
-    assert directories == set(ids(guards.sample[:3]))
+    assert {paths.guard().rsa_id for _ in range(20)} == {paths.sample[0].rsa_id}
+    directories = {paths.guard(kind="dir-guards", use=3).rsa_id for _ in range(50)}
+    assert directories == set(ids(paths.sample[:3]))
 
 
 def test_parameters_of_the_consensus(clock):
@@ -367,10 +365,9 @@ def test_parameters_of_the_consensus(clock):
         guard_min_filtered_sample_size=5,
     )
     paths = selector(net.table, consensus)
-    guards = paths.guards
-    assert len(guards.sample) == 5
-    assert {guards.pick().rsa_id for _ in range(50)} == set(ids(guards.sample[:2]))
-    assert paths.directory_guard().rsa_id == guards.sample[0].rsa_id
+    assert len(paths.sample) == 5
+    assert {paths.guard().rsa_id for _ in range(50)} == set(ids(paths.sample[:2]))
+    assert paths.guard(kind="dir-guards", use=3).rsa_id == paths.sample[0].rsa_id
 
 
 def test_guards_need_their_flags(clock):
@@ -384,13 +381,13 @@ def test_guards_need_their_flags(clock):
 def test_guards_are_stored(clock, tmp_path):
     net = network(guards=100)
     path = str(tmp_path / "guards.json")
-    first = selector(net.table, path=path).guards
-    picked = first.pick().rsa_id
+    first = selector(net.table, path=path)
+    picked = first.guard().rsa_id
     assert first.succeeded(picked)
-    again = selector(net.table, path=path).guards
+    again = selector(net.table, path=path)
     assert ids(again.sample) == ids(first.sample)
     assert [g.until for g in again.sample] == [g.until for g in first.sample]
-    assert again.sample[0].confirmed and again.pick().rsa_id == picked
+    assert again.sample[0].confirmed and again.guard().rsa_id == picked
     assert os.stat(path).st_mode & 0o777 == 0o600
 
 
@@ -415,8 +412,8 @@ def test_damaged_file_is_not_believed(clock, tmp_path, text):
     path = tmp_path / "guards.json"
     path.write_bytes(text)
     net = network(guards=40)
-    guards = selector(net.table, path=str(path)).guards
-    assert len(guards.sample) == 20
+    paths = selector(net.table, path=str(path))
+    assert len(paths.sample) == 20
     assert len(json.loads(path.read_bytes())) == 20
 
 
@@ -431,124 +428,121 @@ def test_guards_of_another_network_are_kept_and_not_in_the_way(clock, tmp_path):
     old = Net(1000)
     for _ in range(40):
         old.add(GUARD)
-    before = ids(selector(old.table, path=path).guards.primary())
+    before = ids(selector(old.table, path=path).primary())
     new = network(guards=30)
     paths = selector(new.table, path=path)
-    assert len(paths.guards._order()) == 20 and len(paths.exit_path(80)) == 3
-    assert ids(selector(old.table, path=path).guards.primary()) == before
+    assert len(paths._order()) == 20 and len(paths.exit_path(80)) == 3
+    assert ids(selector(old.table, path=path).primary()) == before
 
 
 def test_consensus_without_guards_does_not_cost_the_sample(clock):
     net = network(guards=30)
     paths = selector(net.table)
-    before = ids(paths.guards.sample)
+    before = ids(paths.sample)
     for i in range(30):
         net.table.flags[i] &= ~GUARD
     paths.update(net.table, make_consensus())
-    assert ids(paths.guards.sample) == before
+    assert ids(paths.sample) == before
     with pytest.raises(minitor.CircuitError):
         paths.exit_path(80)
     for i in range(30):
         net.table.flags[i] |= GUARD
     paths.update(net.table, make_consensus())
-    assert ids(paths.guards.sample) == before and len(paths.exit_path(80)) == 3
+    assert ids(paths.sample) == before and len(paths.exit_path(80)) == 3
 
 
 def test_unlisted_guard_is_passed_over_until_it_returns(clock):
     net = network(guards=100)
     paths = selector(net.table)
-    guards = paths.guards
-    gone = guards.sample[0]
+    gone = paths.sample[0]
     index = gone.index
     net.table.flags[index] &= ~GUARD
     paths.update(net.table, make_consensus())
-    assert gone.index == -1 and gone in guards.sample and gone not in guards.primary()
-    assert len(guards._order()) == 20
+    assert gone.index == -1 and gone in paths.sample and gone not in paths.primary()
+    assert len(paths._order()) == 20
     clock[0] += 10 * DAY
     net.table.flags[index] |= GUARD
     paths.update(net.table, make_consensus())
-    assert gone.index == index and guards.primary()[0] is gone
+    assert gone.index == index and paths.primary()[0] is gone
 
 
 def test_guards_expire(clock):
     net = network(guards=100)
     paths = selector(net.table)
-    guards = paths.guards
-    confirmed = guards.sample[0]
+    confirmed = paths.sample[0]
     clock[0] += 100 * DAY
-    assert guards.succeeded(guards.pick().rsa_id)
+    assert paths.succeeded(paths.guard().rsa_id)
     assert START + 154 * DAY < confirmed.until <= START + 160 * DAY
     clock[0] += 21 * DAY
-    others = guards.sample[1:]
+    others = paths.sample[1:]
     paths.update(net.table, make_consensus())
     # sampled 121 days ago: out, unless confirmed within 60 days
-    assert confirmed in guards.sample and not set(others) & set(guards.sample)
+    assert confirmed in paths.sample and not set(others) & set(paths.sample)
     clock[0] += 60 * DAY
     paths.update(net.table, make_consensus())
-    assert confirmed not in guards.sample
+    assert confirmed not in paths.sample
 
 
 def test_failed_guards_are_replaced_and_retried(clock):
-    guards = selector(network(guards=100).table).guards
-    guards.online = minitor.now()
-    a, b, c = guards.primary()
-    assert guards.succeeded(guards.pick().rsa_id)
-    guards.failed(a.rsa_id)
-    assert guards.pick().rsa_id == b.rsa_id
-    guards.failed(b.rsa_id)
-    assert guards.pick().rsa_id == c.rsa_id
+    paths = selector(network(guards=100).table)
+    paths.online = minitor.now()
+    a, b, c = paths.primary()
+    assert paths.succeeded(paths.guard().rsa_id)
+    paths.failed(a.rsa_id)
+    assert paths.guard().rsa_id == b.rsa_id
+    paths.failed(b.rsa_id)
+    assert paths.guard().rsa_id == c.rsa_id
     clock[0] += 601
     # The first is tried again after ten minutes.
-    assert guards.pick().rsa_id == a.rsa_id
-    guards.failed(a.rsa_id)
+    assert paths.guard().rsa_id == a.rsa_id
+    paths.failed(a.rsa_id)
     clock[0] += 7 * 3600
-    guards.pick()
-    guards.failed(a.rsa_id)
+    paths.guard()
+    paths.failed(a.rsa_id)
     clock[0] += 6300
     # Failing for seven hours: after 107 minutes.
-    assert guards.pick().rsa_id != a.rsa_id
+    assert paths.guard().rsa_id != a.rsa_id
     clock[0] += 200
-    assert guards.pick().rsa_id == a.rsa_id
-    assert guards.succeeded(a.rsa_id) and a.failing_since == 0
+    assert paths.guard().rsa_id == a.rsa_id
+    assert paths.succeeded(a.rsa_id) and a.failing_since == 0
 
 
 def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
-    guards = selector(network(guards=100).table).guards
-    first = guards.pick().rsa_id
-    guards.failed(first)
+    paths = selector(network(guards=100).table)
+    first = paths.guard().rsa_id
+    paths.failed(first)
     clock[0] -= 3600
-    assert guards.pick().rsa_id == first
+    assert paths.guard().rsa_id == first
 
 
 def test_network_down_does_not_burn_guards(clock):
     net = network(guards=400)
     paths = selector(net.table)
-    guards = paths.guards
-    first = guards.pick().rsa_id
-    assert guards.succeeded(first)
-    sample = ids(guards.sample)
+    first = paths.guard().rsa_id
+    assert paths.succeeded(first)
+    sample = ids(paths.sample)
     clock[0] += 1000
     tried = set()
     for _ in range(200):
-        picked = guards.pick().rsa_id
+        picked = paths.guard().rsa_id
         tried.add(picked)
-        guards.failed(picked)
+        paths.failed(picked)
         clock[0] += 30
         paths.update(net.table, make_consensus())
-    assert ids(guards.sample) == sample and tried <= set(sample)
+    assert ids(paths.sample) == sample and tried <= set(sample)
     # The network is back, and some other guard answers first: it is not used for that.
-    for g in guards.sample:
-        guards.failed(g.rsa_id)
-    other = guards.sample[7]
+    for g in paths.sample:
+        paths.failed(g.rsa_id)
+    other = paths.sample[7]
     other.failed_at = 0
-    assert guards.pick().rsa_id == other.rsa_id
+    assert paths.guard().rsa_id == other.rsa_id
     clock[0] += 10
-    assert guards.succeeded(other.rsa_id) is False
+    assert paths.succeeded(other.rsa_id) is False
     assert not other.confirmed
     # What failed meanwhile was not the guards' fault.
     paths.update(net.table, make_consensus())
-    assert guards.pick().rsa_id == first and ids(guards.sample) == sample
-    assert guards.succeeded(first)
+    assert paths.guard().rsa_id == first and ids(paths.sample) == sample
+    assert paths.succeeded(first)
 
 
 @pytest.mark.parametrize("guards, most", [(400, 60), (30, 30)])
@@ -556,62 +550,62 @@ def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clo
     paths = selector(network(guards=guards).table)
     for _ in range(10):
         for _ in range(30):
-            paths.guards.failed(paths.guards.pick().rsa_id)
-            paths.guards.online = minitor.now()
+            paths.failed(paths.guard().rsa_id)
+            paths.online = minitor.now()
         paths.update(paths.table, make_consensus())
-    assert len(paths.guards.sample) == most
+    assert len(paths.sample) == most
 
 
 def test_where_all_guards_are_down_the_primary_ones_take_turns(clock):
-    guards = selector(network(guards=20).table).guards
-    guards.online = minitor.now()
-    for g in guards.sample:
-        guards.failed(g.rsa_id)
+    paths = selector(network(guards=20).table)
+    paths.online = minitor.now()
+    for g in paths.sample:
+        paths.failed(g.rsa_id)
         clock[0] += 1
-    for g in guards.primary() * 2:
-        assert guards.pick().rsa_id == g.rsa_id
+    for g in paths.primary() * 2:
+        assert paths.guard().rsa_id == g.rsa_id
         clock[0] += 5
-        guards.failed(g.rsa_id)
+        paths.failed(g.rsa_id)
 
 
 def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
-    guards = selector(network(guards=100).table).guards
-    first = guards.pick().rsa_id
-    guards.network_up()
-    guards.failed(first)
+    paths = selector(network(guards=100).table)
+    first = paths.guard().rsa_id
+    paths.network_up()
+    paths.failed(first)
     clock[0] += 300
-    guards.network_up()
-    assert guards.pick().rsa_id != first
+    paths.network_up()
+    assert paths.guard().rsa_id != first
     clock[0] += 650
     for _ in range(30):
-        guards.failed(guards.pick().rsa_id)
-    guards.network_up()
-    assert guards.pick().rsa_id == first and len(guards.sample) <= 22
+        paths.failed(paths.guard().rsa_id)
+    paths.network_up()
+    assert paths.guard().rsa_id == first and len(paths.sample) <= 22
 
 
 def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
-    guards = selector(network(guards=100).table).guards
-    for g in guards.primary():
-        guards.online = minitor.now()
-        guards.failed(guards.pick().rsa_id)
-    fourth = guards.pick()
-    assert fourth.rsa_id == guards.sample[3].rsa_id
+    paths = selector(network(guards=100).table)
+    for g in paths.primary():
+        paths.online = minitor.now()
+        paths.failed(paths.guard().rsa_id)
+    fourth = paths.guard()
+    assert fourth.rsa_id == paths.sample[3].rsa_id
     clock[0] += 5
-    assert guards.succeeded(fourth.rsa_id) is True
-    assert guards.primary()[0].rsa_id == fourth.rsa_id
+    assert paths.succeeded(fourth.rsa_id) is True
+    assert paths.primary()[0].rsa_id == fourth.rsa_id
 
 
 def test_guard_that_a_restriction_chose_counts_at_once(clock):
-    guards = selector(network(guards=100).table).guards
-    refused = {g.index for g in guards.primary()}
-    other = guards.pick(lambda i: i not in refused)
-    assert guards.succeeded(other.rsa_id) is True
+    paths = selector(network(guards=100).table)
+    refused = {g.index for g in paths.primary()}
+    other = paths.guard(lambda i: i not in refused)
+    assert paths.succeeded(other.rsa_id) is True
 
 
 def test_unknown_guards_are_ignored(clock):
-    guards = selector(network().table).guards
-    guards.failed(bytes(20))
-    assert guards.succeeded(bytes(20)) is True
+    paths = selector(network().table)
+    paths.failed(bytes(20))
+    assert paths.succeeded(bytes(20)) is True
 
 
 # ── onion circuits ──
@@ -621,11 +615,10 @@ def test_onion_paths_have_the_right_hops(clock):
     net = network()
     paths = selector(net.table)
     target = net.table.relay(50)
-    assert len(paths.onion_path("rend")) == 3
-    for purpose in ("hsdir", "intro", "rend"):
-        path = paths.onion_path(purpose, target)
-        assert len(path) == 4 and path[3] is target
-    assert paths.directory_guard().rsa_id in ids(paths.guards.primary())
+    assert len(paths.onion_path()) == 3
+    path = paths.onion_path(target)
+    assert len(path) == 4 and path[3] is target
+    assert paths.guard(kind="dir-guards", use=3).rsa_id in ids(paths.primary())
 
 
 class Stranger:
@@ -639,11 +632,11 @@ def test_vanguards(clock):
     paths = selector(net.table)
     for _ in range(300):
         for path in (
-            paths.onion_path("rend"),
-            paths.onion_path("rend", Stranger()),
-            paths.onion_path("hsdir", net.table.relay(random.randrange(60))),
+            paths.onion_path(),
+            paths.onion_path(Stranger()),
+            paths.onion_path(net.table.relay(random.randrange(60))),
         ):
-            assert path[0].rsa_id == paths.guards.sample[0].rsa_id
+            assert path[0].rsa_id == paths.sample[0].rsa_id
             assert path[1].rsa_id in paths.layer_two
             # no A-B-A, and no relay twice except the guard as target
             names = [relay.rsa_id for relay in path]
@@ -656,31 +649,31 @@ def test_vanguards(clock):
 def test_guard_can_be_the_target(clock):
     net = network()
     paths = selector(net.table)
-    guard = paths.guards.pick()
-    path = paths.onion_path("rend", guard)
+    guard = paths.guard()
+    path = paths.onion_path(guard)
     assert path[0].rsa_id == path[3].rsa_id == guard.rsa_id
 
 
 def test_layer_two_is_replaced_when_due_or_gone(clock):
     net = network()
     paths = selector(net.table)
-    paths.onion_path("rend")
+    paths.onion_path()
     first = dict(paths.layer_two)
     clock[0] += 12 * 3600
-    paths.onion_path("rend")
+    paths.onion_path()
     assert paths.layer_two == first
     clock[0] = max(first.values())
-    paths.onion_path("rend")
+    paths.onion_path()
     assert len(paths.layer_two) == 4 and all(end > clock[0] for end in paths.layer_two.values())
 
     before = dict(paths.layer_two)
     first = min(net.table.find(gone) for gone in before) + 2
     shorter = Net(first)
     for i in range(first - 1, 60):
-        shorter.add(net.table.flags[i] & (GUARD | EXIT))
+        shorter.add(net.table.flags[i] & EXIT | GUARD)
     gone = [rsa_id for rsa_id in before if shorter.table.find(rsa_id) < 0]
     paths.update(shorter.table, make_consensus())
-    paths.onion_path("rend")
+    paths.onion_path()
     assert gone and not set(gone) & set(paths.layer_two) and len(paths.layer_two) == 4
     assert set(before) - set(gone) <= set(paths.layer_two)
 
@@ -691,7 +684,7 @@ def test_layer_two_lifetimes_are_the_longer_of_two(clock):
     lives = []
     for _ in range(30):
         paths = selector(net.table, consensus)
-        paths.onion_path("rend")
+        paths.onion_path()
         assert len(paths.layer_two) == 19
         lives += [end - START for end in paths.layer_two.values()]
     # mean of the larger of two: 1 + 11 * 2/3 days
@@ -706,7 +699,7 @@ def test_vanguards_disabled_by_the_consensus(clock):
     target = net.table.relay(31)
     seconds = set()
     for _ in range(100):
-        path = indexes(paths.onion_path("rend", target))
+        path = indexes(paths.onion_path(target))
         assert len({i // 2 for i in path}) == 4
         seconds.add(path[1])
     assert len(seconds) > 4 and not paths.layer_two
@@ -720,12 +713,12 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
         if i != 36:
             net.table.flags[i] &= ~minitor.PROTO_HSINTRO4
     paths = selector(net.table)
-    assert paths.onion_path("intro")[3].index == 36
+    assert paths.pick("intro", lambda i: True, STABLE) == 36
     paths.layer_two = {net.id(i): START + DAY for i in (37, 38, 39, 40)}
-    assert paths.onion_path("rend")[2].index == 35
+    assert paths.onion_path()[2].index == 35
     net.table.flags[35] &= ~minitor.PROTO_HSREND2
     with pytest.raises(minitor.CircuitError):
-        paths.onion_path("rend")
+        paths.onion_path()
 
 
 # ── the public network ──
@@ -751,12 +744,10 @@ def public():
 
 def test_restrictions_hold_on_the_public_network(public, clock):
     table, consensus = public
-    paths = minitor.PathSelector(table, consensus, minitor.Guards())
-    assert paths.percent() == 100
+    assert minitor.PathSelector(table, consensus, None).percent() == 100
     for n in range(60):
         if n % 10 == 0:
-            paths.guards = minitor.Guards()
-            paths.update(table, consensus)
+            paths = minitor.PathSelector(table, consensus, NOWHERE)
         path = paths.exit_path((80, 443, 22)[n % 2])
         assert path[0].flags & GUARD and path[2].flags & EXIT
         for a, b in itertools.combinations(path, 2):
@@ -768,13 +759,13 @@ def test_restrictions_hold_on_the_public_network(public, clock):
             assert relay.flags & FAST and relay.usable
             assert not relay.flags & NOEDCONSENSUS
         assert not path[2].flags & (BADEXIT | MIDDLEONLY)
-        assert len(paths.onion_path("rend")) == 3
+        assert len(paths.onion_path()) == 3
     
 
 @pytest.mark.parametrize("role, position", [("middle", "m"), ("exit", "e"), ("guard", "g")])
 def test_distribution_on_the_public_network(public, clock, role, position):
     table, consensus = public
-    chooser = minitor.Weights(table, consensus)
+    chooser = minitor.PathSelector(table, consensus, None)
     rounds, exact, counts = 1500, {}, {}
     w = consensus.bandwidth_weights
     need = {"middle": FAST, "exit": FAST | EXIT, "guard": FAST | STABLE | V2DIR | GUARD}[role]
@@ -798,7 +789,7 @@ def test_distribution_on_the_public_network(public, clock, role, position):
     for i, c in classes.items():
         expected[c] = expected.get(c, 0) + exact[i] * rounds / total
     for _ in range(rounds):
-        i = chooser.pick(role, lambda i: True)
+        i = chooser.pick(role, lambda i: True, 0)
         counts[classes[i]] = counts.get(classes[i], 0) + 1
     assert sum(counts.values()) == rounds
     # 0.999 quantile for 19 degrees of freedom: 43.8
@@ -810,12 +801,12 @@ def test_relays_that_failed_lately_are_tried_last(clock):
     paths = selector(table)
     middles = [i for i in range(len(table)) if not table.flags[i] & (minitor.GUARD | minitor.EXIT)]
     for i in middles[1:]:
-        paths.failed(table.rsa_id(i))
+        paths.failed(table.rsa_id(i), 2)
     never = minitor.GUARD | minitor.EXIT
     for _ in range(20):
         assert paths.pick("middle", lambda i: not table.flags[i] & never) == middles[0]
     # Where nothing else is left they are chosen all the same, and after two minutes as ever.
-    paths.failed(table.rsa_id(middles[0]))
+    paths.failed(table.rsa_id(middles[0]), 2)
     assert paths.pick("middle", lambda i: not table.flags[i] & never) in middles
     clock[0] += 121
     picked = set(paths.pick("middle", lambda i: not table.flags[i] & never) for _ in range(99))

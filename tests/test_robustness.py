@@ -293,7 +293,7 @@ def test_consensus(checks, consensus, authority_certs, size):
         parsed.check_times(parsed.valid_after)
         again = minitor.Consensus().load(parsed.head)
         assert again.params == parsed.params and again.srv_current == parsed.srv_current
-        weights.append(minitor.Weights(table, parsed).percent())
+        weights.append(minitor.PathSelector(table, parsed, None).percent())
         minitor.time_periods(parsed, False)
         minitor.time_periods(parsed, True)
         for i in range(len(table)):
@@ -498,13 +498,15 @@ def test_onion_addresses():
 # ── sections 12 and 13, and bytes ──
 
 
-def test_stored_guards(tmp_path):
-    path = tmp_path / "guards.json"
+def test_stored_guards(tmp_path, monkeypatch):
+    path, consensus = tmp_path / "guards.json", minitor.Consensus()
+    consensus.bandwidth_weights = consensus.params = {}
+    monkeypatch.setattr(minitor, "write_file", lambda *_: None)
     entry = '["%s", 1800000000, 1]' % minitor.b32encode(b"r" * 20)
 
     def load_guards(data):
         path.write_bytes(data)
-        for guard in minitor.Guards(str(path)).sample:
+        for guard in minitor.PathSelector(minitor.RelayTable(), consensus, str(path)).sample:
             assert isinstance(guard.rsa_id, bytes) and isinstance(guard.until, int)
 
     minitor.set_log(minitor.ERR)

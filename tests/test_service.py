@@ -585,13 +585,15 @@ class Core(minitor.TorCore):
         self.onion_circuits, self.updates = {}, 0
         self._exits, self._spares, self._tasks = {}, [], []
         self.log, self.down, self.gate = [], set(), None
-        guards = Thing(failed=lambda i: self.log.append(("failed", i[0])),
-                       succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
-                       network_up=lambda: self.log.append("up"))
-        self.paths = Thing(guards=guards, param=lambda *_: 1000)
-        self.paths.failed = lambda rsa_id: self.doubts.append(rsa_id)
+
+        def failed(rsa_id, hop=0):
+            self.doubts.append(rsa_id) if hop else self.log.append(("failed", rsa_id[0]))
+
+        self.paths = Thing(failed=failed,
+                           succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
+                           network_up=lambda: self.log.append("up"), param=lambda *_: 1000)
         self.doubts = []
-        self.paths.onion_path = lambda purpose, target=None: [
+        self.paths.onion_path = lambda target=None: [
             self.relay(i) for i in (1, 2, 3)] + ([target] if target else [])
         self.paths.exit_path = lambda port: [self.relay(i) for i in (1, 2, port % 100)]
 

@@ -36,39 +36,40 @@ consensus.params, consensus.bandwidth_weights = {}, {}
 table = network(66)
 
 # Weights above the width of the machine: relay 31 of 32 has half of all.
-weights = m.Weights(table, consensus)
+weights = m.PathSelector(table, consensus, None)
 names = ("Wgg", "Wgm", "Wgd", "Wmg", "Wmm", "Wme", "Wmd", "Weg", "Wem", "Wee", "Wed")
 for name in names + ("Wgb", "Wmb", "Web", "Wdb"):
     consensus.bandwidth_weights[name] = 0x7FFFFFFF
-for chooser in (weights, m.Weights(table, consensus)):
+for chooser in (weights, m.PathSelector(table, consensus, None)):
     picked = [chooser.pick("middle", lambda i: i < 32) for _ in range(60)]
     assert 12 < picked.count(31) < 48 and min(picked) > 10, picked
 assert weights.percent() == 100
 
 # Paths.
 try:
-    paths = m.PathSelector(table, consensus, m.Guards(FILE))
-    guard = paths.guards.pick().rsa_id
+    paths = m.PathSelector(table, consensus, FILE)
+    guard = paths.guard().rsa_id
     for _ in range(10):
         path = paths.exit_path(443)
         assert len(path) == 3 and path[0].rsa_id == guard
         assert path[2].flags & m.EXIT and len(set([r.index for r in path])) == 3
-        assert len(paths.onion_path("rend")) == 3 and len(paths.onion_path("intro")) == 4
+        assert len(paths.onion_path()) == 3
         target = table.relay(5)
-        assert paths.onion_path("hsdir", target)[3] is target
+        assert paths.onion_path(target)[3] is target
     assert len(paths.layer_two) == 4 and refused(paths.exit_path, 25)
-    assert refused(m.PathSelector(network(2), consensus, m.Guards()).exit_path, 443)
+    assert refused(m.PathSelector(network(2), consensus, FILE + "2").exit_path, 443)
 
     # Guards are stored, and a damaged file is not believed.
-    assert paths.guards.succeeded(guard)
-    again = m.Guards(FILE)
-    assert [g.rsa_id for g in again.sample] == [g.rsa_id for g in paths.guards.sample]
+    assert paths.succeeded(guard)
+    again = m.PathSelector(table, consensus, FILE)
+    assert [g.rsa_id for g in again.sample] == [g.rsa_id for g in paths.sample]
     assert len(again.sample) == 20 and again.sample[0].confirmed
     m.set_log(m.ERR)
     for text in ("nonsense", "[[1,2,3]]", '[["zz",1,2]]', '{"a":1}', "[[", '[["aaaaaaaa",1e999]]'):
         m.write_file(FILE, text.encode())
-        assert m.Guards(FILE).sample == [], text
+        assert m.PathSelector(m.RelayTable(), consensus, FILE).sample == [], text
 finally:
     os.remove(FILE)
+    os.remove(FILE + "2")
 
 print("ok")

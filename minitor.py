@@ -4339,7 +4339,7 @@ class OnionService:
         await pump(stream, reader, writer)
 
 
-# === 16. Tor =================================================================
+# === 16. Tor ===
 # What programs use.
 
 
@@ -4356,8 +4356,8 @@ def check_target(host, port):
 
 
 class AsyncTor(TorCore):
-    """Tor for asyncio.  `network`: a torrc file of another Tor network (default $MINITOR_NETWORK);
-    `data_dir`: a folder for state; `progress`: function(percent, tag, summary).
+    """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
+    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
     """
 
     def __init__(self, data_dir=None, network=None, progress=None):
@@ -4582,7 +4582,7 @@ class Tor:
         return http_call(url, data.decode, charset, "replace")
 
 
-# === 19. Command line ========================================================
+# === 19. Command line ===
 # And the web server behind --serve.
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>

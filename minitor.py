@@ -4367,9 +4367,12 @@ class AsyncTor(TorCore):
         TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
 
     async def start(self):
-        """Get the directory and a circuit; ChannelError, ClockError, DirectoryError."""
+        """Get the directory and a circuit; CircuitError, ClockError, ConfigError, DirectoryError."""
         try:
             private_dir(self.data_dir)
+        except OSError as e:
+            raise ConfigError("the folder %s cannot be used: %s" % (self.data_dir, e))
+        try:
             await self.bootstrap()
         except BaseException:
             await self.aclose()
@@ -4578,8 +4581,7 @@ class Tor:
             data = http_call(url, response.read, 1 << 26)
         if response.length or len(data) == 1 << 26:
             raise StreamError("%s ends early, or is too large" % url)
-        charset = response.headers.get_content_charset("utf-8")
-        return http_call(url, data.decode, charset, "replace")
+        return http_call(url, data.decode, response.headers.get_content_charset("utf-8"), "replace")
 
 
 # === 19. Command line ===
@@ -4592,14 +4594,14 @@ OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
 
 
 def web_answer(folder, method, path):
-    """Return status (and header lines), type and body (an open file) of the answer."""
+    """Return status (and header lines) and body (an open file) of the answer."""
     import html
     import io
     import mimetypes
     from urllib.parse import quote, unquote
 
     def page(text, status="200 OK"):
-        return status, "text/html", io.BytesIO(text.encode())
+        return status + "\r\nContent-Type: text/html; charset=utf-8", io.BytesIO(text.encode())
 
     if method not in (b"GET", b"HEAD"):
         return page("", "405 Method Not Allowed\r\nAllow: GET, HEAD")
@@ -4619,7 +4621,8 @@ def web_answer(folder, method, path):
         if os.path.isfile(at):
             kind, coding = mimetypes.guess_type(at)
             kind = "application/octet-stream" if coding or not kind else kind
-            return "200 OK", kind, open(at, "rb")
+            kind += "; charset=utf-8" * (kind[:5] == "text/")
+            return "200 OK\r\nContent-Type: " + kind, open(at, "rb")
         entries = sorted(e.name + "/" * e.is_dir() for e in os.scandir(at) if e.name[0] != ".")
         if path[-1:] != "/":
             return page("", "301 Moved Permanently\r\nLocation: /%s/" % quote(path.strip("/")))
@@ -4632,14 +4635,13 @@ def web_answer(folder, method, path):
 async def web_serve(folder, reader, writer):
     try:
         request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
-        status, kind, body = web_answer(folder, *(request.split() + [b"", b""])[:2])
-        kind += "; charset=utf-8" * (kind[:5] == "text/")
+        status, body = web_answer(folder, *(request.split() + [b"", b""])[:2])
         with body:
             size = body.seek(0, 2)
             body.seek(0)
             # Neither Date nor Server: they would tell about the clock and the machine.
-            head = "HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
-            piece = (head % (status, kind, size) + "Connection: close\r\n\r\n").encode()
+            head = "HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+            piece = (head % (status, size)).encode()
             while piece:
                 writer.write(piece)
                 await asyncio.wait_for(writer.drain(), 120)

@@ -4367,7 +4367,7 @@ class AsyncTor(TorCore):
         TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
 
     async def start(self):
-        """Get the directory and a circuit; CircuitError, ClockError, ConfigError, DirectoryError."""
+        """Get the directory and a circuit; Circuit-, Clock-, Config-, DirectoryError."""
         try:
             private_dir(self.data_dir)
         except OSError as e:

@@ -4344,8 +4344,10 @@ class OnionService:
 
 
 def default_data_dir(network=None):
-    if network or MICROPYTHON:
-        return (network + "." if network else "") + "minitor"
+    if network:
+        return network + ".minitor"
+    if MICROPYTHON:
+        return "minitor"
     return (os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) + "/minitor"
 
 
@@ -4653,7 +4655,7 @@ async def web_serve(folder, reader, writer):
 
 
 def serve_target(what):
-    """Return the target of create_onion_service that --serve's argument names; ConfigError."""
+    """Return create_onion_service's target for --serve's argument; ConfigError."""
     if what[:5] == "unix:":
         return what
     host, _, port = what.rpartition(":")
@@ -4665,28 +4667,6 @@ def serve_target(what):
         raise ConfigError("--serve %s: no port, no host:port, no folder" % what)
     folder = what and os.path.realpath(what)
     return lambda reader, writer: web_serve(folder, reader, writer)
-
-
-def parse_arguments(argv):
-    import argparse
-
-    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--serve", nargs="?", const="", metavar="WHAT",
-        help="host a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
-    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
-    add("--address", action="store_true", help="print the service's address")
-    add = parser.add_argument
-    add("-o", metavar="FILE", help="where --get writes (standard output)")
-    add("--port", type=int, default=80, help="the service's port (80)")
-    add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
-    add("--data-dir", help="state (~/.local/state/minitor)")
-    network = os.environ.get("MINITOR_NETWORK")
-    add("--network", default=network, help="another Tor network ($MINITOR_NETWORK)")
-    add("-v", action="count", default=0, help="say more")
-    add("--version", action="version", version="minitor " + __version__)
-    return parser.parse_args(argv)
 
 
 def run_command(options):
@@ -4714,9 +4694,26 @@ def run_command(options):
 
 def main(argv=None):
     """Run the command line `argv` (default: the program's); return the exit status."""
+    import argparse
     import signal
 
-    options = parse_arguments(argv)
+    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--serve", nargs="?", const="", metavar="WHAT",
+        help="host a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
+    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--address", action="store_true", help="print the service's address")
+    add = parser.add_argument
+    add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("--port", type=int, default=80, help="the service's port (80)")
+    add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--data-dir", help="state (~/.local/state/minitor)")
+    network = os.environ.get("MINITOR_NETWORK")
+    add("--network", default=network, help="another Tor network ($MINITOR_NETWORK)")
+    add("-v", action="count", default=0, help="say more")
+    add("--version", action="version", version="minitor " + __version__)
+    options = parser.parse_args(argv)
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -3281,11 +3281,10 @@ class PathSelector(Weights):
 
 
 # === 13. Directory client ===================================================
-# Which network this is; its directory, fetched over OR ports by BEGIN_DIR, checked, cached
-# and refreshed (dir-spec 4 and 5).
+# Which network this is; its directory: fetched, checked, cached, refreshed (dir-spec 4 and 5).
 
-# Of tor 0.4.9.11, the authorities' v3 identities; in the same order where they are, then 200
-# fallback mirrors: 4 bytes address, 2 port, 20 RSA identity are 32 digits to base 91.
+# Of tor 0.4.9.11: v3 identities of the authorities; where these, and then 200 fallback mirrors,
+# are: 4 bytes address, 2 port, 20 RSA identity in 32 digits to base 91.
 _AUTHORITIES = """
 F533C81CEF0BC0267857C99B2F471ADF249FA232 2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
 E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58 ED03BB616EB2F60BEC80151114BB25CEF515B226
@@ -3368,20 +3367,18 @@ aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0
 
 
 class Network:
-    """A Tor network, of the torrc lines DirAuthority and TestingTorNetwork, or the public one.
+    """A Tor network, of torrc lines (ConfigError names a bad one) or the public one.
 
-    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones of
-    the authorities; `testing`; `id`: 32 bytes.
+    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
     """
 
     def __init__(self, text=None):
         v3_ids, places, self.testing = [], [], False
         if text is None:
             v3_ids = [binascii.unhexlify(v3_id) for v3_id in _AUTHORITIES.split()]
-            digits = _PLACES.replace("\n", "")
-            for at in range(0, len(digits), 32):
+            for entry in _pieces(_PLACES.replace("\n", ""), 32):
                 n = 0
-                for digit in digits[at : at + 32]:
+                for digit in entry:
                     n = n * 91 + ord(digit) - 36
                 address, port, rsa_id = struct.unpack(">4sH20s", n.to_bytes(26, "big"))
                 places.append(("%d.%d.%d.%d" % tuple(address), port, rsa_id))
@@ -3409,7 +3406,7 @@ class Network:
 
 
 def load_network(path=None):
-    """Return the Network that the file `path` describes (None: the public one); ConfigError."""
+    """Return the Network of the file `path` (None: the public one); ConfigError."""
     if path is None:
         return Network()
     try:
@@ -3440,7 +3437,7 @@ _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
 async def http_request(stream, path, limit, sink=None, body=b""):
-    """GET or, with a `body`, POST; return the answer's body, of `limit` bytes at most; TorErrors.
+    """GET, or POST `body`; return the answer's body, which has at most `limit` bytes; TorErrors.
 
     With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
@@ -3456,14 +3453,13 @@ async def http_request(stream, path, limit, sink=None, body=b""):
         status = int(lines[0].split(" ")[1])
         fields = dict([line.split(": ", 1) for line in lines[1:-2]])
         make = _DECODERS[fields.get("content-encoding", "identity")]
-        missing = int(fields.get("content-length", -1))
     except (ValueError, KeyError, IndexError, EOFError):
         raise ProtocolError("the directory's answer is no HTTP")
     if status != 200:
         raise DirectoryError("the directory answered with status %d" % status)
-    decoder, pieces = None, []
+    decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
-        missing -= len(data)
+        size += len(data)
         while data:
             decoder = decoder or make()
             try:
@@ -3476,8 +3472,8 @@ async def http_request(stream, path, limit, sink=None, body=b""):
             (sink or pieces.append)(piece)
             # Another may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    cut = decoder or missing and "content-length" in fields
-    require(not cut, "the directory's answer is cut off")
+    whole = not decoder and fields.get("content-length") in (None, str(size))
+    require(whole, "the directory's answer is cut off")
     return b"".join(pieces)
 
 
@@ -3494,17 +3490,16 @@ async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=N
 
 
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# For the first directory asked: each further one gets a second more.  The least time between
-# two consensuses, whatever stands in them.
+# For the first directory, and a second more for each further one; at least between consensuses.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# So many directory guards fail in a row, then so many mirrors, then authorities.
+# When so many failed, directory guards give way to mirrors, these to authorities; the end.
 _GUARD_TRIES, _MIRROR_TRIES, _TRIES = 8, 12, 16
 
 
 class Directory:
-    """The directory of a network: `table` and `consensus`, from `bootstrap()` on.
+    """The `table` and `consensus` of a network, from `bootstrap()` on.
 
-    To be set: `on_update()`, called when these have changed; `paths`, the PathSelector.
+    To be set: `on_update()`, called when these have changed, and `paths`, the PathSelector.
     """
 
     def __init__(self, network, data_dir, channels, progress):
@@ -3515,7 +3510,6 @@ class Directory:
         self._certs, self._percent, self._failures = {}, 0, 0
 
     def _report(self, percent, tag, summary):
-        # In tor's words.
         if percent > self._percent:
             self._percent = percent
             self._progress(percent, tag, summary)
@@ -3567,9 +3561,8 @@ class Directory:
             relay = self.paths.directory_guard()
             place = relay.address, relay.port, relay.rsa_id
         else:
-            places = self._failures < _MIRROR_TRIES and self.network.fallbacks
-            places = places or self.network.authorities
-            place = places[randbelow(len(places))]
+            mirrors = self._failures < _MIRROR_TRIES and self.network.fallbacks
+            place = _one_of(mirrors or self.network.authorities, "directory")
         self._report(5, "conn", "Connecting to a relay")
         seconds = _CONNECT_SECONDS + self._failures
         try:
@@ -3590,9 +3583,7 @@ class Directory:
             try:
                 circuit = await self._circuit()
                 return await use(circuit, *args)
-            except (ClockError, ConfigError):
-                raise
-            except TorError as e:
+            except (ChannelError, CircuitError, DirectoryError, ProtocolError, StreamError) as e:
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
@@ -3673,18 +3664,17 @@ class Directory:
             if md.digest in wanted:
                 weights.table.set_microdesc(wanted.pop(md.digest), md)
 
-        for count in range(len(weights.table)):
-            if count % 8 == 0:
-                percent = weights.percent()
-                done = 50 + 24 * min(percent, until) // until
-                self._report(done, "loading_descriptors", "Loading relay descriptors")
-            wanted = {digest: i for _, (i, digest) in zip(range(_BATCH), queue)}
-            if not wanted or percent >= until:
+        while (percent := weights.percent()) < until:
+            done = 50 + 24 * percent // until
+            self._report(done, "loading_descriptors", "Loading relay descriptors")
+            wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
+            if not wanted:
                 break
-            path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
-            parser = MicrodescParser(sink)
-            await directory_request(circuit, path, 8 << 20, parser.feed)
-            parser.finish()
+            for digests in _pieces(list(wanted), _BATCH):
+                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+                parser = MicrodescParser(sink)
+                await directory_request(circuit, path, 8 << 20, parser.feed)
+                parser.finish()
 
 
 # === 13b. Circuits for every purpose ========================================

@@ -3463,7 +3463,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
         while data:
             decoder = decoder or make()
             try:
-                # Where less than the most comes, it is all that is in `data`.
+                # Less than the most is all there is in `data`.
                 piece = decoder.decompress(data, min(limit, _MAX_PIECE) + 1)
             except Exception as e:
                 raise ProtocolError("bad compressed data: %s" % e)
@@ -3478,7 +3478,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
 
 
 async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
-    """Ask the directory at the end of `circuit`, as http_request does."""
+    """Return http_request's answer from the directory at the end of `circuit`."""
     stream = await circuit.open_directory_stream(30)
     try:
         asking = http_request(stream, path, limit, sink, body)
@@ -3518,7 +3518,7 @@ class Directory:
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
         cached = load_table(self._path, self.network.id)
         if cached:
-            # Even if it is too old, most microdescriptors in it are still good.
+            # If it is too old, most of its microdescriptors are still good.
             self.table = cached[0]
             try:
                 cached[1].check_times(now())
@@ -3556,7 +3556,7 @@ class Directory:
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
     async def _circuit(self):
-        # One hop: to a directory guard, or else a fallback mirror, in the end an authority.
+        # One hop: to a directory guard, else a mirror, in the end an authority.
         if self.paths and self._failures < _GUARD_TRIES:
             relay = self.paths.directory_guard()
             place = relay.address, relay.port, relay.rsa_id
@@ -3567,7 +3567,6 @@ class Directory:
         seconds = _CONNECT_SECONDS + self._failures
         try:
             circuit = Circuit(await self._channels.get(*place, seconds=seconds))
-            self._report(20, "onehop_create", "Establishing an encrypted directory connection")
             await circuit.create_fast(seconds)
             return circuit
         except TorError:
@@ -3576,7 +3575,7 @@ class Directory:
             raise
 
     async def _ask(self, use, *args):
-        # What `use(circuit, *args)` returns with the first of several directories that serves.
+        # What `use(circuit, *args)` returns with the first directory that serves.
         self._failures = 0
         while self._failures < _TRIES:
             circuit = None
@@ -3628,7 +3627,7 @@ class Directory:
         return table, consensus
 
     async def _fill(self, table, consensus, until=None):
-        # Fetch microdescriptors for `until` percent of paths (None: enough); use the table.
+        # Fetch microdescriptors for `until` percent of paths; then use the table.
         changed = table is not self.table
         if changed and self.table:
             table.carry_over(self.table)
@@ -3659,7 +3658,6 @@ class Directory:
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        # Fetch those of `queue` until `until` percent of paths can be built.
         def sink(md):
             if md.digest in wanted:
                 weights.table.set_microdesc(wanted.pop(md.digest), md)

@@ -11,7 +11,7 @@ import pytest
 import minitor
 from fakenet import FakeNet, FakeRelay
 
-PHASES = (5, 20, 25, 40, 50, 75)
+PHASES = (5, 25, 40, 50, 75)
 
 
 class FakeStream:
@@ -310,7 +310,7 @@ def test_bootstrap_cold_and_warm(net, tmp_path):
     assert all(stream.closed for c in mirror.circuits for stream in c.streams)
     percents = [p[0] for p in cold.progress]
     assert percents == sorted(set(percents)) and percents[0] == 25 and percents[-1] == 75
-    assert set(PHASES[2:]) <= set(percents)
+    assert set(PHASES[1:]) <= set(percents)
     assert cold.progress[-1] == (
         75, "enough_dirinfo", "Loaded enough directory info to build circuits"
     )
@@ -649,7 +649,7 @@ def test_fallbacks_before_authorities(monkeypatch, tmp_path):
         monkeypatch, tmp_path, lambda a: REFUSED if a.startswith("fallback") else 0
     )
     circuit = ask(directory)
-    assert circuit.closed and circuit.channel == channels.asked[-1] and progress == [5, 20]
+    assert circuit.closed and circuit.channel == channels.asked[-1] and progress == [5]
     first, then = channels.asked[:12], channels.asked[12:]
     assert set(first) <= {"fallback0", "fallback1", "fallback2"} and len(set(first)) > 1
     assert len(then) == 1 and then[0] in ("authority0", "authority1")

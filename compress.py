@@ -65,8 +65,8 @@ PRESETS = {
         "AsyncTor.open_connection AsyncTor.resolve TorCore._exit_circuit",
     ),
 }
-# Of this text a board gets so much, line breaks left out: 21 of the 200 fallback mirrors.
-SHORTER = ("_FALLBACKS", 21 * 26 * 8 // 6)
+# Of this text a board gets so much, line breaks left out: 9 authorities, 21 of 200 fallback mirrors.
+SHORTER = ("_PLACES", 32 * (9 + 21))
 # What programs name: their public methods with their parameters, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
 PUBLIC_ATTRIBUTES = "address reason".split()

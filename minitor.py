@@ -3137,153 +3137,139 @@ class PathSelector:
 
 
 # === 13. Directory client ===================================================
-# Which network this is; its directory, fetched over OR ports by BEGIN_DIR, checked, cached
-# and refreshed (dir-spec 4 and 5).
+# Which network this is; its directory: fetched, checked, cached, refreshed (dir-spec 4 and 5).
 
-# Of tor 0.4.9.11: nickname, OR port, v3 identity; address, RSA identity.
+# Of tor 0.4.9.11: v3 identities of the authorities; where these, and then 200 fallback mirrors,
+# are: 4 bytes address, 2 port, 20 RSA identity in 32 digits to base 91.
 _AUTHORITIES = """
-moria1 9201 F533C81CEF0BC0267857C99B2F471ADF249FA232
-128.31.0.39 1A25C6358DB91342AA51720A5038B72742732498
-tor26 443 2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
-217.196.147.77 FAA4BCA4A6AC0FB4CA2F8AD5A11D9E122BA894F6
-dizum 443 E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58
-45.66.35.11 7EA6EAD6FD83083C538F44038BBFA077587DD755
-gabelmoo 443 ED03BB616EB2F60BEC80151114BB25CEF515B226
-131.188.40.189 F2044413DAC2E02E3D6BCF4735A19BCA1DE97281
-dannenberg 443 0232AF901C31A04EE9848595AF9BB7620D4C5B2E
-193.23.244.244 7BE683E65D48141321C5ED92F075C55364AC7123
-maatuska 80 49015F787433103580E3B66A1707A00E60F2D15B
-171.25.193.9 BD6A829255CB08E66FBE7D3748363586E46B3810
-longclaw 443 23D15D965BC35114467363C165C4F724B64B4F66
-199.58.81.140 74A910646BCEEFBCD2E874FC1DC997430F968145
-bastet 443 27102BC123E7AF1D4741AE047E160C91ADC76B21
-204.13.164.118 24E2F139121D4394C54B5BCC368B3B411857C413
-faravahar 443 70849B868D606BAECFB6128C5E3D782029AA394F
-216.218.219.41 E3E42D35F801C9D5AB23584E0025D56FE2B33396
+F533C81CEF0BC0267857C99B2F471ADF249FA232 2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
+E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58 ED03BB616EB2F60BEC80151114BB25CEF515B226
+0232AF901C31A04EE9848595AF9BB7620D4C5B2E 49015F787433103580E3B66A1707A00E60F2D15B
+23D15D965BC35114467363C165C4F724B64B4F66 27102BC123E7AF1D4741AE047E160C91ADC76B21
+70849B868D606BAECFB6128C5E3D782029AA394F
 """
-# Of the same: 200 fallback mirrors, each 4 bytes IPv4 address, 2 port, 20 RSA identity.
-_FALLBACKS = """
-QEE+egG7TwZ8XEiBc5h7VozXJF8cpx3umWuiE/yJI/DgYIdF7SN6kYpzo3BTgCMzDxv0Xbm3ndYjjFvdBjPgrAl2PklkHc0bo6s6
-IaqDufPa4R/mMof3nZwWh79/Op0UA2nKZNL9ERtgCWKIAbtureSjmrifHGv5iWaMwEbpxq38WrL+EhkjKRkyxrCz0V9s2kdjL7Il
-el3zvAFPCNMfEiMqSa0GqVVgVDbARFniR6ckwjEjSuqVrDxfAbtw81/1nW83lZptm5CJuzHF1z85VsOayJIAUGCiEfIOdMfS2IS6
-SSApZPXJT6AVD8yNXx+QMnQq1Xw9JD2gcTu239ghGN9XPS7Zmj+FIylzDCB8C3qbSLSZEhPh9bomouchz4jzsLMjKqIIxm47rzK3
-CSDravgIH3z6XbHRqnXA+QGkAeioHUfEiMVAZNIP68O5koytpQKiE8yjJxBcQmeRy0e93dl6cesu/EzMhN6ymcBMmf0jLW2tevgY
-9OHNp5Cd8uQBipmL4hETF7/IGQG7GTj4Bd6mXy81ETRGW/XV84FeUjVOUJ7aAbEGFlAABSoG/zxsK4p3c4M2ItavcCXd0AcjjPeV
-dWwE0kWM7soklhOli7q/1wFDUEOnViMpItIxS8UUaJCo5cGciE2WwMv+qiQ+SC9pIO7UxNAWJa8Uc6iuq7KM3n7I1VPEKEuRpksj
-KSlxGCSkns5ZW5spWUdZ/XzfWxuouXD5nAG7uG8o5j55csUz0fIMuU8PCq/z3FuQTBo6IykmvFEJ7jSV9GVdEzu+Cnf+FgjZp1KZ
-ijkjL3rYDlGw04Z6jjJ4UDjqN+Qb9KKyk1rr5CMo2AbsDgDV6eg8Zh4HqVicP+VYP7NnmLJJIynNLqrjVS8Pc7nGn+MwHfCiulfP
-1FH1YrgQAJsmCv6I9p1sfJgRc+Ia2CQ8p8Qqwzo6SAG70aOccBafLEtpDcm257A8O5q+kHtAQQEGAbth/cIKc/012Ww75e6YQVYh
-CxCkkS0N4U4jKTAd1iG2jQtyV+oiH9k400/jeUvu2RcIAiMptCx5fMjNY8YPtkPoIKEdET309ciHfWcvIynEYOinAlku9SEWRmu6
-JyXhH7gqyVBDrKIRWwQpROE5UI5qhJWqH28yDRCH2EkwUo16nAG6Cd0PgRgICR2soobLUM+FkZQWq9SrGcEnAFGaVhylefCRjU4M
-eoUzgBuRxW/WBdSEYcQBu350rrhk5zhuBBxVUd1s58DItf6fvNVe9SMpHSL9sJQTLkFRdJaLwLUqU7OG0pwXv8gWAbuCGSGk8Ysu
-FSFTyBOOaYn6SHRRgEKSwSEjKSA3plaMV3Gl2P9cZPwYGSR+b+57LYnJBSMpxP6rscD3cJMSszNFBA+8KWgod97BvWTGAbv92c10
-BlguC1bEon1EEmroQ+r23aLJwpEjKTRfV28pyh8qO4YmKmFl4vnxqq2NLVNoiSWAz/nBgDbUAVecRzF3wNlbRjrTcfeANIS9IyrO
-5GWgSPX1MmH0GMUlekKF5zw8ZoDocS8jKSQn43QpvR5e4JS930F9HSviosgDMgea2gG7FEL0DKM6wpRB9U72lvzASloWwweeRclT
-IynCWpgtz+htZHJzzWbEeO4KEZP+TkBBAYABuy8yOX851Y6IsIY2IfxYxtf1lJGzwCp0HQG7AHvgExG5iu/f3Lf0ovFnKW5paCVg
-CWJaAbuRG+Pxb6NgmgVv/1aBTKzW+GaeU9WQjhgjKUtYLz9LtN5W13KN6yKqJVNQhw+YudxlxyD74a9Tc+MkBWa1mPpIGtOGBUn2
-FottRmT2IzLozKHGHroWFLq2tcp5K9xofzl7T8G9ZMcBvONCbxWiItqHiGFSJHInmZdZQ+5jXe0zL3Uziv5ObwUjSwGEMnwFKwnx
-AZHq+vNS3YNWIPvu69wGbFkUOixhTeZgBgHtq4XCuWbTOHAAUOsO7nyV0rQyQRXAf+F1yx0d8YuZh323wSPw2V6hIDQFBss1oyUS
-y6z9ZxzAphOrGcEZAbyX9w2CRmt+wXlkF1NJDv+RpSx5DBeBQNwBu+7X77nUn/HXE/P6QIOjbrl7oYQGF7/IFwG7esJdyeRgYVTe
-ODBb3FpAvLy20Eqi2BI+AbtGDLcqEaWUj93eAyYD3b64N69mLMKcWQYjK9ubnX7VAEbcUtWgk2jhxT6B1A3ljWmCdyMpJJxwbw82
-BCnzZ3GfAaIkYYa8ixfBjjtKI4z9FiVQoAI07SnkHOHHjGN0HNEDfgX/ZQoBuzHveLkBnWHPJZsiPbn4CUCZTto0REMgHyMplktO
-inUmOml2lUHydkVj2r3ZldKSOw+6Iyn/tL8q6JbKjns8QZhVNGQV10PoiS2Jx2YjKdqMnVCZifgXXsPkh3iIFfe60trsQ9fqjSDu
-rcNedptCo8q4VX4LUpXT8VJZXvjBbHVnIylDjz6kyfsNtj9Td6MnGrVDX61+BFTuCo5KOfEvjf3eGWnU5ZQHgePasybSjBIguVJ+
-OQG7/68oSe7Tu7ZgMRc1Uc/V457OoySTWuoeIyta6NYUjLOxU6xjA5iKQ0iUmhJm9VIphAMjKVeekqMWgBERK+Qo4o8dsSuEfuZi
-YAliQAG7jWnLzUZQKLMGCAxV6N+IWNmGAj1AQQB4Abugbkq+jkniW90dthjtJicGdCohW1k6GtgbvDnOA6ZgFrDWm8bCofNixihD
-b+97ueVaUQPh/uurorb69Trh3I3ahoHOAmU336RAvF2yIymUNRzJ4X4AdB1pTwrDzVepwj4aQ8IxR/wjKVJ7+zzoGb6NdMKkiLg6
-L0MyuHi1YAlinAG7GKZfxAmEglYQGuSukK/K4sAOB3ZGJ+q2IymsaMmbSybitHKSN7DbxwZQI2kJQF8RUbwjMOTKv7YDJI4Ml0Hr
-pJJPk6BEXxQtW54NvCMpSbHvd3fFYEjTDT3XVr4e7f/fRwxZLzNaAbsG8+KJSKPG4rqLDH0QnHv8EtadxVXXQ+Yg+/pWHlNN3eY4
-MPoLCkhCNe0juyejwCp0kAG7Pe5nmSZ5p4K9gdKAEnVEnHY3QeMzS41XI4z8ADutl7wGv0sc7LZCOSnWb/NJMi6l/DAjKZ90p365
-128vzOWRyJom4P29EQq4uWRXjSMq7Fp41ZdHARlsk+nTJrhnK8BPq3xZLMEqAbtnXBz8b6u/y+TLW+d8/ioKj1dbjbL+LKMUBgUB
-ARsyx3w//mjcSz5A/F0n+VAbhPOiDQG74zmXDHAhuwZvAzCD3H9AL8lc/Pxb4pBiAFAcdeHwKgp8u3DnLRlCmLPaOmIs304qyCIl
-gS9R0HRnZVgKCki8qiG1bs95e5A+M7KIOiOMWCFPRgous+x0Xf7TbRkDFhMq47FcPCX3AbtHGG42MWiQV6fvIj7MXYaRip5nntE6
-tOwjKQNx5OyQHE/Hf+oqpb5CGPC+H2zjk1rrFSOMXOpWMgyQTnMa6CeGbHG5DVBpb2pgCWJOAbvAV4MwVVhDLZSwJKHC7FzcW0gX
-9TYkbKIBu0b5+5Q5F4WPYY8mSFld6s2THUQAxi6oESMpuPqQqLfam5CgmqBM0ugeJjqo2kxNIYDEIyk48U+PCzDTXEkaq17GdwAA
-psp5TNjFzzEjKcNmOR5nopzpWaFRk9DPL57ZTzV4dTWbcSMpWE56cU1oJmCDuHM3LXZll732eTnCD3NdIylalATJr3LbEq3rL/gQ
-59oS09Zs71k6GtgjKFbYeMlCzTj1KHB5l0lQZosY7MTNvPXZ0AG8svsqRB4q5MoEIKGH84j4tRN+UfRAQQGTAbvqq0J8aKUJquKy
-RvJUIxN/ye2Uibm1P3wjKWF6u1XBRauBxjIuEIKFXw2sxl9kYAliJAG7yok6JxTmKsrHooVI9vabpa8iwCZAQT53AbtZg6eBtlJc
-eRjP2aurA1u6FhBbMpNa6ygjjLtcizd/kHihNlMBW4xFOBQM4t1EBf9lGCMpyJl29BNRs/DNolw4W0HtJqJ2V5qncmeFAbvV6TVq
-WVjkiRoST7dJgpsw63+NKcEfdewBu/FvpXPhqbW1RZIJcmGGmCNd144FNA4BqoFjQA7xoKOGAGQcuEWHVWiCjcHRTIm5gT4/IykH
-rPsIAeT3T1YQ+HC1/LtVOdvL0asZwSMBuw8cKoRsIo75amI9nkIe9js70yvVbUZk9iMo0S++piR7JcD80J1eEj3Vm/lD17tAQT9C
-AbsTWbtL8TgnItEYlbKYBT+amacxTsFz/a4Bu8FhGKtJn1eaT5XujLowdYumsvgEmjU6oQBuZv8ytdLtKOMQ4MNov9PO03mZiKxX
-aiwoIynmAH9La/Y5BUcLVYB7qZbsSMcta16Mc3Ig+2bBAvpd30jJ7usEjBYwkztmxQ7MQF8KqUo5V5eViBqb64jkL92o5aRe52Bs
-/AGrGcGDI0Z4YPCtJyxwRaJ8Z80hXUZ9jmefRa3512sjKblZEYl3KtjTKulg6VcKSSkvOh5ALVRrVCD7qRt6x6U9LgikXa90jCUP
-tTXb3o8FaFS3HQYughR35stmAU3yOF98SL5W54hPH5OHgYoj8PwKg8c9naFG02CK5x9U4yKJDVnFX9lw9QA1P0PQWEomE8nbYxOC
-/0htxrleochD1+qNHQaypO/Rs9rQ9foSe1wpu/5iViim2T7SY+6biz4Y/rq9lM3JhkFslX3zI/7el6K9LVoE6yMp9HXlmH5Eorex
-Q6K+4/gSju/X5aO+eOUCAbsep6ZkVhlTjShv2+12iK+n+C4KUUS5fGmkVazQWwR4Osm4aKB9z5ReScV5JnmqwbtbTwG7PlkoDqZ8
-kY9a1cv3l4ZDu3CgwWnUGGSKIymWBwaYcU3AeuKzd4ZGJbfvZOM79UEVXg0jKVCeq0xdEMmpoktOoM5ALAR6LWTmjoSdIyD7yhaE
-UWt/7PPbdtQ/0C9W2LleimktUKsSIynacRJuHQsRYFUzt605ndWn7I4vDhdYmkUjKZCqxiRTiKmp7HBQgQd1UDAE/kC/LqaldCNb
-Kx+nC+lUV6Cp3YeNPAWl/6RZYL9AQQGdAbucCVLm6A9RotN/LTBTt7LV4YbruUBBP00Bu4xpThcMM6EckVZdm8Gi8mSOkWfCXmQG
-CwG7A+EHo2Y+kSZk9Kk03/RRJiwhg1eOLPOFIykBn+sizgTL0EibfyS+A4UYtk+iI2AJYlgBu+I36fOG8URW6Z7tNrH6xPn3ew+A
-F40oByMpiez6ASGadtIi7daL8+6x3MOo0rPDsAMXIPucYfwKAUAe33HEBIZl5Tlo6BNR/Gj46ekjKSUxe1ybg8V0NRqPAW37S3BT
-iTyXyzdRAko9mGl++T4m3VLNltP5mL8gsqQWIpFAQQExAbt+M48jzGYNg8AVAIdHN2fa0PsFViYtQ7ojKZIVoIyEAgjHkjXYIci1
-e/szJFlFueNGNQG7t5K+4rUcxfj1MTljjI+JrhfXHrFaWqU6AbsBBt2ovoaqrPdp0+HTCGdJXp8+Ik/t1iYjLaTkmMbMNDKeYHUx
-ACoZxZCP6r/T2bZJnSMp9GhU7azNFoKP6q/Gxu3cB93wRBGy7xG7IynglMXfxALOQC2t8taZ7IZBudW3bqiKt70jKevyq4+ztPcM
-5XxJGm/zfX9mWRWauTLDG2mIhzcr+jR34l7MC8goADOL+S2s/vlAQT8HAbs0CXaky+Sy2EI6j5iRR3aoW5FRvVdi8u8fkDel6H69
-C5mwllCzLI8+CFz4Om6nYAliugG7KKeR+enPytKG1C+D62dkgTIuTpm53GT0IyjA5zNKGBGEq9B2mNBK3BnhXj7hhIAAQJQg++Mb
-PmPxMpYccMX87iGH9Pk1ORI0ubU8JyMp/zmwA3yvTpoBTbHMDk/ewZseazrBBVfbIylG2nn9zMG7iqLRpqEKTln1qPsRTNmcQ7BN
-sn6oq59WlbidaCdg2wzwPDLyLVhybUZk9SM85aTwZbpOTLGT5Q/9MQugl4iieFZrvQpWIykMrfllC+bzy2oJ8p2LkSUNk92R5gUt
-Y/sfkHXAt6JlC9MXzg/07jfeoJOq2QGbQEE+oAG7VO5UVly9o3k+20fsTl6MAeJJWjawQYYlAbuOy6ZINkVZ/nnbxwJGwMqr4IO0
-bbnz2ucBuz32L07gqQ1ZsSbr+pWrjnmwCnOjk1rqdSMqiIWvYzn5/rl/7hbJInWColWl6JxeEHYXIPtQJ3S6BGbTrpt6eg6iJZzG
-K4OYqV4XLWcjKe+kxefpIV6KPHqPPHTTE5Zn2pKlLSYU8CMtH5ohi/J2VUkn6+/+C4aCZpfL3dKSvtTUIykoD5ZDEbvMUZPHDd8M
-LaPDjUV4xLB98oMBu+q7OQMj+A1EV7qlzu5RFFVwDpKdzbl97wG7J6PG4wG5gD8PV4Vq2l/YNNsEEv0tCagQAbtL19jThP92vLUl
-bfQTBNqE93yL+mu9BfkTxbx6XpEVVEd/c0b6m2gCUNHYSxSvOYDfxiMp78bsK9m73HfdOKoth/1jbfwmqsAtVGssAFALcltf6+n3
-7gpwUqPzjO6Dku/EqjmBbgYj8LI0NPUE31AAlsteWJVJXon2yzD9F4FAswG72tiBXBroKxiI9EcgyUFrH4kbNjnZdF8aIyn3fYSw
-5J9We/wiq5u24okB1BN8urmBPkAjKRQcMX902S2kT6oHL2v9DJje/5BmQk4oWyE0YFWlGPA5ifhn33xDW2HVd212ixBAQQEWAbtI
-Tk+bSGXho9dywBkw1ZaU9LrvTZIT1XgBu5n3hRJ4X0UjajUyKhZDqgjcY5m1Jd3Q2COMQ2IKBT1WWCZz904DJYMWRuEXwAmwQZVg
-AbsmzSnQf64sJ+sxbuVR78fvlrpXhDmDH3wjjJgl2EmRkRS46QBcXQk7lfkSURqIQEEBmAG7FDq0gnG7CyvHr4/pSzBucBYv1sFV
-1/m4AbtkvLqILUXOQrViJlZENeoNNkpygQ==
+_PLACES = r"""
+J@H}>qn\96cZqkdkx-Yv,EFB4Mu>4*Tpe.q~Bnawd%K%[$<j=9;?.i^cg8FH9T`21TW+YUg_PPuke]@1gxwE?q8Z:q~>NpG^
+KGg~/GTLNH^z[>`0YwliZxr-2:k^&D.v]gJaj\j9<?rioPvaPeAtM^mvSc14uME_W2{&T/:JgZ\?;V,U]1i4mxwP[~x_VL+=
+_XCd'*fd0W<:DMg0LU\Lp7P3%wuPTY7ia%_x9)x7nr-AD6l/&UrYLNGiSP%:q]Nxdq%9cM)'@%v3pSm13<genl~s7qiPO^H~
+77P_~Md/&*Er_b\3RgQC:}^;LiC.6=/(TNKj%3&qby'K+&uAHE]E(m}-vV2*K~8$[Tcr\](w:vTKJz3=7WIjX@17qE2e`Ql_
+[[-Um&RB9d(*n[k+kq'^eV7x@9_G>bX|@eB.OD_6*6bJeNb_a]yq6f}egj&ENRdQYSdL?Q:CE_.^}HRcy..KAg'iqpA=R?E_
+&^0Dl=IJ|&3$NUNgzN768?Sa:xWxDL3%Phrv3a`ePoFtPY~Bb?Je)Vw.;<*f%.$k^Phd>aJ{srsSB<ZlT)K,V{D/Y:3JK7kM
+(ewg0IAel[67(5}0@Fc@x{`ycF~V(B@<e*DW;u;+Aub]}>]}Wf[oS`0cDv@LgPxsLzdRTp'dwsV4_oJg:,&np/^.Z<4Y8R0w
+V|S`;WM2|rx>i~P)hIW;];]qx%YwbD|<TNI{@uP-/CU%<[ZV>.BJiA1>)UfUD48<]Qm]_|^Ba6>CGnXx<;L{r:{31Z21*,z+
++-;HabFqpn1GMVY%y{$@WPlwy5L4a3/4;J,9L*An0bAtSm5A,bHetvoPyg%s;~&K/AIfY9=FYsbuC_(f`3HcxUa1Jx1Eqx|X
+<$0DLbR'rH3L7LC0y{I}=v*vA6kyXe5r6\m:x\}Kw2O%y0q[-Em$D/}}Uxub5XBn:ZEK\)kl@FJ6'kvF^D1>DI9>bnP:K7jy
+[M5V<PA]VhR.BZjUhDbiXClne`%zMxS;O1Y^,.>h>_<Zo}aECGq=hm&CwR1`&)4H<cbahD+?fdZkMB<:ok@};0*e'&?^Eh`|
+P)lm8ziNip;@3jm8Dw{hZiRr2BHgf;^'B}(=R;-(_Tpx5@-N_ZKSfK)0<TmwS\jS<R9nrYyg>hfN)u=`G*+N0z>]BDMHBQR|
+^FPf4LK1c`D\QuVmK[p5x/Qxbfd-O7y$77NBbzQCUYiuui0yt4fHSq9Q_Oyi4rfB1O$[3Qw>M[m<\C+JKc~sS]6rf(xkTDPA
+dwI@5W-zRf/k7qe[/P44CX36c3-]d]i.LRx(c0-pD3iw*d*7.fgQKe-:5dT.h$`E<$0V_}+p>UsNy']i[{Ke/v3TX]d)fOP*
+<bI%6l+r2,=(.up],P3swDz--yL'c;|QW2{&xl$:6A:)4VZyKpfEl`uL%UOB\%.}cU|azs|g{bf`U{K^@F^yV{]r72.s&/M7
+\NQQM=J_Z8wW@~oyEXP)pN*EazV{/.Lu+-;H^%dL|1h.$4b:)@P<<(;AlgUCCmry7vX_M0Zkmax?X%7>+[^VfBEk41i7M`PR
+1\405x7lBC64Vv8:7FQCfkr>cTKma9>/]y$yVV~<R'YU}mt4wHhi5D*I^km4|7=OTai)&}p=KZdtgcVdEP,KDa+LY8UF8-a7
+1VH1Y&Wy$2qRnr&QDnZSgS.3b%:E%jY:JBc/4cdH24L9'{r),CXBG1f9RRS1EmVKJUnRmo}\?/CL3%&_00g>HspZo0w\3SUB
+2{H=@B}u)a*p;v,0$6;^~o;MP8@B`;j{SAtF})`Ez>aiJC0[wai],xb*J@rgl^KI77NDB)|'3)kC;d%UDR=,Yak8W7iwtSEN
+]N4AB&W,cX-)fsD.\wN16(0lx,i&Z_Ye@eB-r0>cw[j+JI5dOuVN[a-F36)`%1`BcrOd5z`Zz1Y[%erp3,<m=]:Ud:VKHK;^
+[X[^ar6aJ+dl*_,3qcSd\6XgXyiUY$@BDaWnu(+`Zy*Y*sC>r5:k%q|pi.~9C}(7]y$yWk7u^`+=_Cs>'kXuUTSK?Z%W=MJ2
+@+vy+gFY)DjkD,93r%]s{'['+{Mfp5py<jw4<.|](S)F\p9{UqmQkOT.6lDBL@I|Bh)-]2K]hdk<)>DLH?2:&?9:d&I:M98V
+LR{,fDX|lW6')bJhvlOqI&_l{f~ie?e2W2{&gbNM//*C9M{G_Y$1IQ'U@*P,vl@.+&[WvJY;0>r0b=8}a(WhgMvxH%;?7e&<
++-;H_9xy.%}W.%SPW0^oSM3AdiXY:a?'Tc=PAUNLHMS{<NL{niGW1u=*&ss(g%cu^5dW;iL90%MjGSjUZN|RV5'ia;g+dLTZ
+N>+<S<4'<QH=\cQhkxBe2WUif>X|h>G^]s~geqV@LC3[md(e'+[w6=dKB;(`2t|)%l6k{Q)l+2&W>65F:>Yn;.K(p@4..xY.
+8ITzzcq_V,O|Ec@;1=b)m_TcTU=z&B{iOf6CrfPqe*{'n-pa^3MEi<}K\Yc:FA@61\4*\bj`\.V~Ex&8lK2d$Bdrk{\v6g>Z
+8>0x<w]e'|3mI+09nUys_QzKdI5UyCv0]pI)LSaQw@j~qa>^j2vB;j<izVBw{k)-=H,Zz(lD5lD-^xe9EM|%LDz2T3]G1SX7
+[Izcs$}:8E@1L,LC;$d?TOP,B2Iwq{ZYP)lg0(U\xm1*n\]A)<<*+|W7g(KaM?'N<Wk*epLP];y~u$ot.fI6bEHdGqlU]c~G
+@eB-RDK|W:PT,x8s973CZXT4=T3)3nfB77N@kGSsaZHJ%L3ba_tS=`8T1}:>i0|=>b&MvPu}G)8Z]Uzz&\?h[7VQQNO~zWal
+[YW<I`@dXqxQqR{.I74GL,MAQLl9[7>Q7DX[]Fjn+jViTo<n-GxGE$H|5$KQ6}^Y^*Aw5Rsr>B+u8kpCA+R;W-|^LHDnj]d[
+@eB.gm1y9.5<n]%3:DhywJv1)N2mOZQO8}*@m1;z^L>P1B>h7]o.^6NPVid_;t`A@J{Y`Ni|DZgCvLVbO&G%7=F5W,>y15c1
+?H*mX2gw)T3{p<CF{uXvi4_DHIkI'RzL>`r}VIl^7d/`mRoc%z\>Gl>)9IJ^t+.D=`tWZpoSP)Ub.[;XwOkhM00-snjx?2gq
+]N4BsYMJa(3iAq\9&'A8Rhs`H;;+hR\_3Bom%)8P[1IFz7ra2mI'S&G&P.}gWC-L1zG4ig?0hb;F?H5Z`=;QYV,2.)azuPi$
+[KqD4x3_m5zhU7f<ei0<om0BVC2N&Iq@>`[AM/r4%K\Z,LFE'gk.aiQ2oz6(}T_]YSeLVJHSQ-oDKePl*(~G%A;2shUO[r'o
+Khqr@Bw-y*8Ul&-S?C1u{:aAmkbihYR%?ODQ~0,77x7SAzp,jy/vzh-JZc?jOm2*;F*8BTm+sbq5rvfG}`3T>TUB`e4D<Z7r
+3Mjw{7gI'|Av:<}1]BY=xf)B~Dj:h<n|?Xt(R]HqZ}Eiy9F1E+`iCt*9bu*OJ'w&bWR6EYz+A&&j1mCj1'vd`N7hc*GYzvSx
+P)ljLzARh;>4TcbFUVwpB.zyW{@^GB9G@eB-cNYq}2tJX+qIONmvsv$)$,X+0*>Y45@11{D9;N2]9&v$BA3{$YtL1{qFWsq0
+_;u\d4;$B-A*3@Xt@/F6<H@h58stbn=%;)s5p457,t:r;ZCew/ll'82L/\=XU5u;dnj_UTo(X4@|}Dw.]rrpGw|cC,8Ez}+{
+G(O]t53cz`Cw<RMx_@=K+%'x2fysdj?c^&fa:ps*RqNH(<VZ'3+x&)I9xr*rlh$0>b&MvT/Ky}O9Kwj^3FU*s~YX*eInE?3-
+\QzaQddVfX%B`r{wY}=z',eQ1\'n{F2Q77NDY>:Llm9*z,kyG{/$R$__<F|7HT02[TLzez?jq24IWV9\QHWK_@rV2YeO*)k4
+@eB-000?a]`pN_'9j?M),EL[P>IZ^>@h77P_zl&_{rsly_`y:\K:f*/EcmL:fH^vP)ljd3Zs=:xv)rqzIjC-|Lp*AlLp3)4f
+%l6l1igLh*wX(h9>x-EvidGnAW+c_AQiV*TL*iT6?bzvEbfk*'{%DCIWFkR*krH7]h8;u<wrT0&Q-X%R45xt^Yc\MIwf[}2^
+3WQh52%jJ:]64ox-TmadQmgBB6{8?|Dn[Nww+[k>SUzO'_cm3IUrRWWxVN94,qe^W2{&sve-~opdJ9q9}I>oITxIl`N8-<t>
+DaWnu(*-i_TrAOtgQ24y8a4c5<&c(ALM77Pbavf}[tw<^_/NUgwH>}.CPXK,PVE5]q6wbqX=@:J11mN}Y79+~Y*ex81:/xo*
+R.=/`AYW_N^g5]J&:)`(MVKH5H1DFeiV>0dry@tl]hX_0|Vt.(8>Cqq1[C8^U:6U@<pDv?LY8fSxiC_MIh\3K2BpO+C<(npA
+7:_t|ecdm[\G3F>E(,E{UTPD8+rE~Bo,W2{(3HvDFoFZ;?H'g=Gftma'HBrz,hG'X&62iQwfM;d=xL256T>&KyI|<sIYp6%&
+1VQxJY]|+'T3/0w&Vke9G@XX<nK|q2*6%\1VsTh:ijs'Q1]Cx?4;ou8Zt>7}K^R.P.U*<'j=Avju7J4WK*5{Rafd=-Kh@-Lb
+@`9D^ySIW5w:\VCf-}x*>6`G-_AWZct88>0x<uy=.r+'{k|.qE7SJv,cN3QG2pNv6kQ-F~7\*GjjSO`MYjB;V@9C-b7wN~.(
+1W-,ejoUm@+h>_Pj@[YQ0Vhj/|6Y.V:o\{,T2=}Ik1p%f8cjR*iWGu>Sel`}/+}{8V.qGMMey/aV<'@*/e3wAxagU(Vqn9TS
+]xl9TcCY^hr,P]1:1isA4^nv|'kHe4rAcJQ-jGvO$(^<2-b5A)W\kGrO5/g:V$cf7N'S(?yR{]}_nCLBya,zwgGKJJfY:}HD
+N\3e\^>xCYx~vr8*<N'rd8@C-u<[*rvF1V-^^`Wkb|_>=Y:`7n,5F`Wt<pzfpaN1*}>DX<,+'Q%7%8}q3%N%5?w]hINFa?=a
+1zMXjN}f@[]+PUCt6+^HP@ogxH,?UJVz77NDeRQ>x@svk/}Fmbrdk^P7-?FaCoM877PboD7L:Ws(t=tg}pnfzId>YHn7U?4B
+@8U@6^4I`)<BI|r-p0&O-`xcqVXfoL2INRqibVk?e@zvE.SdgNN@cYw+<<`dTaM3@eB-obpj=hM**~NxaA87]<CL63,7PL7%
++'sdFi<8S>nEf7l=/0<ugZ.5KDEgg;66^S%(RRZ\{~xYERiwNP`rVgYehlR5clSACGP;Z<u44<cznB-Ibuz}cA/J&Cy^BsVx
+`isiA\>n:$xc;n~18Ct{7l+0hxR2t|TX77NC<R4IQS'Z'L<qDbrH?u~(<Kkek>t7/Ir<84E/D^/rPp$<XaL<`yIh<e(h\S6k
+[YC2l14=5ID9>n`~4Nq1:?zMJ[fgrw0&?%cQ@0}::vn}16gIdHl5e&[qb8?=)d~~;v%:xQ<z]YRD0a,{xfP&B5<=iSPloxy0
+e-Bk]}82p(8Z%wG>8unQ7)e3JY6>5Il0YR.BNUN/SIX(1w-&&Y}$vJ=rd?.X])iAVHAuX{Oa4:SkK0r_q4]{,k[OsLFx3&eR
+[FXj-=7lpGc^i1{n|)g8x^mdWj,gU{1H77PatlM/>]w`&WkOHUCX?wt|N8`P@(~w>/y~RlaR5G'5NK}}h[a}c]FN&P43}dR*
+@eB/1Nv]L.&<q;T;HZzmm^}X|K5l)jDF[X[[p|^GzB'q~f+\tumPAh+D^dE2%.O^J=0VKbmV}_}R:tyO9o&E3jcAkCM,o,^8
+[TLo<E:B5.%X?|h[3<b2\bW)%Kf'cUkF]eL]A?A3hcba`^pS>C]lG+idchONLfR1e*X**Y)[>MVO0dAW8_L*q}*[|005IPKy
+DaWnsnseJzezY0=;%76/?~H&3S}\/'[/D7hxc/2(|RK'4L?0kBf/vN7|Sub7@MS4%UtK@UC,F.eUx@JHK\DU}W|JN+_R9)o-
+77P`Qv;f&u;_-&4OsI)GH@U~_'X{v[B`Xd:,FqoKZ5gY((4SP5dde^%CoFX^2%m=[[-Ut7hS[*U{\=7e@2tE^IOBn<(rY2Hs
+P)lh?G0+g<7E5ZtQLK~MI@dlZU>?@D@6@/`%NYiB_R_2`4_++j.ctSj&\hrpg'J|@0E}6Y9@X=$?m&%%aqaNrO((LC3`KQ/i
+1QXdJE*6o)t&)}t>XJA.B*~L$:o~&|,uOt6zk.}fs@>hLAXm;eteU8L1F/MmU9:HXj`W=taM2y?k7`E+vCIo[sifum6sz1>E
+aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0TQ`Cxp-p_L;L/`@Z
+55j8r32oOIiwn8*y>>*%M,bTy<vL]MV\1VQwtUKcKv,UA.o8%|Z)~xBuS:U:MYOL55oZ|kv,OW~+a.&[(PQ8JjKsi7J$mEs^
++&[WD@D3eNJD}bYr<{J;n-j;UBNUX`d~e&B4mB-)^vL{8heM,dOm,vP5Rp202aCR[Nww,p$kh6V+6kPdsmB/`U/-(KtI[e62
+7o>.{0{o{HZ-'u/Gwar4=:bziwZP56cJ77NBvR-2po:W:z4\Y'n5}l3Rv8qc~$j)Ob&v;dB;Nu'5|yXHr1/es/lmpzL<rb3M
+/AIiGbBXNFZk/Gpu8Vx3gQZc;(d(0z-JXd:`hJex;Tf8(p.LO4bOk^@oa(g?1>qe56$}HOi>Z,C_O%9p5:G/w'-*D+wGl;Or
+77ND_HEih3x[z.`t:lo{`4Q{2x%Q'oM_=`{KjhS+NpK8+:>M4KfN_P)Z+{DLybCd
 """
 
 
 class Network:
-    """A Tor network, of torrc lines DirAuthority (with v3ident) and TestingTorNetwork in `text`.
+    """A Tor network, of torrc lines (ConfigError names a bad one) or the public one.
 
-    `authorities`, `fallbacks`: [(RSA identity, address, OR port)]; `identities`: the set of
-    the authorities' v3 identities; `testing`; `id`: 32 bytes.  ConfigError names a bad line.
+    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
     """
 
-    def __init__(self, text, fallbacks=()):
-        self.authorities, self.fallbacks = [], fallbacks
-        self.identities, self.testing = set(), False
-        for line in text.split("\n"):
-            line = line.split("#")[0].strip()
-            word = line.split() or [""]
+    def __init__(self, text=None):
+        v3_ids, places, self.testing = [], [], False
+        if text is None:
+            v3_ids = [binascii.unhexlify(v3_id) for v3_id in _AUTHORITIES.split()]
+            for entry in _pieces(_PLACES.replace("\n", ""), 32):
+                n = 0
+                for digit in entry:
+                    n = n * 91 + ord(digit) - 36
+                address, port, rsa_id = struct.unpack(">4sH20s", n.to_bytes(26, "big"))
+                places.append(("%d.%d.%d.%d" % tuple(address), port, rsa_id))
+        for line in (text or "").split("\n"):
+            words = line.split("#")[0].lower().split()
+            options = {name: value for name, _, value in [word.partition("=") for word in words]}
             try:
-                if word[0].lower() == "testingtornetwork":
-                    self.testing = word[1] == "1"
-                elif word[0].lower() == "dirauthority" and "v3ident=" in line:
-                    options = dict([w.split("=") for w in word if "=" in w])
-                    at = [":" in w and "=" not in w for w in word].index(True)
-                    ids = options["v3ident"], "".join(word[at + 1 :])
-                    identity, rsa_id = [binascii.unhexlify(i) for i in ids]
-                    if len(identity) != 20 or len(rsa_id) != 20:
+                if words[:1] == ["testingtornetwork"]:
+                    self.testing = words[1] == "1"
+                elif words[:1] == ["dirauthority"] and "v3ident" in options:
+                    before, _, after = " ".join([w for w in words if "=" not in w]).rpartition(":")
+                    ids = options["v3ident"], "".join(after.split()[1:])
+                    v3_id, rsa_id = [binascii.unhexlify(i) for i in ids]
+                    if not len(v3_id) == len(rsa_id) == 20:
                         raise ValueError
-                    place = word[at].split(":")[0], int(options["orport"])
-                    self.authorities.append((rsa_id,) + place)
-                    self.identities.add(identity)
+                    v3_ids.append(v3_id)
+                    places.append((before.split()[-1], int(options["orport"]), rsa_id))
             except (ValueError, KeyError, IndexError):
                 raise ConfigError("bad line in the network file: %s" % line)
-        if not self.authorities:
+        if not v3_ids:
             raise ConfigError("the network file has no DirAuthority with a v3ident")
+        self.authorities, self.fallbacks = places[: len(v3_ids)], places[len(v3_ids) :]
+        self.identities = set(v3_ids)
         self.id = sha256(b"".join(sorted(self.identities)))
 
 
 def load_network(path=None):
-    """Return the Network that the file `path` describes (ConfigError); None: the public one."""
-    if path is not None:
-        try:
-            with open(path, "rb") as f:
-                return Network(f.read().decode())
-        except (OSError, UnicodeError) as e:
-            raise ConfigError("cannot read the network file %s: %s" % (path, e))
-    word, packed, fallbacks = _AUTHORITIES.split(), binascii.a2b_base64(_FALLBACKS), []
-    for at in range(0, len(packed), 26):
-        address, port, rsa_id = struct.unpack_from(">4sH20s", packed, at)
-        fallbacks.append((rsa_id, "%d.%d.%d.%d" % tuple(address), port))
-    line = "DirAuthority %s orport=%s v3ident=%s %s: %s"
-    lines = [line % tuple(word[i : i + 5]) for i in range(0, len(word), 5)]
-    return Network("\n".join(lines), fallbacks)
+    """Return the Network of the file `path` (None: the public one); ConfigError."""
+    if path is None:
+        return Network()
+    try:
+        with open(path) as f:
+            return Network(f.read())
+    except (OSError, UnicodeError) as e:
+        raise ConfigError("cannot read the network file %s: %s" % (path, e))
 
 
 class _Identity:
@@ -3294,26 +3280,24 @@ class _Identity:
 
 
 # Content-Encodings (dir-spec 6.1).
-if MICROPYTHON:
-    _DECODERS = {"identity": _Identity}
-else:
+_DECODERS = {"identity": _Identity}
+if not MICROPYTHON:
     import lzma
     import zlib
 
-    _DECODERS = {
-        "x-tor-lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, 16 << 20),
-        "deflate": zlib.decompressobj,
-        "identity": _Identity,
-    }
+    _DECODERS["x-tor-lzma"] = lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, 16 << 20)
+    _DECODERS["deflate"] = zlib.decompressobj
+# What 64 KB may unpack to.  tor takes 25 times as much for a bomb.
+_MAX_PIECE = 4 << 20
+_FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
-    """Make a request over a directory stream, and return (status, body); TorErrors.
+async def http_request(stream, path, limit, sink=None, body=b""):
+    """GET, or POST `body`; return the answer's body, which has at most `limit` bytes; TorErrors.
 
-    The body may have `limit` bytes.  With `sink`, a function, it may come compressed, and
-    goes there piece by piece if the status is 200.
+    With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
-    head = "%s %s HTTP/1.0\r\n" % (method, path)
+    head = "%s %s HTTP/1.0\r\n" % ("POST" if body else "GET", path)
     if sink:
         head += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
     if body:
@@ -3323,102 +3307,77 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
         status = int(lines[0].split(" ")[1])
-        fields = [line.partition(":") for line in lines]
-        fields = {name: value.strip() for name, _, value in fields}
+        fields = dict([line.split(": ", 1) for line in lines[1:-2]])
         make = _DECODERS[fields.get("content-encoding", "identity")]
-        missing = int(fields.get("content-length", -1))
     except (ValueError, KeyError, IndexError, EOFError):
         raise ProtocolError("the directory's answer is no HTTP")
-    decoder, more, pieces = None, False, []
-    keep = sink if sink and status == 200 else pieces.append
+    if status != 200:
+        raise DirectoryError("the directory answered with status %d" % status)
+    decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
-        missing -= len(data)
-        while data or more:
+        size += len(data)
+        while data:
             decoder = decoder or make()
             try:
-                piece = decoder.decompress(data, 65536)
+                # Less than the most is all there is in `data`.
+                piece = decoder.decompress(data, min(limit, _MAX_PIECE) + 1)
             except Exception as e:
                 raise ProtocolError("bad compressed data: %s" % e)
-            more = len(piece) == 65536 and not decoder.eof
-            data = getattr(decoder, "unconsumed_tail", b"")
-            if decoder.eof:
-                # Another may follow.
-                decoder, data = None, decoder.unused_data
             limit -= len(piece)
-            if limit < 0:
-                raise ProtocolError("the directory's answer is too long")
-            keep(piece)
-    if decoder or missing and "content-length" in fields:
-        raise ProtocolError("the directory's answer is cut off")
-    return status, b"".join(pieces)
+            require(limit >= 0 and len(piece) <= _MAX_PIECE, "the directory's answer is too long")
+            (sink or pieces.append)(piece)
+            # Another may follow.
+            data, decoder = decoder.unused_data, None if decoder.eof else decoder
+    whole = not decoder and fields.get("content-length") in (None, str(size))
+    require(whole, "the directory's answer is cut off")
+    return b"".join(pieces)
 
 
-_CONNECT_SECONDS, _FETCH_SECONDS = 15, 600 if MICROPYTHON else 120
-
-
-async def directory_request(circuit, path, limit, sink=None, body=b""):
-    """Ask the directory at the end of `circuit`, as http_request does: the body; TorErrors."""
-    stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
+async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
+    """Return http_request's answer from the directory at the end of `circuit`."""
+    stream = await circuit.open_directory_stream(30)
     try:
-        asking = http_request(stream, "POST" if body else "GET", path, body, limit, sink)
-        status, body = await asyncio.wait_for(asking, _FETCH_SECONDS)
+        asking = http_request(stream, path, limit, sink, body)
+        return await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
     except asyncio.TimeoutError:
         raise DirectoryError("the directory is too slow")
     finally:
         stream.close()
-    if status != 200:
-        raise DirectoryError("the directory answered with status %d" % status)
-    return body
 
 
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# The next directory is tried when one has not answered for so long; the least time between
-# two consensuses, whatever stands in them.
-_HEDGE_SECONDS, _PAUSE_SECONDS, _TRIES = 5, 5, 4
-# Tag and summary, in tor's words.
-_PHASES = {
-    5: "conn Connecting to a relay",
-    10: "conn_done Connected to a relay",
-    14: "handshake Handshaking with a relay",
-    15: "handshake_done Handshake with a relay done",
-    20: "onehop_create Establishing an encrypted directory connection",
-    25: "requesting_status Asking for networkstatus consensus",
-    30: "loading_status Loading networkstatus consensus",
-    40: "loading_keys Loading authority key certs",
-    45: "requesting_descriptors Asking for relay descriptors",
-    50: "loading_descriptors Loading relay descriptors",
-    75: "enough_dirinfo Loaded enough directory info to build circuits",
-}
+# For the first directory, and a second more for each further one; at least between consensuses.
+_CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
+# When so many failed, directory guards give way to mirrors, these to authorities; the end.
+_GUARD_TRIES, _MIRROR_TRIES, _TRIES = 8, 12, 16
 
 
 class Directory:
-    """The directory of a network: `table` and `consensus`, from `bootstrap()` on.
+    """The `table` and `consensus` of a network, from `bootstrap()` on.
 
-    To be set: `on_update()`, called when these have changed; `directory_relay()`, the Relay
-    (a directory guard) to ask; `directory_failed(rsa_id)`, called when one is not reached.
+    To be set: `on_update()`, called when these have changed, and `paths`, the PathSelector.
     """
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
-        self.table = self.consensus = self.directory_relay = None
-        self.on_update, self.directory_failed = lambda: None, lambda rsa_id: None
+        self.table = self.consensus = self.paths = None
+        self.on_update = lambda: None
         self._certs, self._percent, self._failures = {}, 0, 0
 
-    def _report(self, percent):
+    def _report(self, percent, tag, summary):
         if percent > self._percent:
             self._percent = percent
-            self._progress(percent, *_PHASES.get(percent, _PHASES[50]).split(" ", 1))
+            self._progress(percent, tag, summary)
 
     async def bootstrap(self):
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
         cached = load_table(self._path, self.network.id)
         if cached:
-            # Even if it is too old, most microdescriptors in it are still good.
+            # If it is too old, most of its microdescriptors are still good.
             self.table = cached[0]
             try:
                 cached[1].check_times(now())
-                self.consensus = cached[1]
                 return await self._fill(*cached)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
@@ -3429,11 +3388,12 @@ class Directory:
         delay = 0
         while True:
             try:
-                await self._fill(self.table, self.consensus, True)
-                when = self._next_time()
-                await asyncio.sleep(_PAUSE_SECONDS)
-                while now() < when:
-                    await asyncio.sleep(min(when - now(), 60))
+                await self._fill(self.table, self.consensus, 101)
+                when, pause = self._next_time(), _PAUSE_SECONDS
+                while pause > 0:
+                    # In steps: the clock may be set, or the machine sleep.
+                    await asyncio.sleep(min(pause, 60))
+                    pause = when - now()
                 table, consensus = await self._ask(self._consensus_from)
                 if consensus.valid_after <= self.consensus.valid_after:
                     raise DirectoryError("there is no newer consensus")
@@ -3441,7 +3401,6 @@ class Directory:
                 delay = 0
             except TorError as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
-                self._failures = 0
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
 
@@ -3452,92 +3411,63 @@ class Directory:
         span = max((c.valid_until - start) * 7 // 8, 1)
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
-    def _source(self):
-        # Fallback mirrors come before authorities, directory guards before both.
-        if self.directory_relay and self._failures < 2 * _TRIES:
-            relay = self.directory_relay()
-            return relay.rsa_id, relay.address, relay.port
-        places = self._failures < 3 * _TRIES and self.network.fallbacks
-        places = places or self.network.authorities
-        return places[randbelow(len(places))]
-
     async def _circuit(self):
-        # A one-hop circuit to the first of several directories that answers.
-        found, error = Promise(), None
-
-        async def attempt():
-            nonlocal error
-            rsa_id = None
-            try:
-                rsa_id, address, port = self._source()
-                self._report(5)
-                get = self._channels.get(address, port, rsa_id, None, _CONNECT_SECONDS)
-                circuit = Circuit(await get)
-                for percent in (10, 14, 15, 20):
-                    self._report(percent)
-                await circuit.create_fast(_CONNECT_SECONDS)
-                if found.done():
-                    circuit.close()
-                found.set(circuit)
-            except TorError as e:
-                error = e
-                self._failures += 1
-                self.directory_failed(rsa_id)
-            over.set()
-
-        for _ in range(4 * _TRIES):
-            over = Promise()
-            spawn(attempt())
-            try:
-                await over.wait(_HEDGE_SECONDS)
-            except asyncio.TimeoutError:
-                pass
-            if found.done():
-                break
-        found.fail(DirectoryError("no directory can be reached: %s" % error))
-        return await found.wait()
+        # One hop: to a directory guard, else a mirror, in the end an authority.
+        if self.paths and self._failures < _GUARD_TRIES:
+            relay = self.paths.guard(kind="dir-guards", use=3)
+            place = relay.address, relay.port, relay.rsa_id
+        else:
+            mirrors = self._failures < _MIRROR_TRIES and self.network.fallbacks
+            mirrors = mirrors or self.network.authorities
+            place = mirrors[randbelow(len(mirrors))]
+        self._report(5, "conn", "Connecting to a relay")
+        seconds = _CONNECT_SECONDS + self._failures
+        try:
+            circuit = Circuit(await self._channels.get(*place, seconds=seconds))
+            await circuit.create_fast(seconds)
+            return circuit
+        except TorError:
+            if self.paths:
+                self.paths.failed(place[2])
+            raise
 
     async def _ask(self, use, *args):
-        # What `use(circuit, *args)` returns with the first of several directories that serves.
-        for _ in range(3 * _TRIES):
-            circuit = await self._circuit()
+        # What `use(circuit, *args)` returns with the first directory that serves.
+        self._failures = 0
+        while self._failures < _TRIES:
+            circuit = None
             try:
-                result = await use(circuit, *args)
-                self._failures = 0
-                return result
-            except (ProtocolError, DirectoryError, CircuitError, StreamError) as e:
+                circuit = await self._circuit()
+                return await use(circuit, *args)
+            except (ChannelError, CircuitError, DirectoryError, ProtocolError, StreamError) as e:
                 error = e
                 self._failures += 1
-                log(INFO, "Leaving the directory of %s: %s", circuit, e)
+                log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
             finally:
-                circuit.close()
+                if circuit:
+                    circuit.close()
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
         # A new RelayTable and its Consensus, verified.
-        identities, table, text = self.network.identities, RelayTable(), []
+        identities, table = self.network.identities, RelayTable()
         parser = ConsensusParser(identities, table)
-
-        def sink(piece):
-            self._report(30)
-            parser.feed(piece)
-
-        self._report(25)
+        self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
         path = "/tor/status-vote/current/consensus-microdesc/"
         path += "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
-        await directory_request(circuit, path, 32 << 20, sink)
+        await directory_request(circuit, path, 32 << 20, parser.feed)
         consensus = parser.finish()
         # The certificates are judged by the consensus's time, and that by the clock.
         when = consensus.valid_after
         missing = consensus.missing_certs(self._certs, when)
         if missing:
-            self._report(40)
-            path = "/tor/keys/fp-sk/"
-            path += "+".join(["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]).upper()
+            self._report(40, "loading_keys", "Loading authority key certs")
+            pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
+            path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                await directory_request(circuit, path, 128 << 10, text.append)
-                self._certs.update(parse_authority_certs(b"".join(text), identities))
+                text = await directory_request(circuit, path, 128 << 10)
+                self._certs.update(parse_authority_certs(text, identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities, when)
@@ -3545,16 +3475,16 @@ class Directory:
             consensus.check_times(now())
         except DirectoryError:
             # Whose clock is wrong?  Authorities alone are believed, and asked next.
-            self._failures, channel = 3 * _TRIES, circuit.channel
-            known = channel.rsa_id in [a[0] for a in self.network.authorities]
+            self._failures, channel = max(self._failures, _MIRROR_TRIES), circuit.channel
+            known = channel.rsa_id in [place[2] for place in self.network.authorities]
             if known and abs(channel.skew) > 3600:
-                skew = -channel.skew // 60
-                raise ClockError("the clock of this machine is wrong by %+d minutes" % skew)
+                minutes = -channel.skew // 60
+                raise ClockError("the clock of this machine is wrong by %+d minutes" % minutes)
             raise
         return table, consensus
 
-    async def _fill(self, table, consensus, whole=False):
-        # Fetch the microdescriptors, enough of them or all; then use the table.
+    async def _fill(self, table, consensus, until=None):
+        # Fetch microdescriptors for `until` percent of paths; then use the table.
         changed = table is not self.table
         if changed and self.table:
             table.carry_over(self.table)
@@ -3562,12 +3492,11 @@ class Directory:
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = 101 if whole else least
+        until = until or least
         for _ in range(3):
             if weights.percent() >= until or next(table.missing(), None) is None:
                 break
             changed = True
-            self._report(45)
             args = self._microdescs_from, weights, until, table.missing()
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
@@ -3576,37 +3505,31 @@ class Directory:
                 break
         if weights.percent() < least:
             raise DirectoryError("too few microdescriptors came")
+        self.table, self.consensus = table, consensus
         if changed:
-            self.table, self.consensus = table, consensus
             try:
                 table.save(self._path, self.network.id, consensus)
             except OSError as e:
                 log(WARN, "The directory cannot be stored in %s: %s", self._path, e)
             self.on_update()
-        self._report(75)
+        self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        # Fetch those of `queue` until `until` percent of paths can be built.
-        table = weights.table
-
         def sink(md):
-            i = wanted.pop(md.digest, None)
-            if i is not None:
-                table.set_microdesc(i, md)
+            if md.digest in wanted:
+                weights.table.set_microdesc(wanted.pop(md.digest), md)
 
-        for count in range(len(table)):
-            if count % 8 == 0:
-                percent = weights.percent()
-                if percent >= until:
-                    break
-                self._report(50 + 24 * percent // until)
-            wanted = {digest: i for _, (i, digest) in zip(range(_BATCH), queue)}
+        while (percent := weights.percent()) < until:
+            done = 50 + 24 * percent // until
+            self._report(done, "loading_descriptors", "Loading relay descriptors")
+            wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
             if not wanted:
                 break
-            path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in wanted])
-            parser = MicrodescParser(sink)
-            await directory_request(circuit, path, 8 << 20, parser.feed)
-            parser.finish()
+            for digests in _pieces(list(wanted), _BATCH):
+                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+                parser = MicrodescParser(sink)
+                await directory_request(circuit, path, 8 << 20, parser.feed)
+                parser.finish()
 
 
 # === 13b. Circuits for every purpose ========================================
@@ -3676,9 +3599,8 @@ class TorCore:
         directory = self.directory
         await directory.bootstrap()
         file = self.data_dir + "/guards.json"
-        self.paths = paths = PathSelector(directory.table, directory.consensus, file)
-        directory.on_update, directory.directory_failed = self._update, paths.failed
-        directory.directory_relay = lambda: paths.guard(kind="dir-guards", use=3)
+        self.paths = PathSelector(directory.table, directory.consensus, file)
+        directory.on_update, directory.paths = self._update, self.paths
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to("rendezvous")]
         self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
@@ -3787,20 +3709,14 @@ _HSDIR_SECONDS, _ANSWER_SECONDS, _REND_SECONDS = 30, 20, 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
-async def hsdir_request(tor, relay, method, path, body=b""):
+async def hsdir_request(tor, relay, path, body=b""):
     """Ask an onion-service directory, over four hops; return the body of its answer."""
     circuit = await tor.circuit_to("hsdir", relay)
     try:
-        stream = await circuit.open_directory_stream(_HSDIR_SECONDS)
-        asking = http_request(stream, method, path, body, _MAX_DESCRIPTOR)
-        status, body = await asyncio.wait_for(asking, _HSDIR_SECONDS)
-    except asyncio.TimeoutError:
-        status = "nothing"
+        asking = directory_request(circuit, path, _MAX_DESCRIPTOR, None, body, _HSDIR_SECONDS)
+        return await asking
     finally:
         circuit.close()
-    if status != 200:
-        raise DirectoryError("a directory of onion services answers %s" % status)
-    return body
 
 
 def _shuffled(items):
@@ -3820,7 +3736,7 @@ async def _find_descriptor(tor, key):
     for i in _shuffled(ring):
         try:
             path = "/tor/hs/3/" + b64encode(blinded)
-            text = await hsdir_request(tor, directory.table.relay(i), "GET", path)
+            text = await hsdir_request(tor, directory.table.relay(i), path)
             found = parse_descriptor(text, blinded, subcred, now())
             found.subcred, found.until = subcred, now() + found.lifetime
             if len(tor.descriptors) >= _MAX_DESCRIPTORS:
@@ -4107,7 +4023,7 @@ class OnionService:
             while todo:
                 relay = todo.pop()
                 try:
-                    await hsdir_request(self.tor, relay, "POST", "/tor/hs/3/publish", text)
+                    await hsdir_request(self.tor, relay, "/tor/hs/3/publish", text)
                     # tor: again after one to two hours.
                     uploaded[relay.rsa_id] = state, t + 3600 + randbelow(3600)
                     results.append(True)

@@ -378,7 +378,7 @@ def test_streams_share_one_attempt(monkeypatch):
 def test_descriptors_are_kept(monkeypatch):
     asked, broken = [], []
 
-    async def hsdir_request(tor, relay, method, path):
+    async def hsdir_request(tor, relay, path):
         asked.append(relay)
         if relay in broken:
             raise minitor.DirectoryError("answers 404")
@@ -461,7 +461,7 @@ def published(service, monkeypatch):
         service.built[-1].path = [target]
         return service.built[-1]
 
-    async def hsdir_request(tor, relay, method, path, text):
+    async def hsdir_request(tor, relay, path, text):
         if relay.rsa_id[0] in service.refusing:
             raise minitor.DirectoryError("refused")
         service.posts.append((relay.rsa_id[0], sorted(text)))

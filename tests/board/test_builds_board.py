@@ -48,7 +48,7 @@ def run(bits, build, script, folder, *arguments, heap="2m"):
 def test_vectors(bits, script, tmp_path):
     text = (HERE / script).read_text()
     # Whole, not cut to what a board needs of it.
-    build = builds.build("board", builds.mentioned(True, text) + ("_FALLBACKS",))
+    build = builds.build("board", builds.mentioned(True, text) + ("_PLACES",))
     run(bits, build, builds.translated(text, build.map), tmp_path, HERE.parent)
 
 

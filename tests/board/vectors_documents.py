@@ -120,7 +120,7 @@ network = minitor.load_network()
 assert len(network.authorities) == 9 and len(network.fallbacks) == 200
 line = "DirAuthority a orport=5000 v3ident=%s 127.0.0.1:80 %s" % ("11" * 20, "22" * 20)
 network = minitor.Network("TestingTorNetwork 1\n" + line)
-assert network.testing and network.authorities == [(b"\x22" * 20, "127.0.0.1", 5000)]
+assert network.testing and network.authorities == [("127.0.0.1", 5000, b"\x22" * 20)]
 assert network.identities == {b"\x11" * 20}
 try:
     minitor.Network(line.replace("orport", "port"))

@@ -1024,7 +1024,7 @@ def parse_crosscert(data, rsa_key, when):
 
 
 def document_items(lines):
-    """Return [(keyword, arguments, object)] of a document's lines (dir-spec 1.2), as bytes."""
+    """Return [(keyword, arguments, object)], all bytes (dir-spec 1.2)."""
     items, inside = [(b"", b"", [])], False
     for line in lines:
         if line.startswith(b"-----"):
@@ -1038,7 +1038,7 @@ def document_items(lines):
 
 
 def one_item(items, keyword):
-    """Return arguments and object of `keyword`, b"" if it is missing; not if it comes twice."""
+    """Return arguments and object of `keyword`, b"" where there is none; two are an error."""
     found = [item[1:] for item in items if item[0] == keyword] or [(b"", b"")]
     require(len(found) == 1, "a document has two " + keyword.decode())
     return found[0]
@@ -1071,28 +1071,26 @@ def parse_authority_certs(text, identities):
     return found
 
 
-# A relay's flags and protocol versions, as bits in this order; all that are listed are running.
+# Flags and protocol versions of relays, as bits.  All that a consensus lists are running.
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
 ).split()
 BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
 STABLE, V2DIR, PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 128, 256, 512, 1024, 2048
-# The last two: the microdescriptor is there; it can be used.
+# KNOWN: the microdescriptor is there.
 PROTO_HSREND2, PROTO_RELAY2, KNOWN, USABLE = 4096, 8192, 16384, 32768
 
-# What the network may require; a consensus newer than this release can ask for more.
+# What the network may require; more only in a consensus that is newer than this release.
 _SUPPORTED = (
     b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
     b"Microdesc=1-3 Relay=1-3"
 )
 _RELEASED = 1795132800
-# Head and end of the consensus had 4 KB each in 2024, the largest family 804 bytes in 2022.
-_MAX_ENTRY, _MAX_FAMILY = 32768, 4096
 
 
 def number_ranges(text):
-    """Yield (low, high) of each range in "80,443-445"; ValueError."""
+    """Yield (80, 80) and (443, 445) of "80,443-445"; ValueError."""
     for one in text.split(","):
         low, _, high = one.partition("-")
         yield int(low), int(high or low)
@@ -1111,15 +1109,12 @@ def _versions(text):
 
 
 def _integers(text):
-    pairs = [word.split("=") for word in text.decode().split()]
-    return {name: int(value) for name, value in pairs}
+    words = text.decode().split()
+    return {name: int(value) for name, value in [word.split("=") for word in words]}
 
 
 class Consensus:
-    """What stands around a consensus's relays (dir-spec 3.4.1), parsed from the lines `head`.
-
-    Times since 1970; `params`, `bandwidth_weights`: {name: integer}; `srv_*`: 32 bytes or None.
-    """
+    """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
     def __init__(self, head):
         items, self.head = document_items(head.split(b"\n")), head
@@ -1127,30 +1122,30 @@ class Consensus:
         def arguments(name):
             return one_item(items, name)[0]
 
-        kind = arguments(b"network-status-version"), arguments(b"vote-status")
-        good = kind == (b"3 microdesc", b"consensus") and int(arguments(b"consensus-method")) >= 28
         times = map(arguments, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
-        good = good and self.valid_after < self.fresh_until <= self.valid_until
+        good = self.valid_after < self.fresh_until <= self.valid_until
+        kind = arguments(b"network-status-version"), arguments(b"vote-status")
+        good = good and kind == (b"3 microdesc", b"consensus")
+        good = good and int(arguments(b"consensus-method")) >= 28
         require(good, "this is no consensus of the microdescriptor flavour")
         self.params = _integers(arguments(b"params"))
         self.bandwidth_weights = _integers(arguments(b"bandwidth-weights"))
         self.required = set(_versions(arguments(b"required-client-protocols")))
         srvs = map(arguments, (b"shared-rand-previous-value", b"shared-rand-current-value"))
-        srvs = [b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs]
-        self.srv_previous, self.srv_current = srvs
+        self.srv_previous, self.srv_current = [
+            b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs
+        ]
 
     def param(self, name, default, low=0, high=2147483647):
-        """Return the parameter `name` (param-spec), kept within `low` and `high`."""
         return min(max(self.params.get(name, default), low), high)
 
     def missing_certs(self, certs, authorities):
-        """List the (identity, signing key digest) that `verify` lacks."""
         t = self.valid_after
         return [p for p in self.signatures if p[0] in authorities and certs.get(p, (0, -1))[1] < t]
 
     def verify(self, certs, authorities):
-        """Raise DirectoryError unless more than half of `authorities` (identities) signed this."""
+        """Raise DirectoryError unless more than half of `authorities` signed this."""
         signed = set()
         for pair, signature in self.signatures.items():
             key, expires = certs.get(pair, (None, -1))
@@ -1158,8 +1153,7 @@ class Consensus:
                 signed.add(pair[0])
         counts = len(signed & set(authorities)), len(authorities)
         if counts[0] * 2 <= counts[1]:
-            text = "%d of %d authorities signed the consensus: it takes more than half"
-            raise DirectoryError(text % counts)
+            raise DirectoryError("%d of %d authorities signed this: not more than half" % counts)
 
     def check_times(self, when):
         """Raise DirectoryError, ClockError or ConfigError unless this can be used at `when`."""
@@ -1187,7 +1181,8 @@ class _Splitter:
                 self._entry(entry)
         except (ValueError, IndexError):
             raise ProtocolError("a document is malformed")
-        require(len(self._rest) <= _MAX_ENTRY, "a part of a document is too long")
+        # In 2024 the longest part had 4 KB.
+        require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
 class ConsensusParser(_Splitter):
@@ -1196,15 +1191,16 @@ class ConsensusParser(_Splitter):
     _mark = b"\nr "
 
     def _entry(self, text):
-        require(b"\ndirectory-signature " not in text, "the consensus is malformed")
+        require(b"\ndirectory-signature " not in text, "a document is malformed")
         if not self._hash:
             self._head, self._hash = text, hashlib.sha256(text)
             return
-        self._hash.update(self._mark + text)
-        lines = text.split(b"\n")
-        fields, get = lines[0].split(b" "), {line[:2]: line[2:] for line in lines[1:]}.get
+        text = self._mark + text
+        self._hash.update(text)
+        get = {line[:2]: line[2:] for line in text.split(b"\n")}.get
         if not get(b"m "):
             return
+        fields = get(b"r ").split(b" ")
         keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
         address = bytes([int(x) for x in fields[4].split(b".")])
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
@@ -1215,11 +1211,10 @@ class ConsensusParser(_Splitter):
         if words not in self._bits:
             found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
-        flags, weight = self._bits[words], min(weight, 0xFFFFFFFF)
-        self._sink(*keys, address, int(fields[5]), net6, flags, weight)
+        self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
 
     def finish(self):
-        """Return the Consensus, not verified; `signatures`: {(identity, key digest): bytes}."""
+        """Return the Consensus, with `digest`, and `signatures` by (identity, key digest)."""
         signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
         self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
         good = footer and self._hash and signatures[-1:] == b"\n"
@@ -1235,15 +1230,15 @@ class ConsensusParser(_Splitter):
                     identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
                     c.signatures[identity, key] = body
         except ValueError:
-            raise ProtocolError("the consensus is malformed")
+            raise ProtocolError("a document is malformed")
         return c
 
 
 class MicrodescParser(_Splitter):
     """Parses microdescriptors (dir-spec 3.3) as they arrive, for `sink(digest, keys, beside)`.
 
-    `keys`: Ed25519 identity and ntor key, b"" if malformed; `beside`: exit policy, family
-    (4 bytes of each RSA identity), family ids (8 bytes of each SHA-256).
+    Keys: Ed25519 identity and ntor key, b"" if malformed; beside: exit policy, family (4 bytes
+    of each RSA identity), family ids (8 of each SHA-256).
     """
 
     _mark = b"\n"
@@ -1286,7 +1281,7 @@ class MicrodescParser(_Splitter):
         elif word[0] in (b"family", b""):
             # Nicknames are passed over: no one vouches for them.
             members = [binascii.unhexlify(one[1:9]) for one in word if one[:1] == b"$"]
-            self._beside[1] = (self._beside[1] + b"".join(members))[:_MAX_FAMILY]
+            self._beside[1] = (self._beside[1] + b"".join(members))[:4096]
         elif word[0] == b"family-ids":
             self._beside[2] = b"".join([sha256(one)[:8] for one in word[1:17] if one])
 
@@ -1295,27 +1290,20 @@ class MicrodescParser(_Splitter):
 # The relays of a consensus in fixed records, sorted by RSA identity.
 
 # RSA identity; half of the microdescriptor's digest; Ed25519 identity, until it is known the
-# digest's other half; ntor key; numbers of exit policy, family and family ids; IPv4 address;
-# port; IPv6 /32.
+# other half; ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
 _RECORD, _SIZE = ">20s16s32s32sHHH4sHI", 116
-_MAX_RELAYS = 65535
-# Bytes of distinct policies and families, less than 65536 of them: what is beyond is none.
+# Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-# Part of a file's checksum: other releases may number the flags otherwise.
+# Part of a file's checksum.
 _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
 class Relay:
     """`index`, `flags`, `rsa_id`, `address` (text), `port`; if USABLE: `ed_id`, `ntor_key`."""
 
-    def __init__(self, table, i):
-        fields = struct.unpack_from(_RECORD, table.records, i * _SIZE)
-        self.rsa_id, _, self.ed_id, self.ntor_key, _, _, _, address, self.port, _ = fields
-        self.index, self.flags, self.address = i, table.flags[i], "%d.%d.%d.%d" % tuple(address)
-
 
 def _set_of(packed, size):
-    return set([packed[at : at + size] for at in range(0, len(packed), size)])
+    return {packed[at : at + size] for at in range(0, len(packed), size)}
 
 
 class RelayTable:
@@ -1324,22 +1312,22 @@ class RelayTable:
     def __init__(self, records=b"", flags=b"", weights=b"", beside=(b"",)):
         self.records = bytearray(records)
         self.flags, self.weights = array("I", flags), array("I", weights)
-        # Distinct exit policies, families and family ids, and their numbers.
+        # Many relays have the same policy or family: each is kept once, under a number.
         self._beside, self._numbers, self._room = [], {}, _MAX_BESIDE
         for text in beside:
             self._number(text)
 
     def _number(self, text):
-        if text not in self._numbers and len(text) + 64 <= self._room:
-            self._room -= len(text) + 64
-            self._numbers[text] = len(self._beside)
+        room = self._room - len(text) - 64
+        if text not in self._numbers and room >= 0:
+            self._room, self._numbers[text] = room, len(self._beside)
             self._beside.append(text)
         return self._numbers.get(text, 0)
 
     def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
         n = len(self)
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
-        good = good and n < _MAX_RELAYS and self.rsa_id(n - 1) < rsa_id
+        good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay of the consensus is malformed, not in order, or one too many")
         values = rsa_id, md_digest, md_digest[16:], b"", 0, 0, 0, address, port, net6
         self.records += struct.pack(_RECORD, *values)
@@ -1350,7 +1338,10 @@ class RelayTable:
         return len(self.flags)
 
     def relay(self, i):
-        return Relay(self, i)
+        r, fields = Relay(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
+        r.rsa_id, _, r.ed_id, r.ntor_key, _, _, _, address, r.port, _ = fields
+        r.index, r.flags, r.address = i, self.flags[i], "%d.%d.%d.%d" % tuple(address)
+        return r
 
     def _field(self, i, at, size):
         at += i * _SIZE
@@ -1363,7 +1354,6 @@ class RelayTable:
         return self._field(i, 36, 32)
 
     def find(self, rsa_id):
-        """Return the index of the relay `rsa_id`, or -1."""
         low, high = 0, len(self)
         while low < high:
             at = (low + high) // 2
@@ -1371,22 +1361,19 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def scan(self):
-        """Iterate over (index, flags, weight)."""
         return zip(range(len(self)), self.flags, self.weights)
 
     def subnets(self, i):
-        """Return a relay's IPv4 /16 and IPv6 /32 (0: none) as integers."""
         net, _, _, net6 = struct.unpack_from(">HHHI", self.records, i * _SIZE + 106)
         return net, net6
 
     def missing(self):
-        """Yield (index, digest) of the microdescriptors that are not here yet."""
+        """Yield (index, digest) of the microdescriptors to fetch."""
         for i, flags in enumerate(self.flags):
             if not flags & KNOWN:
                 yield i, self._field(i, 20, 32)
 
     def set_microdesc(self, i, keys, beside):
-        """Take over what MicrodescParser found; without `keys` the relay is not used."""
         self.flags[i] |= KNOWN
         if keys:
             self.flags[i] |= USABLE
@@ -1398,7 +1385,6 @@ class RelayTable:
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
-        """Take over from the table `old` what microdescriptors that are the same told."""
         for i, digest in self.missing():
             j = old.find(self.rsa_id(i))
             if j >= 0 and old.flags[j] & KNOWN and old._field(j, 20, 16) == digest[:16]:
@@ -1412,7 +1398,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _set_of(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Tell whether relay `i` is an exit to `port` (None: to any)."""
+        """Tell whether relay `i` is an exit to `port`, or (0, None) at all."""
         policy = self._texts(i)[0]
         if not port:
             return policy not in (b"", b"reject 1-65535")
@@ -1425,8 +1411,7 @@ class RelayTable:
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
-        pieces = [bytes(piece) for piece in pieces]
-        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in pieces])
+        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
         write_file(path, [sha256(_LAYOUT + network_id + body), body])
 
 

@@ -235,7 +235,9 @@ def test_carry_over(tmp_path):
     assert b"accept 1" not in table._beside
 
 
-def test_too_many_relays(monkeypatch):
-    monkeypatch.setattr(minitor, "_MAX_RELAYS", 5)
+def test_too_many_relays():
+    table = minitor.RelayTable()
+    for i in range(65535):
+        table.add(i.to_bytes(20, "big"), bytes(32), bytes(4), 1, 0, 0, 0)
     with pytest.raises(minitor.ProtocolError, match="too many"):
-        make([FakeRelay(i) for i in range(6)])
+        table.add(b"x" * 20, bytes(32), bytes(4), 1, 0, 0, 0)

@@ -995,22 +995,22 @@ def rsa_verify(key, digest, signature):
 
 def check_ed_cert(data, what, kind, public, when):
     """Return key type, key, signing key or None (cert-spec 2.1); `public` None: by that key."""
-    r, signing_key = Reader(data, what), None
+    r, signer = Reader(data, what), None
     good, expires = r.take(2) == bytes((1, kind)), r.uint(4) * 3600
     key_type, key = r.uint(1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
         if extension == 4:
-            signing_key, flags = body, size != 32
+            signer, flags = body, size != 32
         good = good and not flags & 1
     signed, signature = data[: r.at], r.take(64)
     require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
     require(expires >= when, what + " has expired, or the clock is ahead")
-    public = public or signing_key
-    good = public and signing_key in (None, public) and ed25519_verify(public, signed, signature)
+    public = public or signer
+    good = public and signer in (None, public) and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
-    return key_type, key, signing_key
+    return key_type, key, signer
 
 
 def parse_crosscert(data, rsa_key, when):
@@ -1032,9 +1032,9 @@ def document_items(lines):
         elif inside:
             items[-1][2].append(line)
         elif line:
-            keyword, _, arguments = line.partition(b" ")
-            items.append((keyword, arguments, []))
-    return [(keyword, arguments, b64decode(b"".join(body))) for keyword, arguments, body in items]
+            word, _, rest = line.partition(b" ")
+            items.append((word, rest, []))
+    return [(word, rest, b64decode(b"".join(body))) for word, rest, body in items]
 
 
 def one_item(items, keyword):
@@ -1071,7 +1071,7 @@ def parse_authority_certs(text, identities):
     return found
 
 
-# Flags and protocol versions of relays, as bits.  All that a consensus lists are running.
+# Relays' flags and protocol versions, as bits; all that are listed are running.
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
@@ -1081,7 +1081,7 @@ STABLE, V2DIR, PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 128, 256, 512, 10
 # KNOWN: the microdescriptor is there.
 PROTO_HSREND2, PROTO_RELAY2, KNOWN, USABLE = 4096, 8192, 16384, 32768
 
-# What the network may require; more only in a consensus that is newer than this release.
+# What the network may require, unless its consensus is newer than this release.
 _SUPPORTED = (
     b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
     b"Microdesc=1-3 Relay=1-3"
@@ -1119,20 +1119,20 @@ class Consensus:
     def __init__(self, head):
         items, self.head = document_items(head.split(b"\n")), head
 
-        def arguments(name):
+        def text(name):
             return one_item(items, name)[0]
 
-        times = map(arguments, (b"valid-after", b"fresh-until", b"valid-until"))
+        times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
         good = self.valid_after < self.fresh_until <= self.valid_until
-        kind = arguments(b"network-status-version"), arguments(b"vote-status")
+        kind = text(b"network-status-version"), text(b"vote-status")
         good = good and kind == (b"3 microdesc", b"consensus")
-        good = good and int(arguments(b"consensus-method")) >= 28
+        good = good and int(text(b"consensus-method")) >= 28
         require(good, "this is no consensus of the microdescriptor flavour")
-        self.params = _integers(arguments(b"params"))
-        self.bandwidth_weights = _integers(arguments(b"bandwidth-weights"))
-        self.required = set(_versions(arguments(b"required-client-protocols")))
-        srvs = map(arguments, (b"shared-rand-previous-value", b"shared-rand-current-value"))
+        self.params = _integers(text(b"params"))
+        self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
+        self.required = set(_versions(text(b"required-client-protocols")))
+        srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
         self.srv_previous, self.srv_current = [
             b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs
         ]
@@ -1153,7 +1153,7 @@ class Consensus:
                 signed.add(pair[0])
         counts = len(signed & set(authorities)), len(authorities)
         if counts[0] * 2 <= counts[1]:
-            raise DirectoryError("%d of %d authorities signed this: not more than half" % counts)
+            raise DirectoryError("only %d of %d authorities signed the consensus" % counts)
 
     def check_times(self, when):
         """Raise DirectoryError, ClockError or ConfigError unless this can be used at `when`."""
@@ -1169,7 +1169,7 @@ class Consensus:
 
 
 class _Splitter:
-    # Cuts what arrives, in pieces of any size, at each `_mark`, for the method `_entry`.
+    # Cuts what arrives at each `_mark`, for `_entry`.
     def __init__(self, sink):
         self._sink, self._rest, self._hash, self._bits = sink, b"", None, {}
 
@@ -1181,7 +1181,6 @@ class _Splitter:
                 self._entry(entry)
         except (ValueError, IndexError):
             raise ProtocolError("a document is malformed")
-        # In 2024 the longest part had 4 KB.
         require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
@@ -1201,8 +1200,7 @@ class ConsensusParser(_Splitter):
         if not get(b"m "):
             return
         fields = get(b"r ").split(b" ")
-        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
-        address = bytes([int(x) for x in fields[4].split(b".")])
+        address = bytes(map(int, fields[4].split(b".")))
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
         net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
         weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
@@ -1211,6 +1209,7 @@ class ConsensusParser(_Splitter):
         if words not in self._bits:
             found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
+        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
         self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
 
     def finish(self):
@@ -1225,7 +1224,7 @@ class ConsensusParser(_Splitter):
             c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
             c.digest, c.signatures = self._hash.digest(), {}
             for _, arguments, body in document_items((mark + signatures).split(b"\n")):
-                # Without the name it is SHA-1, which this flavour does not use.
+                # Without a name it is SHA-1.
                 if arguments.startswith(b"sha256 "):
                     identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
                     c.signatures[identity, key] = body
@@ -1237,8 +1236,8 @@ class ConsensusParser(_Splitter):
 class MicrodescParser(_Splitter):
     """Parses microdescriptors (dir-spec 3.3) as they arrive, for `sink(digest, keys, beside)`.
 
-    Keys: Ed25519 identity and ntor key, b"" if malformed; beside: exit policy, family (4 bytes
-    of each RSA identity), family ids (8 of each SHA-256).
+    Keys: Ed25519 identity and ntor key, fewer bytes if malformed; beside: exit policy, family
+    (4 bytes of each RSA identity), family ids (8 of each SHA-256).
     """
 
     _mark = b"\n"
@@ -1258,8 +1257,7 @@ class MicrodescParser(_Splitter):
     def _entry(self, line, end=b"\n"):
         if line == b"onion-key":
             if self._hash:
-                keys = b"".join(self._keys) if all(self._keys) else b""
-                self._sink(self._hash.digest(), keys, self._beside)
+                self._sink(self._hash.digest(), b"".join(self._keys), self._beside)
             self._hash = hashlib.sha256(b"onion-key\n")
             self._keys, self._beside = [b"", b""], [b"", b"", b""]
         elif self._hash:
@@ -1279,7 +1277,7 @@ class MicrodescParser(_Splitter):
         elif word[0] == b"p":
             self._beside[0] = line[2:]
         elif word[0] in (b"family", b""):
-            # Nicknames are passed over: no one vouches for them.
+            # Nicknames prove nothing.
             members = [binascii.unhexlify(one[1:9]) for one in word if one[:1] == b"$"]
             self._beside[1] = (self._beside[1] + b"".join(members))[:4096]
         elif word[0] == b"family-ids":
@@ -1289,12 +1287,11 @@ class MicrodescParser(_Splitter):
 # === 7. Relay table =========================================================
 # The relays of a consensus in fixed records, sorted by RSA identity.
 
-# RSA identity; half of the microdescriptor's digest; Ed25519 identity, until it is known the
-# other half; ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
-_RECORD, _SIZE = ">20s16s32s32sHHH4sHI", 116
+# RSA identity; half of the microdescriptor's digest; Ed25519 identity, at first the other half;
+# ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
+_RECORD, _SIZE = ">20s86s4sHI", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-# Part of a file's checksum.
 _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
@@ -1312,7 +1309,7 @@ class RelayTable:
     def __init__(self, records=b"", flags=b"", weights=b"", beside=(b"",)):
         self.records = bytearray(records)
         self.flags, self.weights = array("I", flags), array("I", weights)
-        # Many relays have the same policy or family: each is kept once, under a number.
+        # Exit policies, families and family ids: each once, and its number.
         self._beside, self._numbers, self._room = [], {}, _MAX_BESIDE
         for text in beside:
             self._number(text)
@@ -1329,8 +1326,7 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay of the consensus is malformed, not in order, or one too many")
-        values = rsa_id, md_digest, md_digest[16:], b"", 0, 0, 0, address, port, net6
-        self.records += struct.pack(_RECORD, *values)
+        self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
         self.flags.append(flags)
         self.weights.append(weight)
 
@@ -1339,8 +1335,9 @@ class RelayTable:
 
     def relay(self, i):
         r, fields = Relay(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
-        r.rsa_id, _, r.ed_id, r.ntor_key, _, _, _, address, r.port, _ = fields
-        r.index, r.flags, r.address = i, self.flags[i], "%d.%d.%d.%d" % tuple(address)
+        r.rsa_id, md, address, r.port, _ = fields
+        r.ed_id, r.ntor_key, r.address = md[16:48], md[48:80], "%d.%d.%d.%d" % tuple(address)
+        r.index, r.flags = i, self.flags[i]
         return r
 
     def _field(self, i, at, size):
@@ -1360,9 +1357,6 @@ class RelayTable:
             low, high = (at + 1, high) if self.rsa_id(at) < rsa_id else (low, at)
         return low if self.rsa_id(low) == rsa_id else -1
 
-    def scan(self):
-        return zip(range(len(self)), self.flags, self.weights)
-
     def subnets(self, i):
         net, _, _, net6 = struct.unpack_from(">HHHI", self.records, i * _SIZE + 106)
         return net, net6
@@ -1375,7 +1369,7 @@ class RelayTable:
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
-        if keys:
+        if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
             struct.pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
@@ -1807,7 +1801,7 @@ def hsdir_ring(table, consensus, blinded, period, store):
     starts = [hs_index(blinded, n + 1, period) for n in range(replicas)]
     places = [(int.from_bytes(start, "big"), []) for start in starts]
     keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
-    for i, flags, _ in table.scan():
+    for i, flags in enumerate(table.flags):
         if flags & needed == needed:
             at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
             for start, nearest in places:
@@ -2972,10 +2966,10 @@ class Weights:
     def weigh(self, position, need, never=0):
         """Yield (index, weight) of the relays with all flags of `need` and none of `never`."""
         factors, mask, kind = self._factors[position], need | never, GUARD | EXIT
-        for i, flags, bandwidth in self.table.scan():
+        for i, flags in enumerate(self.table.flags):
             if flags & mask == need:
                 # Not 0: where no relay has a weight, all are alike.
-                yield i, bandwidth * factors[flags & kind] or 1
+                yield i, self.table.weights[i] * factors[flags & kind] or 1
 
     def pick(self, role, accept, stable=0):
         """Return the index of a relay for `role` that `accept(index)` takes; CircuitError."""

@@ -315,7 +315,7 @@ def test_bootstrap_cold_and_warm(net, tmp_path):
     # A warm start asks no one.
     warm = Setup(tmp_path, net, [])
     again = warm.bootstrap()
-    assert list(again.table.scan()) == list(directory.table.scan())
+    assert again.table.flags == directory.table.flags
     assert [p[0] for p in warm.progress] == [75] and again.consensus.params["circwindow"] == 1000
 
 

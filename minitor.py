@@ -1066,8 +1066,8 @@ def parse_authority_certs(text, identities):
             good = rsa_verify(rsa_public_key(identity), digest, signature)
             good = good and rsa_verify(key, fingerprint, crosscert)
             require(good, "an authority certificate has a bad signature")
-            expires = parse_time(one_item(items, b"dir-key-expires")[0])
-            found[fingerprint, sha1(signing)] = key, expires
+            expires = one_item(items, b"dir-key-expires")[0]
+            found[fingerprint, sha1(signing)] = key, parse_time(expires)
     return found
 
 
@@ -1097,7 +1097,7 @@ def number_ranges(text):
 
 
 def _versions(text):
-    # b"Link=1-2,5 Fast" as "Link=1", "Link=2", "Link=5", "Fast" (tor-spec 9).
+    # b"Link=1-2 Fast" as "Link=1", "Link=2", "Fast" (tor-spec 9).
     for word in text.decode().split():
         name, equals, ranges = word.partition("=")
         if not equals:
@@ -1124,10 +1124,9 @@ class Consensus:
 
         times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
-        good = self.valid_after < self.fresh_until <= self.valid_until
         kind = text(b"network-status-version"), text(b"vote-status")
-        good = good and kind == (b"3 microdesc", b"consensus")
-        good = good and int(text(b"consensus-method")) >= 28
+        good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
+        good = good and self.valid_after < self.fresh_until <= self.valid_until
         require(good, "this is no consensus of the microdescriptor flavour")
         self.params = _integers(text(b"params"))
         self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
@@ -1156,8 +1155,7 @@ class Consensus:
             raise DirectoryError("only %d of %d authorities signed the consensus" % counts)
 
     def check_times(self, when):
-        """Raise DirectoryError, ClockError or ConfigError unless this can be used at `when`."""
-        # As in tor, a day before and after its validity.
+        """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
         hours = (when - self.valid_after) // 3600
         if when > self.valid_until + 86400:
             raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
@@ -1185,7 +1183,7 @@ class _Splitter:
 
 
 class ConsensusParser(_Splitter):
-    """Parses a consensus as it arrives, for `sink`: RelayTable.add."""
+    """Parses a consensus for `sink`: RelayTable.add."""
 
     _mark = b"\nr "
 
@@ -1217,7 +1215,7 @@ class ConsensusParser(_Splitter):
         signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
         self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
         good = footer and self._hash and signatures[-1:] == b"\n"
-        require(good, "the consensus is truncated, or has no relays")
+        require(good, "the consensus is truncated")
         self.feed(self._mark)
         self._hash.update(footer + weights + mark)
         try:
@@ -1234,10 +1232,10 @@ class ConsensusParser(_Splitter):
 
 
 class MicrodescParser(_Splitter):
-    """Parses microdescriptors (dir-spec 3.3) as they arrive, for `sink(digest, keys, beside)`.
+    """Parses microdescriptors (dir-spec 3.3) for `sink(digest, keys, beside)`.
 
-    Keys: Ed25519 identity and ntor key, fewer bytes if malformed; beside: exit policy, family
-    (4 bytes of each RSA identity), family ids (8 of each SHA-256).
+    Keys: Ed25519 identity and ntor key, less if malformed; beside: exit policy, family (4 bytes
+    of each member), family ids (8 of each SHA-256).
     """
 
     _mark = b"\n"
@@ -1277,7 +1275,6 @@ class MicrodescParser(_Splitter):
         elif word[0] == b"p":
             self._beside[0] = line[2:]
         elif word[0] in (b"family", b""):
-            # Nicknames prove nothing.
             members = [binascii.unhexlify(one[1:9]) for one in word if one[:1] == b"$"]
             self._beside[1] = (self._beside[1] + b"".join(members))[:4096]
         elif word[0] == b"family-ids":
@@ -1325,7 +1322,7 @@ class RelayTable:
         n = len(self)
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
-        require(good, "a relay of the consensus is malformed, not in order, or one too many")
+        require(good, "a relay is malformed, not in order, or one too many")
         self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
         self.flags.append(flags)
         self.weights.append(weight)
@@ -1362,7 +1359,7 @@ class RelayTable:
         return net, net6
 
     def missing(self):
-        """Yield (index, digest) of the microdescriptors to fetch."""
+        """Yield index and digest of microdescriptors to fetch."""
         for i, flags in enumerate(self.flags):
             if not flags & KNOWN:
                 yield i, self._field(i, 20, 32)
@@ -1382,7 +1379,7 @@ class RelayTable:
         for i, digest in self.missing():
             j = old.find(self.rsa_id(i))
             if j >= 0 and old.flags[j] & KNOWN and old._field(j, 20, 16) == digest[:16]:
-                keys = old._field(j, 36, 64) if old.flags[j] & USABLE else b""
+                keys = old._field(j, 36, 64 if old.flags[j] & USABLE else 0)
                 self.set_microdesc(i, keys, old._texts(j))
 
     def same_family(self, i, j):
@@ -1392,7 +1389,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _set_of(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Tell whether relay `i` is an exit to `port`, or (0, None) at all."""
+        """Tell whether relay `i` is an exit to `port`, or, without one, at all."""
         policy = self._texts(i)[0]
         if not port:
             return policy not in (b"", b"reject 1-65535")

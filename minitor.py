@@ -994,31 +994,27 @@ def rsa_verify(key, digest, signature):
 
 
 def check_ed_cert(data, what, kind, public, when):
-    """Return the key type, key and signing key (or None) of a certificate (cert-spec 2.1).
-
-    ProtocolError, naming `what`, unless it is of type `kind`, good at the time `when`, and
-    signed by `public` (None: by the signing key in it).
-    """
-    r, signing_key = Reader(data, what), None
+    """Return key type, key, signing key or None (cert-spec 2.1); `public` None: by that key."""
+    r, signer = Reader(data, what), None
     good, expires = r.take(2) == bytes((1, kind)), r.uint(4) * 3600
     key_type, key = r.uint(1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
         if extension == 4:
-            signing_key, flags = body, size != 32
+            signer, flags = body, size != 32
         good = good and not flags & 1
     signed, signature = data[: r.at], r.take(64)
     require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
     require(expires >= when, what + " has expired, or the clock is ahead")
-    public = public or signing_key
-    require(public and signing_key in (None, public), what + " is signed by another key")
-    require(ed25519_verify(public, signed, signature), what + " has a bad signature")
-    return key_type, key, signing_key
+    public = public or signer
+    good = public and signer in (None, public) and ed25519_verify(public, signed, signature)
+    require(good, what + " has a bad signature, or is signed by another key")
+    return key_type, key, signer
 
 
 def parse_crosscert(data, rsa_key, when):
-    """Return the Ed25519 identity that `rsa_key` certifies in `data` (cert-spec 2.3)."""
+    """Return the Ed25519 identity that `rsa_key` certifies (cert-spec 2.3)."""
     r = Reader(data, "RSA cross-certificate")
     key, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
     digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + data[:36])
@@ -1028,101 +1024,81 @@ def parse_crosscert(data, rsa_key, when):
 
 
 def document_items(lines):
-    """Return [[keyword, arguments, object]] of a document's lines (dir-spec 1.2), as bytes."""
-    items, armour = [], None
+    """Return [(keyword, arguments, object)], all bytes (dir-spec 1.2)."""
+    items, inside = [(b"", b"", [])], False
     for line in lines:
-        if line.startswith(b"-----BEGIN ") and items:
-            armour = []
-        elif line.startswith(b"-----END ") and armour is not None:
-            items[-1][2], armour = b64decode(b"".join(armour)), None
-        elif armour is not None:
-            armour.append(line)
+        if line.startswith(b"-----"):
+            inside = line.startswith(b"-----BEGIN ")
+        elif inside:
+            items[-1][2].append(line)
         elif line:
-            keyword, _, arguments = line.partition(b" ")
-            items.append([keyword, arguments, b""])
-    return items
+            word, _, rest = line.partition(b" ")
+            items.append((word, rest, []))
+    return [(word, rest, b64decode(b"".join(body))) for word, rest, body in items]
 
 
-def one_item(items, keyword, default=None):
-    """Return arguments and object of the only `keyword`, or `default` if given; ProtocolError."""
-    found = [item[1:] for item in items if item[0] == keyword]
-    if not found and default is not None:
-        return default, b""
-    require(len(found) == 1, "a document has %d times %s" % (len(found), keyword.decode()))
+def one_item(items, keyword):
+    """Return arguments and object of `keyword`, b"" where there is none; two are an error."""
+    found = [item[1:] for item in items if item[0] == keyword] or [(b"", b"")]
+    require(len(found) == 1, "a document has two " + keyword.decode())
     return found[0]
 
 
 def parse_time(text):
-    """Return b"2024-05-17 17:00:00" as seconds since 1970; ProtocolError."""
-    try:
-        month, day, hour, minute, second = [int(text[i : i + 2]) for i in (5, 8, 11, 14, 17)]
-        year = int(text[:4])
-    except ValueError:
-        year = 0
-    good = 1970 <= year and 0 < month < 13 and 0 < day < 32 and 0 <= hour < 24
-    require(good, "bad time in a document")
-    # In a year that begins with March the leap day comes last.
-    year -= month < 3
-    day += year * 365 + year // 4 - year // 100 + year // 400 + ((month + 9) % 12 * 153 + 2) // 5
-    return (day - 719469) * 86400 + hour * 3600 + minute * 60 + second
+    """Return b"2024-05-17 17:00:00" as seconds since 1970."""
+    bounds = (0, 4, 1970, 2099), (5, 7, 1, 12), (8, 10, 1, 31), (11, 13, 0, 23), (14, 16, 0, 59)
+    year, month, day, hour, minute = [decimal(text[a:b], low, high) for a, b, low, high in bounds]
+    # Leap years are every fourth from 1901 to 2099.
+    day += 367 * year - 7 * (year + (month + 9) // 12) // 4 + 275 * month // 9 - 719574
+    return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:], 0, 60)
 
 
 def parse_authority_certs(text, identities):
-    """Return {(identity, signing key digest): (key, expires)} of key certificates (dir-spec 3.1).
-
-    Those of others than `identities` are passed over; ProtocolError if one is wrong.
-    """
+    """Return {(identity, signing key digest): (key, expires)} of `identities` (dir-spec 3.1)."""
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
+    names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
         items = document_items(one.split(b"\n"))
-        names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
-        objects = [one_item(items, b"dir-" + name)[1] for name in names]
-        fingerprint, digest = sha1(objects[0]), sha1(mark + one.partition(end)[0] + end)
+        identity, signing, crosscert, signature = [one_item(items, b"dir-" + n)[1] for n in names]
+        fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
         if fingerprint in identities:
-            identity, key = [rsa_public_key(der) for der in objects[:2]]
-            good = rsa_verify(identity, digest, objects[3])
-            good = good and rsa_verify(key, fingerprint, objects[2])
+            key = rsa_public_key(signing)
+            good = rsa_verify(rsa_public_key(identity), digest, signature)
+            good = good and rsa_verify(key, fingerprint, crosscert)
             require(good, "an authority certificate has a bad signature")
-            expires = parse_time(one_item(items, b"dir-key-expires")[0])
-            found[fingerprint, sha1(objects[1])] = key, expires
+            expires = one_item(items, b"dir-key-expires")[0]
+            found[fingerprint, sha1(signing)] = key, parse_time(expires)
     return found
 
 
-# What the table keeps of a relay's flags and protocol versions, as bits of an integer.
+# Relays' flags and protocol versions, as bits; all that are listed are running.
 FLAG_WORDS = (
-    "Authority BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Running Stable "
-    "StaleDesc V2Dir Valid FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
+    "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
+    "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
 ).split()
-AUTHORITY, BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY = 1, 2, 4, 8, 16, 32, 64
-NOEDCONSENSUS, RUNNING, STABLE, STALEDESC, V2DIR, VALID = 128, 256, 512, 1024, 2048, 4096
-PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 1 << 13, 1 << 14, 1 << 15
-PROTO_HSREND2, PROTO_RELAY2 = 1 << 16, 1 << 17
-# Set by the table: the microdescriptor is there; it can be used.
-HAVE_MICRODESC, USABLE = 1 << 18, 1 << 19
+BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
+STABLE, V2DIR, PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 128, 256, 512, 1024, 2048
+# KNOWN: the microdescriptor is there.
+PROTO_HSREND2, PROTO_RELAY2, KNOWN, USABLE = 4096, 8192, 16384, 32768
 
-# What the network may require; a consensus that is newer than this release can ask for more.
+# What the network may require, unless its consensus is newer than this release.
 _SUPPORTED = (
-    "Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
-    "Microdesc=1-3 Relay=1-3"
+    b"Cons=1-2 Desc=1-2 DirCache=2 FlowCtrl=1 HSDir=2 HSIntro=4-5 HSRend=1-2 Link=4-5 "
+    b"Microdesc=1-3 Relay=1-3"
 )
 _RELEASED = 1795132800
-# A consensus is usable that long before and after its validity, as in tor.
-_GRACE = 86400
-# In 2024 what stands before the relays, and behind, had 4 KB each.  Of each member of a family
-# 4 bytes are kept; in 2022 the largest had 201.
-_MAX_ENTRY, _MAX_FAMILY = 32768, 4096
 
 
 def number_ranges(text):
-    """Yield (low, high) of each range in "80,443-445"; ValueError."""
+    """Yield (80, 80) and (443, 445) of "80,443-445"; ValueError."""
     for one in text.split(","):
         low, _, high = one.partition("-")
         yield int(low), int(high or low)
 
 
 def _versions(text):
-    # "Link=1-2,5 Fast" as "Link=1", "Link=2", "Link=5", "Fast" (tor-spec 9).
-    for word in text.split():
+    # b"Link=1-2 Fast" as "Link=1", "Link=2", "Fast" (tor-spec 9).
+    for word in text.decode().split():
         name, equals, ranges = word.partition("=")
         if not equals:
             yield name
@@ -1133,84 +1109,69 @@ def _versions(text):
 
 
 def _integers(text):
-    # "circwindow=1000 ..." as {name: integer}
-    pairs = [word.partition("=") for word in text.split()]
-    return {name: int(value) for name, _, value in pairs}
+    words = text.decode().split()
+    return {name: int(value) for name, value in [word.split("=") for word in words]}
 
 
 class Consensus:
-    """A consensus without its relays (dir-spec 3.4.1): `valid_after`, `fresh_until`,
-    `valid_until` (Unix time); `params`, `bandwidth_weights` ({name: integer}); `srv_previous`,
-    `srv_current` (32 bytes or None); `required_client_protocols` (["Link=4", ...]); `head`;
-    unless loaded, `digest` and `signatures` ({(identity, signing key digest): signature}).
-    """
+    """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
-    def load(self, head):
-        """Take over `head`, the lines of all that as bytes, and return self; ProtocolError."""
+    def __init__(self, head):
         items, self.head = document_items(head.split(b"\n")), head
 
-        def text(name, default=None):
-            return one_item(items, name, default)[0].decode()
+        def text(name):
+            return one_item(items, name)[0]
 
-        try:
-            kind = text(b"network-status-version"), text(b"vote-status")
-            good = kind == ("3 microdesc", "consensus") and int(text(b"consensus-method")) >= 28
-            self.valid_after = parse_time(text(b"valid-after"))
-            self.fresh_until = parse_time(text(b"fresh-until"))
-            self.valid_until = parse_time(text(b"valid-until"))
-            good = good and self.valid_after < self.fresh_until <= self.valid_until
-            require(good, "this is no consensus of the microdescriptor flavour")
-            self.params = _integers(text(b"params", b""))
-            self.bandwidth_weights = _integers(text(b"bandwidth-weights", b""))
-            required = text(b"required-client-protocols", b"")
-            self.required_client_protocols = list(_versions(required))
-            srvs = [text(b"shared-rand-%s-value" % one, b"") for one in (b"previous", b"current")]
-            srvs = [b64decode(srv.split(" ")[-1], 32) if srv else None for srv in srvs]
-            self.srv_previous, self.srv_current = srvs
-        except ValueError:
-            raise ProtocolError("the consensus is malformed")
-        return self
+        times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
+        self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
+        kind = text(b"network-status-version"), text(b"vote-status")
+        good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
+        good = good and self.valid_after < self.fresh_until <= self.valid_until
+        require(good, "this is no consensus of the microdescriptor flavour")
+        self.params = _integers(text(b"params"))
+        self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
+        self.required = set(_versions(text(b"required-client-protocols")))
+        srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
+        self.srv_previous, self.srv_current = [
+            b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs
+        ]
 
     def param(self, name, default, low=0, high=2147483647):
-        """Return the parameter `name` (param-spec), kept within `low` and `high`."""
         return min(max(self.params.get(name, default), low), high)
 
-    def missing_certs(self, certs, when):
-        """List the (identity, signing key digest) of signatures that `certs` cannot check."""
-        return [pair for pair in self.signatures if certs.get(pair, (0, -1))[1] < when]
+    def missing_certs(self, certs, authorities):
+        t = self.valid_after
+        return [p for p in self.signatures if p[0] in authorities and certs.get(p, (0, -1))[1] < t]
 
-    def verify(self, certs, authorities, when):
-        """Raise DirectoryError unless more than half of `authorities` (identities) signed this.
-
-        `certs`, from `parse_authority_certs`, must be good at the time `when`.
-        """
-        good, missing = set(), self.missing_certs(certs, when)
+    def verify(self, certs, authorities):
+        """Raise DirectoryError unless more than half of `authorities` signed this."""
+        signed = set()
         for pair, signature in self.signatures.items():
-            if pair not in missing and rsa_verify(certs[pair][0], self.digest, signature):
-                good.add(pair[0])
-        counts = len(good & set(authorities)), len(authorities)
+            key, expires = certs.get(pair, (None, -1))
+            if expires >= self.valid_after and rsa_verify(key, self.digest, signature):
+                signed.add(pair[0])
+        counts = len(signed & set(authorities)), len(authorities)
         if counts[0] * 2 <= counts[1]:
-            text = "%d of %d authorities signed the consensus: it takes more than half"
-            raise DirectoryError(text % counts)
+            raise DirectoryError("only %d of %d authorities signed the consensus" % counts)
 
     def check_times(self, when):
-        """Raise DirectoryError, ClockError or ConfigError unless this can be used at `when`."""
+        """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
         hours = (when - self.valid_after) // 3600
-        if when > self.valid_until + _GRACE:
+        if when > self.valid_until + 86400:
             raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
-        if when < self.valid_after - _GRACE:
+        if hours < -24:
             raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
-        lacking = sorted(set(self.required_client_protocols) - set(_versions(_SUPPORTED)))
+        lacking = sorted(self.required - set(_versions(_SUPPORTED)))
         if lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
 
 
 class _Splitter:
-    # Cuts what arrives at each `_mark`, for the method `_entry`.
-    _rest = b""
+    # Cuts what arrives at each `_mark`, for `_entry`.
+    def __init__(self, sink):
+        self._sink, self._rest, self._hash, self._bits = sink, b"", None, {}
 
     def feed(self, data):
-        """Parse the next piece, of any size; ProtocolError if it is malformed."""
         entries = (self._rest + data).split(self._mark)
         self._rest = entries.pop()
         try:
@@ -1218,88 +1179,68 @@ class _Splitter:
                 self._entry(entry)
         except (ValueError, IndexError):
             raise ProtocolError("a document is malformed")
-        require(len(self._rest) <= _MAX_ENTRY, "a part of a document is too long")
+        require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
 class ConsensusParser(_Splitter):
-    """Parses a consensus as it arrives; its relays go to `table.add`.
+    """Parses a consensus for `sink`: RelayTable.add."""
 
-    Signatures of others than `authorities` (identities) are dropped.
-    """
-
-    _mark, _head = b"\nr ", None
-
-    def __init__(self, authorities, table):
-        self._authorities, self._add, self._bits = authorities, table.add, {}
+    _mark = b"\nr "
 
     def _entry(self, text):
-        require(b"\ndirectory-signature " not in text, "the consensus is malformed")
-        if self._head is None:
+        require(b"\ndirectory-signature " not in text, "a document is malformed")
+        if not self._hash:
             self._head, self._hash = text, hashlib.sha256(text)
-        else:
-            self._hash.update(self._mark + text)
-            lines = text.split(b"\n")
-            self._relay(lines[0].split(b" "), {line[:2]: line[2:] for line in lines[1:]}.get)
-
-    def _relay(self, fields, get):
-        digest, words = get(b"m "), get(b"s ", b"") + get(b"pr", b"")
+            return
+        text = self._mark + text
+        self._hash.update(text)
+        get = {line[:2]: line[2:] for line in text.split(b"\n")}.get
+        if not get(b"m "):
+            return
+        fields = get(b"r ").split(b" ")
+        address = bytes(map(int, fields[4].split(b".")))
+        high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
+        net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
+        weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
         # Few are distinct.
+        words = get(b"s ", b"") + get(b"pr", b"")
         if words not in self._bits:
-            if len(self._bits) > 255:
-                self._bits = {}
-            found = set(_versions(words.decode()))
+            found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
-        if digest:
-            address = bytes([int(x) for x in fields[4].split(b".")])
-            high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
-            net = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
-            weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
-            flags, weight = RUNNING | VALID | self._bits[words], min(weight, 0xFFFFFFFF)
-            keys = b64decode(fields[1], 20), b64decode(digest, 32)
-            self._add(*keys, address, int(fields[5]), net, flags, weight)
+        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
+        self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
 
     def finish(self):
-        """Return the Consensus: parsed, not verified; ProtocolError."""
+        """Return the Consensus, with `digest`, and `signatures` by (identity, key digest)."""
         signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
         self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
-        good = footer and self._head and signatures[-1:] == b"\n"
-        require(good, "the consensus is truncated, or has no relays")
+        good = footer and self._hash and signatures[-1:] == b"\n"
+        require(good, "the consensus is truncated")
         self.feed(self._mark)
         self._hash.update(footer + weights + mark)
-        c = Consensus().load(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
-        c.digest, c.signatures = self._hash.digest(), {}
-        for _, arguments, body in document_items((mark + signatures).split(b"\n")):
-            try:
-                # Without a name the algorithm is SHA-1, which this flavour does not use.
-                algorithm, identity, key = arguments.split(b" ")
-                pair = binascii.unhexlify(identity), binascii.unhexlify(key)
-            except ValueError:
-                continue
-            if algorithm == b"sha256" and pair[0] in self._authorities:
-                c.signatures[pair] = body
+        try:
+            c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
+            c.digest, c.signatures = self._hash.digest(), {}
+            for _, arguments, body in document_items((mark + signatures).split(b"\n")):
+                # Without a name it is SHA-1.
+                if arguments.startswith(b"sha256 "):
+                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
+                    c.signatures[identity, key] = body
+        except ValueError:
+            raise ProtocolError("a document is malformed")
         return c
 
 
-class Microdesc:
-    """`digest` (SHA-256), `ntor_key`, `ed_id`, `family` (4 bytes of each RSA identity),
-    `family_ids` (8 of each SHA-256), `policy` (b"accept 80,443-445"), `bad` (malformed).
+class MicrodescParser(_Splitter):
+    """Parses microdescriptors (dir-spec 3.3) for `sink(digest, keys, beside)`.
+
+    Keys: Ed25519 identity and ntor key, less if malformed; beside: exit policy, family (4 bytes
+    of each member), family ids (8 of each SHA-256).
     """
 
-    ntor_key = ed_id = None
-    family = family_ids = policy = b""
-    bad = False
-
-
-class MicrodescParser(_Splitter):
-    """Parses microdescriptors (dir-spec 3.3) as they arrive; each goes to `sink(microdesc)`."""
-
-    _mark, _md = b"\n", None
-
-    def __init__(self, sink):
-        self._sink = sink
+    _mark = b"\n"
 
     def feed(self, data):
-        """Parse the next piece, of any size; ProtocolError if it is malformed."""
         super().feed(data)
         # A family line can have 128 KB.
         cut = self._rest.rfind(b" $")
@@ -1308,67 +1249,51 @@ class MicrodescParser(_Splitter):
             self._rest = self._rest[cut:]
 
     def finish(self):
-        """Take the end of the last one; ProtocolError if it is truncated."""
         require(not self._rest, "a microdescriptor is truncated")
         self._entry(b"onion-key")
 
     def _entry(self, line, end=b"\n"):
-        md = self._md
         if line == b"onion-key":
-            if md:
-                md.digest = self._hash.digest()
-                md.bad = md.bad or not md.ntor_key or not md.ed_id
-                self._sink(md)
-            self._md, self._hash = Microdesc(), hashlib.sha256(b"onion-key\n")
-        elif md:
+            if self._hash:
+                self._sink(self._hash.digest(), b"".join(self._keys), self._beside)
+            self._hash = hashlib.sha256(b"onion-key\n")
+            self._keys, self._beside = [b"", b""], [b"", b"", b""]
+        elif self._hash:
             self._hash.update(line + end)
             try:
-                self._item(md, line.split(b" "))
+                self._item(line, line.split(b" "))
             except (ProtocolError, ValueError, IndexError):
-                md.bad = True
+                # Nothing can be put there any more.
+                self._keys = []
 
-    def _item(self, md, word):
+    def _item(self, line, word):
         if word[0] == b"ntor-onion-key":
-            md.ntor_key = b64decode(word[1], 32)
+            self._keys[1] = b64decode(word[1], 32)
         elif word[:2] == [b"id", b"ed25519"]:
-            md.bad |= md.ed_id is not None
-            md.ed_id = b64decode(word[2], 32)
+            require(not self._keys[0], "two identities")
+            self._keys[0] = b64decode(word[2], 32)
         elif word[0] == b"p":
-            md.policy = b" ".join(word[1:])
-        elif word[0] == b"family-ids":
-            md.family_ids = b"".join([sha256(one)[:8] for one in word[1:17] if one])
+            self._beside[0] = line[2:]
         elif word[0] in (b"family", b""):
-            # Nicknames are passed over: no one vouches for them.
             members = [binascii.unhexlify(one[1:9]) for one in word if one[:1] == b"$"]
-            md.family = (md.family + b"".join(members))[:_MAX_FAMILY]
+            self._beside[1] = (self._beside[1] + b"".join(members))[:4096]
+        elif word[0] == b"family-ids":
+            self._beside[2] = b"".join([sha256(one)[:8] for one in word[1:17] if one])
 
 
 # === 7. Relay table =========================================================
-# Fixed records, sorted by RSA identity as in the consensus, and columns of integers.
+# The relays of a consensus in fixed records, sorted by RSA identity.
 
-# RSA identity; half of the microdescriptor's digest; Ed25519 identity, and until that
-# is known the other half; ntor key; IPv4 address; port.
-_RECORD, _SIZE = ">20s16s32s32s4sH", 106
-# Flags, weight, IPv4 /16, IPv6 /32; the numbers of exit policy, family and family ids.
-_COLUMNS = "IIHIHHH"
-_MAX_RELAYS = 65535
-# Distinct exit policies and families, in bytes, and less than 65536: what is beyond is none.
+# RSA identity; half of the microdescriptor's digest; Ed25519 identity, at first the other half;
+# ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
+_RECORD, _SIZE = ">20s86s4sHI", 116
+# Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-# Part of a file's checksum: releases that number the flags otherwise do not believe it.
-_LAYOUT = repr((1, _RECORD, _COLUMNS, FLAG_WORDS, USABLE, sys.byteorder)).encode()
+_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
 class Relay:
-    """A relay: `index`, `rsa_id` (20 bytes), `address` (text), `port`, `flags`, `weight`;
-    if it is `usable` (has its microdescriptor) also `ed_id` and `ntor_key` (32 bytes).
-    """
-
-    def __init__(self, table, i):
-        self.index, self.flags, self.weight = i, table.flags[i], table.weights[i]
-        fields = struct.unpack_from(_RECORD, table.records, i * _SIZE)
-        self.rsa_id, _, self.ed_id, self.ntor_key, address, self.port = fields
-        self.address = "%d.%d.%d.%d" % tuple(address)
-        self.usable = bool(self.flags & USABLE)
+    """`index`, `flags`, `rsa_id`, `address` (text), `port`; if USABLE: `ed_id`, `ntor_key`."""
 
 
 def _pieces(packed, size):
@@ -1376,35 +1301,41 @@ def _pieces(packed, size):
 
 
 class RelayTable:
-    """The relays of a consensus, by index; `flags` and `weights` are arrays of integers."""
+    use_family_lists = use_family_ids = True
 
-    def __init__(self, records=b"", columns=None, beside=(b"",)):
-        self.use_family_lists = self.use_family_ids = True
+    def __init__(self, records=b"", flags=b"", weights=b"", beside=(b"",)):
         self.records = bytearray(records)
-        self._columns = columns or [array(c) for c in _COLUMNS]
-        self.flags, self.weights, self._nets, self._nets6 = self._columns[:4]
-        # Distinct exit policies, families and family ids, and their numbers.
-        self._beside, self._numbers = list(beside), {text: n for n, text in enumerate(beside)}
-        self._room = _MAX_BESIDE - sum([len(text) + 64 for text in beside])
+        self.flags, self.weights = array("I", flags), array("I", weights)
+        # Exit policies, families and family ids: each once, and its number.
+        self._beside, self._numbers, self._room = [], {}, _MAX_BESIDE
+        for text in beside:
+            self._number(text)
 
-    def add(self, rsa_id, md_digest, address, port, ipv6_net, flags, weight):
-        """Append a relay; `address`: 4 bytes; `ipv6_net`: the IPv6 /32, or 0; ProtocolError."""
+    def _number(self, text):
+        room = self._room - len(text) - 64
+        if text not in self._numbers and room >= 0:
+            self._room, self._numbers[text] = room, len(self._beside)
+            self._beside.append(text)
+        return self._numbers.get(text, 0)
+
+    def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
         n = len(self)
-        good = 0 < port < 65536 and len(address) == 4 and not (weight | ipv6_net) >> 32
-        require(good, "a relay of the consensus is malformed")
-        good = n < _MAX_RELAYS and (not n or self.rsa_id(n - 1) < rsa_id)
-        require(good, "the consensus has too many relays, or not in order")
-        fields = rsa_id, md_digest, md_digest[16:], b"", address, port
-        self.records += struct.pack(_RECORD, *fields)
-        values = flags, weight, address[0] << 8 | address[1], ipv6_net, 0, 0, 0
-        for column, value in zip(self._columns, values):
-            column.append(value)
+        good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
+        good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
+        require(good, "a relay is malformed, not in order, or one too many")
+        self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        self.flags.append(flags)
+        self.weights.append(weight)
 
     def __len__(self):
         return len(self.flags)
 
     def relay(self, i):
-        return Relay(self, i)
+        r, fields = Relay(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
+        r.rsa_id, md, address, r.port, _ = fields
+        r.ed_id, r.ntor_key, r.address = md[16:48], md[48:80], "%d.%d.%d.%d" % tuple(address)
+        r.index, r.flags = i, self.flags[i]
+        return r
 
     def _field(self, i, at, size):
         at += i * _SIZE
@@ -1417,95 +1348,73 @@ class RelayTable:
         return self._field(i, 36, 32)
 
     def find(self, rsa_id):
-        """Return the index of the relay `rsa_id`, or -1."""
-        low, high = 0, len(self.flags)
+        low, high = 0, len(self)
         while low < high:
             at = (low + high) // 2
             low, high = (at + 1, high) if self.rsa_id(at) < rsa_id else (low, at)
         return low if self.rsa_id(low) == rsa_id else -1
 
-    def scan(self):
-        """Iterate over (index, flags, weight, IPv4 /16)."""
-        return zip(range(len(self.flags)), self.flags, self.weights, self._nets)
-
     def subnets(self, i):
-        """Return a relay's IPv4 /16 and IPv6 /32 (0: none) as integers."""
-        return self._nets[i], self._nets6[i]
+        net, _, _, net6 = struct.unpack_from(">HHHI", self.records, i * _SIZE + 106)
+        return net, net6
 
     def missing(self):
-        """Yield (index, digest) of the microdescriptors that are not here yet."""
-        for i in range(len(self.flags)):
-            if not self.flags[i] & HAVE_MICRODESC:
+        """Yield index and digest of microdescriptors to fetch."""
+        for i, flags in enumerate(self.flags):
+            if not flags & KNOWN:
                 yield i, self._field(i, 20, 32)
 
-    def set_microdesc(self, i, md):
-        """Take over the Microdesc `md` of relay `i`; with a malformed one it is not used."""
-        self.flags[i] |= HAVE_MICRODESC
-        if not md.bad:
-            self._set(i, md.ed_id + md.ntor_key, (md.policy, md.family, md.family_ids))
-
-    def _set(self, i, keys, beside):
-        self.records[i * _SIZE + 36 : i * _SIZE + 100] = keys
-        self.flags[i] |= USABLE
-        for column, text in zip(self._columns[4:], beside):
-            # Exit policies repeat, and the members of a family list the same family.
-            if text not in self._numbers and len(text) + 64 <= self._room:
-                self._room -= len(text) + 64
-                self._numbers[text] = len(self._beside)
-                self._beside.append(text)
-            column[i] = self._numbers.get(text, 0)
+    def set_microdesc(self, i, keys, beside):
+        self.flags[i] |= KNOWN
+        if len(keys) == 64:
+            self.flags[i] |= USABLE
+            numbers = [self._number(text) for text in beside]
+            struct.pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
 
     def _texts(self, i):
-        return [self._beside[column[i]] for column in self._columns[4:]]
+        numbers = struct.unpack_from(">HHH", self.records, i * _SIZE + 100)
+        return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
-        """Take over from the table `old` what microdescriptors that are the same told."""
-        for i in range(len(self.flags)):
+        for i, digest in self.missing():
             j = old.find(self.rsa_id(i))
-            if j >= 0 and old._field(j, 20, 16) == self._field(i, 20, 16):
-                self.flags[i] |= old.flags[j] & HAVE_MICRODESC
-                if old.flags[j] & USABLE:
-                    self._set(i, old._field(j, 36, 64), old._texts(j))
+            if j >= 0 and old.flags[j] & KNOWN and old._field(j, 20, 16) == digest[:16]:
+                keys = old._field(j, 36, 64 if old.flags[j] & USABLE else 0)
+                self.set_microdesc(i, keys, old._texts(j))
 
     def same_family(self, i, j):
-        """Tell whether the relays `i` and `j` list each other, or share a family id."""
         (_, list_i, ids_i), (_, list_j, ids_j) = self._texts(i), self._texts(j)
-        if self.use_family_ids and set(_pieces(ids_i, 8)) & set(_pieces(ids_j, 8)):
-            return True
-        listed = self.rsa_id(j)[:4] in _pieces(list_i, 4)
-        return self.use_family_lists and listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
+        shared = self.use_family_ids and set(_pieces(ids_i, 8)) & set(_pieces(ids_j, 8))
+        listed = self.use_family_lists and self.rsa_id(j)[:4] in _pieces(list_i, 4)
+        return shared or listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Tell whether the exit policy summary of the relay `i` allows `port`."""
-        word, _, ports = self._texts(i)[0].partition(b" ")
+        """Tell whether relay `i` is an exit to `port`, or, without one, at all."""
+        policy = self._texts(i)[0]
+        if not port:
+            return policy not in (b"", b"reject 1-65535")
+        word, _, ports = policy.partition(b" ")
         try:
             inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
         except ValueError:
             return False
         return word == (b"accept" if inside else b"reject")
 
-    def exits(self, i):
-        """Tell whether the relay `i` allows any port."""
-        return self._texts(i)[0] not in (b"", b"reject 1-65535")
-
     def save(self, path, network_id, consensus):
-        """Write table and Consensus to the file `path`, for the Network of that id; OSError."""
-        pieces = [consensus.head, self.records] + self._columns + self._beside
-        pieces = [bytes(piece) for piece in pieces]
-        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in pieces])
+        pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
+        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
         write_file(path, [sha256(_LAYOUT + network_id + body), body])
 
 
 def load_table(path, network_id):
-    """Return the (RelayTable, Consensus) that `save` wrote; None if it did not write that."""
+    """Return the (RelayTable, Consensus) that `save` wrote, or None."""
     data = read_file(path) or b""
     r, pieces = Reader(data[32:]), []
     if sha256(_LAYOUT + network_id + r.data) != data[:32]:
         return None
     while r.left():
         pieces.append(r.take(r.uint(4)))
-    columns = [array(code, piece) for code, piece in zip(_COLUMNS, pieces[2:9])]
-    return RelayTable(pieces[1], columns, pieces[9:]), Consensus().load(pieces[0])
+    return RelayTable(*pieces[1:4], pieces[4:]), Consensus(pieces[0])
 
 
 # === 8. Cells and handshakes ================================================
@@ -1889,7 +1798,7 @@ def hsdir_ring(table, consensus, blinded, period, store):
     starts = [hs_index(blinded, n + 1, period) for n in range(replicas)]
     places = [(int.from_bytes(start, "big"), []) for start in starts]
     keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
-    for i, flags, _, _ in table.scan():
+    for i, flags in enumerate(table.flags):
         if flags & needed == needed:
             at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
             for start, nearest in places:
@@ -2063,7 +1972,7 @@ def parse_descriptor(data, blinded, subcred, when):
     formats = one_item(items, b"create2-formats")[0].split(b" ")
     require(b"2" in formats, "descriptor: unknown handshakes")
     # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
-    versions, _, increment = one_item(items, b"flow-control", b"1 1")[0].partition(b" ")
+    versions, _, increment = one_item(items, b"flow-control")[0].partition(b" ")
     descriptor.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
     descriptor.intro_points = []
     for section in sections[1:21]:
@@ -2931,7 +2840,7 @@ async def pump(stream, reader, writer):
 # === 12. Paths and guards ===================================================
 # Which relays a circuit goes through (path-spec 2, guard-spec, proposal 333: vanguards-lite).
 
-_NEED = RUNNING | VALID | FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
+_NEED = FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
 # Role: position, flags it must have, flags it must not have.
 _ROLES = {
@@ -3005,10 +2914,10 @@ class PathSelector:
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
         factors, mask, kind = dict(w), need | never, GUARD | EXIT
-        for i, flags, bandwidth, _ in self.table.scan():
+        for i, flags in enumerate(self.table.flags):
             if flags & mask == need:
                 # Not 0: without weights, all are alike.
-                yield i, bandwidth * factors[flags & kind] or 1
+                yield i, self.table.weights[i] * factors[flags & kind] or 1
 
     def pick(self, role, accept, stable=STABLE):
         """Return the index of a relay for `role` that `accept(index)` takes."""
@@ -3459,8 +3368,7 @@ class Directory:
         await directory_request(circuit, path, 32 << 20, parser.feed)
         consensus = parser.finish()
         # The certificates are judged by the consensus's time, and that by the clock.
-        when = consensus.valid_after
-        missing = consensus.missing_certs(self._certs, when)
+        missing = consensus.missing_certs(self._certs, identities)
         if missing:
             self._report(40, "loading_keys", "Loading authority key certs")
             pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
@@ -3470,7 +3378,7 @@ class Directory:
                 self._certs.update(parse_authority_certs(text, identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
-        consensus.verify(self._certs, identities, when)
+        consensus.verify(self._certs, identities)
         try:
             consensus.check_times(now())
         except DirectoryError:

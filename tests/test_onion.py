@@ -171,9 +171,6 @@ class Table:
         flags = minitor.HSDIR | minitor.PROTO_HSDIR2 | minitor.USABLE
         self.flags = [flags if i % hsdirs == 0 else flags & ~minitor.HSDIR for i in range(count)]
 
-    def scan(self):
-        return ((i, f, 1, 0) for i, f in enumerate(self.flags))
-
     def ed_id(self, i):
         return self.ids[i]
 
@@ -181,7 +178,7 @@ class Table:
 def slow_ring(table, blinded, period, replicas, spread):
     ring = sorted(
         (minitor.hsdir_index(table.ed_id(i), period), i)
-        for i, flags, _, _ in table.scan()
+        for i, flags in enumerate(table.flags)
         if flags & minitor.HSDIR
     )
     found = []

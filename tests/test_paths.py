@@ -22,7 +22,7 @@ PROTOCOLS = (
     | minitor.PROTO_HSREND2
     | minitor.PROTO_HSDIR2
 )
-PLAIN = minitor.RUNNING | minitor.VALID | FAST | STABLE | V2DIR | PROTOCOLS
+PLAIN = FAST | STABLE | V2DIR | PROTOCOLS
 # Those of the public network's consensus of 2024-05-17.
 WEIGHTS = {
     "Wbd": 0, "Wbe": 0, "Wbg": 3248, "Wbm": 10000, "Wdb": 10000, "Web": 10000,
@@ -36,17 +36,16 @@ def rsa_id(n):
 
 
 def microdesc(n, policy=b"", family=(), family_ids=()):
-    md = minitor.Microdesc()
-    md.ntor_key = b"n" + n.to_bytes(31, "big")
-    md.ed_id = b"e" + n.to_bytes(31, "big")
-    md.policy = policy
-    md.family = b"".join(rsa_id(m)[:4] for m in family)
-    md.family_ids = b"".join(family_ids)
-    return md
+    keys = b"e" + n.to_bytes(31, "big") + b"n" + n.to_bytes(31, "big")
+    return keys, (policy, b"".join(rsa_id(m)[:4] for m in family), b"".join(family_ids))
 
 
 def make_consensus(weights=WEIGHTS, **params):
-    consensus = minitor.Consensus()
+    consensus = minitor.Consensus(
+        b"network-status-version 3 microdesc\nvote-status consensus\nconsensus-method 33\n"
+        b"valid-after 2026-01-01 00:00:00\nfresh-until 2026-01-01 01:00:00\n"
+        b"valid-until 2026-01-01 03:00:00"
+    )
     consensus.bandwidth_weights = dict(weights)
     consensus.params = {name.replace("_", "-"): value for name, value in params.items()}
     return consensus
@@ -78,7 +77,7 @@ class Net:
             policy = b"accept 80,443"
         if usable:
             members = [(m + self._first) << 130 for m in families.pop("family", ())]
-            self.table.set_microdesc(i, microdesc(i, policy, members, **families))
+            self.table.set_microdesc(i, *microdesc(i, policy, members, **families))
         return i
 
 
@@ -119,7 +118,7 @@ def factors(weights, position, *kinds):
     for flags in kinds:
         net.add(flags, weight=1)
     chooser = minitor.PathSelector(net.table, make_consensus(weights), None)
-    return [w for _, w in chooser.weigh(position, minitor.RUNNING)]
+    return [w for _, w in chooser.weigh(position, FAST)]
 
 
 def test_weights_per_position():
@@ -198,7 +197,7 @@ def test_percent_counts_bandwidth_of_each_position(clock):
     # 75 % of the guards, 99 % of the middles' bandwidth, all exits
     assert chooser.percent() == 74 or chooser.percent() == 73
     for i in range(len(net.table)):
-        net.table.set_microdesc(i, microdesc(i, b"accept 80"))
+        net.table.set_microdesc(i, *microdesc(i, b"accept 80"))
     assert chooser.percent() == 100
 
 
@@ -371,7 +370,7 @@ def test_parameters_of_the_consensus(clock):
 
 
 def test_guards_need_their_flags(clock):
-    for flag in (FAST, STABLE, V2DIR, GUARD, minitor.RUNNING):
+    for flag in (FAST, STABLE, V2DIR, GUARD):
         net = network(guards=1, middles=3)
         net.table.flags[0] &= ~flag
         with pytest.raises(minitor.CircuitError):
@@ -730,7 +729,7 @@ def public():
     if not file.exists():
         pytest.skip("the real consensus is not here: %s (set MINITOR_REAL to its folder)" % file)
     table = minitor.RelayTable()
-    parser = minitor.ConsensusParser((), table)
+    parser = minitor.ConsensusParser(table.add)
     parser.feed(file.read_bytes())
     consensus = parser.finish()
     for i in range(len(table)):
@@ -738,7 +737,7 @@ def public():
         # families of three neighbours in the table
         near = [i - i % 3 + k for k in range(3)]
         members = [int.from_bytes(table.relay(k).rsa_id, "big") for k in near if k < len(table)]
-        table.set_microdesc(i, microdesc(i, policy, members))
+        table.set_microdesc(i, *microdesc(i, policy, members))
     return table, consensus
 
 
@@ -756,7 +755,7 @@ def test_restrictions_hold_on_the_public_network(public, clock):
             assert not v6[0] or v6[0] != v6[1]
             assert a.index // 3 != b.index // 3
         for relay in path:
-            assert relay.flags & FAST and relay.usable
+            assert relay.flags & FAST and relay.flags & minitor.USABLE
             assert not relay.flags & NOEDCONSENSUS
         assert not path[2].flags & (BADEXIT | MIDDLEONLY)
         assert len(paths.onion_path()) == 3
@@ -778,7 +777,7 @@ def test_distribution_on_the_public_network(public, clock, role, position):
             is_exit = relay.flags & EXIT and not relay.flags & BADEXIT
             name = names[position][(1 if relay.flags & GUARD else 0) + (2 if is_exit else 0)]
             # by bandwidth class, so that each holds enough
-            exact[i] = relay.weight * w[name]
+            exact[i] = table.weights[i] * w[name]
     classes = {}
     order = sorted(exact, key=exact.get)
     total, running = sum(exact.values()), 0

@@ -274,7 +274,7 @@ def test_authority_certificates(checks, authority_certs):
 
 def read_consensus(data, fingerprint, size=10**9):
     table = minitor.RelayTable()
-    parser = minitor.ConsensusParser({fingerprint}, table)
+    parser = minitor.ConsensusParser(table.add)
     for at in range(0, len(data), size):
         parser.feed(data[at : at + size])
     return table, parser.finish()
@@ -288,10 +288,10 @@ def test_consensus(checks, consensus, authority_certs, size):
 
     def parse_consensus(data):
         table, parsed = read_consensus(data, fingerprint, size)
-        parsed.missing_certs(certs, NOW)
-        parsed.verify(certs, {fingerprint}, NOW)
+        parsed.missing_certs(certs, {fingerprint})
+        parsed.verify(certs, {fingerprint})
         parsed.check_times(parsed.valid_after)
-        again = minitor.Consensus().load(parsed.head)
+        again = minitor.Consensus(parsed.head)
         assert again.params == parsed.params and again.srv_current == parsed.srv_current
         weights.append(minitor.PathSelector(table, parsed, None).percent())
         minitor.time_periods(parsed, False)
@@ -307,16 +307,16 @@ def test_consensus(checks, consensus, authority_certs, size):
 def test_microdescriptors(size):
     def parse_microdescs(data):
         found = []
-        parser = minitor.MicrodescParser(found.append)
+        parser = minitor.MicrodescParser(lambda *md: found.append(md))
         for at in range(0, len(data), size):
             parser.feed(data[at : at + size])
         parser.finish()
         table = minitor.RelayTable()
-        for i, md in enumerate(found[:8]):
-            table.add(bytes([i]) * 20, md.digest, b"\x7f\0\0\1", 1, 0, 0, 0)
-            table.set_microdesc(i, md)
+        for i, (digest, keys, beside) in enumerate(found[:8]):
+            table.add(bytes([i]) * 20, digest, b"\x7f\0\0\1", 1, 0, 0, 0)
+            table.set_microdesc(i, keys, beside)
             table.exit_allows(i, 443)
-            table.exits(i)
+            table.exit_allows(i, None)
         for i in range(len(table)):
             table.same_family(0, i)
             assert len(table.ed_id(i)) == 32
@@ -329,11 +329,11 @@ def test_stored_table(tmp_path, consensus):
     path = str(tmp_path / "relays")
     table, parsed = read_consensus(text, fingerprint)
     found = []
-    parser = minitor.MicrodescParser(found.append)
+    parser = minitor.MicrodescParser(lambda *md: found.append(md))
     parser.feed(microdescs())
     parser.finish()
-    for i, md in enumerate(found):
-        table.set_microdesc(i, md)
+    for i, (_, keys, beside) in enumerate(found):
+        table.set_microdesc(i, keys, beside)
     table.save(path, bytes(32), parsed)
     stored = (tmp_path / "relays").read_bytes()
 

@@ -33,14 +33,14 @@ def ingest(folder, path):
     text = (folder / "2024-05-17-certs").read_bytes().replace(b"\r", b"")
     certs = minitor.parse_authority_certs(text, network.identities)
     table = minitor.RelayTable()
-    parser = minitor.ConsensusParser(network.identities, table)
+    parser = minitor.ConsensusParser(table.add)
     with open(folder / "2024-05-17-17-00-consensus-microdesc", "rb") as f:
         piece = f.read(PIECE)
         while piece:
             parser.feed(piece)
             piece = f.read(PIECE)
     consensus = parser.finish()
-    consensus.verify(certs, network.identities, consensus.valid_after)
+    consensus.verify(certs, network.identities)
     consensus.check_times(consensus.valid_after)
     seconds = time.perf_counter() - started
     assert len(table) == 7195
@@ -65,7 +65,7 @@ def fill(path):
         text += b"family %s\n" % family if i % 3 else b""
         text += b"p accept %d,80,443\nid ed25519 %s\n" % (i % 500 + 1, b"A" * 42 + b"E")
         size += len(text)
-        parser = minitor.MicrodescParser(lambda md, i=i: table.set_microdesc(i, md))
+        parser = minitor.MicrodescParser(lambda _, *found, i=i: table.set_microdesc(i, *found))
         parser.feed(text)
         parser.finish()
     seconds = time.perf_counter() - started

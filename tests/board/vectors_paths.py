@@ -4,7 +4,7 @@ import os
 
 import minitor as m
 
-PLAIN = m.RUNNING | m.VALID | m.FAST | m.STABLE | m.V2DIR
+PLAIN = m.FAST | m.STABLE | m.V2DIR
 PLAIN |= m.PROTO_RELAY2 | m.PROTO_FLOWCTRL1 | m.PROTO_HSINTRO4 | m.PROTO_HSREND2
 FILE = "guards-%d.json" % m.randbelow(1 << 30)
 
@@ -16,10 +16,8 @@ def network(count):
         rsa_id = (i + 1).to_bytes(4, "big") + bytes(16)
         address = bytes((10 + i // 256, i % 256, 0, 1))
         table.add(rsa_id, bytes(32), address, 9001, 0, flags, 1 << i % 32)
-        md = m.Microdesc()
-        md.ntor_key, md.ed_id, md.family = bytes(32), rsa_id + bytes(12), b""
-        md.policy = b"accept 80,443" if flags & m.EXIT else b""
-        table.set_microdesc(i, md)
+        policy = b"accept 80,443" if flags & m.EXIT else b""
+        table.set_microdesc(i, rsa_id + bytes(12) + bytes(32), (policy, b"", b""))
     return table
 
 
@@ -31,7 +29,11 @@ def refused(function, *args):
     return False
 
 
-consensus = m.Consensus()
+consensus = m.Consensus(
+    b"network-status-version 3 microdesc\nvote-status consensus\nconsensus-method 33\n"
+    b"valid-after 2026-01-01 00:00:00\nfresh-until 2026-01-01 01:00:00\n"
+    b"valid-until 2026-01-01 03:00:00"
+)
 consensus.params, consensus.bandwidth_weights = {}, {}
 table = network(66)
 

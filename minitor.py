@@ -1509,7 +1509,7 @@ def load_table(path, network_id):
 
 
 # === 8. Cells and handshakes ================================================
-# Bodies of cells and relay messages, and the handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
+# Bodies of cells and relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
@@ -1537,31 +1537,28 @@ END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 
 
 def reason_text(reasons, number):
-    """Return the words for `number` in one of the tables above."""
     return reasons[number] if number < len(reasons) else "unknown reason %d" % number
 
 
 def cell(circ_id, command, body=b""):
-    """Return a cell of fixed length, 514 bytes (tor-spec 3)."""
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
 def _tagged(r, size):
-    # A count, then [(type, value)], with lengths of `size` bytes.
+    # [(type, value)]: a count, then lengths of `size` bytes.
     return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
 
 
 def address_bytes(text):
     """Return the 4 bytes of an IPv4 address, or b""."""
     try:
-        parts = [decimal(part, 0, 255) for part in text.encode().split(b".")]
-    except ProtocolError:
+        a, b, c, d = [int(part) for part in text.split(".")]
+        return bytes((a, b, c, d))
+    except ValueError:
         return b""
-    return bytes(parts) if len(parts) == 4 else b""
 
 
 def address_text(data):
-    """Return an address of 4 or 16 bytes as text."""
     if len(data) == 4:
         return "%d.%d.%d.%d" % tuple(data)
     return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
@@ -1588,29 +1585,28 @@ def link_specifiers(relay):
 def parse_link_specifiers(r, ntor_key):
     """Take link specifiers, count first, from the Reader `r`; return a Target."""
     start, t, pairs = r.at, Target(), _tagged(r, 1)
-    t.specifiers = bytes(r.data[start : r.at])
+    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
     # Relays take the first address.  In EXTEND2 88 bytes follow.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    sizes = [len(found.get(kind, b"")) for kind in (0, 2, 3)]
-    good = sizes == [6, 20, 32] and len(ids) == 2 and len(t.specifiers) <= RELAY_DATA_MAX - 88
-    require(good, "unusable link specifiers")
-    t.address, t.port = address_text(found[0][:4]), int.from_bytes(found[0][4:], "big")
-    t.rsa_id, t.ed_id, t.ntor_key = found[2], found[3], ntor_key
+    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
+    require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
+    t.address, t.port = address_text(place[:4]), int.from_bytes(place[4:], "big")
     return t
 
 
-def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
+def parse_certs(body, tls_digest, rsa_id, ed_id, when):
     """Verify CERTS whole (tor-spec 4.2); return the relay's (rsa_id, ed_id).
 
-    `tls_cert_sha256`: of the certificate seen; `rsa_id`, `ed_id`: what is expected, or None.
+    `tls_digest`: SHA-256 of the certificate seen; `rsa_id`, `ed_id`: as expected, or None.
     """
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and all([kind in certs for kind in (2, 4, 5, 7)])
     require(good, "CERTS: a certificate is missing, or comes twice")
     kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
-    link_kind, link, _ = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
-    good = (kind, link_kind, link) == (1, 3, tls_cert_sha256)
+    link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
+    good = (kind, link[:2]) == (1, (3, tls_digest))
     require(good, "CERTS: the TLS certificate is not the relay's")
     # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
@@ -1622,95 +1618,56 @@ def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
     return sha1(key), identity
 
 
-def netinfo(peer_address):
-    """Return a client's NETINFO (tor-spec 4.5): the peer's address, no time, no own address."""
-    return b"\0\0\0\0\4\4%s\0" % address_bytes(peer_address)
-
-
-def parse_netinfo(body):
-    """Return the relay's time (seconds since 1970) and our address (bytes)."""
-    r = Reader(body, "NETINFO")
-    return r.uint(4), r.take(1) and r.take(r.uint(1))
-
-
-def padding_negotiate():
-    """Return PADDING_NEGOTIATE that stops padding (padding-spec 2.2)."""
-    return b"\0\1\0\0\0\0"
-
-
 _NTOR = b"ntor-curve25519-sha256-1"
 
 
-def create2(onionskin):
-    """Return CREATE2 with the 84 bytes of an ntor onionskin."""
-    return b"\0\2\0\x54" + onionskin
-
-
-def parse_created2(body):
-    """Return the reply in CREATED2 or EXTENDED2."""
-    r = Reader(body, "CREATED2")
-    return r.take(r.uint(2))
-
-
-def extend2(relay, onionskin):
-    """Return EXTEND2 to a Relay or Target."""
-    return link_specifiers(relay) + create2(onionskin)
-
-
-def _split(reply, size):
-    # A relay's public value, and what authenticates it.
-    r = Reader(reply, "handshake")
-    return r.take(size), r.take(size)
-
-
 def ntor_start(rsa_id, B):
-    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return (state, onionskin)."""
+    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return (state, CREATE2)."""
     x, X = x25519_keypair()
-    return (rsa_id, B, x, X), rsa_id + B + X
+    return (rsa_id, B, x, X), b"\0\2\0\x54" + rsa_id + B + X
 
 
 def ntor_finish(state, reply):
-    """Check the relay's reply; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
+    """Check CREATED2 or EXTENDED2; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
     rsa_id, B, x, X = state
-    Y, auth = _split(reply, 32)
+    Y, auth = reply[2:34], reply[34:66]
     secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
     verify = hmac_sha256(_NTOR + b":verify", secret)
     mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
-    require(consteq(mac, auth), "ntor: the relay does not hold its onion key")
+    good = reply[:2] == b"\0\x40" and consteq(mac, auth)
+    require(good, "ntor: the relay does not hold its onion key")
     return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
 
 def fast_finish(x, reply):
     """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (tor-spec 5.1.3)."""
-    y, kh = _split(reply, 20)
-    k = b"".join([sha1(x + y + bytes([i])) for i in range(5)])
-    require(consteq(k[:20], kh), "CREATED_FAST: the key hash is wrong")
-    return k[20:92] + kh
+    k = b"".join([sha1(x + reply[:20] + bytes([i])) for i in range(5)])
+    require(consteq(k[:20], reply[20:40]), "CREATED_FAST: the key hash is wrong")
+    return k[20:92] + k[:20]
 
 
-def begin(host, port, flags):
-    """Return BEGIN (tor-spec 6.2); `host` is "" for an onion service."""
-    return b"%s:%d\0" % (host.encode(), port) + (flags.to_bytes(4, "big") if flags else b"")
+def begin(host, port):
+    """Return BEGIN (tor-spec 6.2): IPv6 will do, but for `host` "", an onion service."""
+    return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
 
 
 def parse_begin(body):
-    """Return (host, port) of BEGIN."""
+    """Return the port in BEGIN."""
     text, end, _ = body.partition(b"\0")
-    host, colon, port = text.rpartition(b":")
-    require(end and colon and max(host or b"0") < 127, "bad BEGIN")
-    return host.decode(), decimal(port, 1, 65535)
+    _, colon, port = text.rpartition(b":")
+    require(end and colon, "bad BEGIN")
+    return decimal(port, 1, 65535)
 
 
 def parse_resolved(body):
-    """Return [(type, value)] of RESOLVED (tor-spec 6.4): types 4 and 6 are addresses (text)."""
-    r, answers = Reader(body, "RESOLVED"), []
+    """Return the addresses (text) in RESOLVED (tor-spec 6.4)."""
+    r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         if kind in (4, 6):
             require(len(value) == (4 if kind == 4 else 16), "bad RESOLVED")
-            value = address_text(value)
-        answers.append((kind, value))
-    return answers
+            found.append(address_text(value))
+    return found
 
 
 # rend-spec-v3 3 and 4.  `intro` is an introduction point, with `auth_key` and `enc_key`.
@@ -1721,22 +1678,20 @@ _AUTH = b"\2\0\x20"
 
 
 def hs_mac(key, message):
-    """Return MAC(key, message) of 0.3."""
     return sha3_256(len(key).to_bytes(8, "big") + key + message)
 
 
-def establish_intro(seed, auth_key, kh):
-    """Return ESTABLISH_INTRO (3.1.1); `kh` is KH of the circuit's last hop."""
-    data = _AUTH + auth_key + b"\0"
+def establish_intro(intro, kh):
+    """Return ESTABLISH_INTRO (3.1.1) by `intro.seed`; `kh`: KH of the circuit's last hop."""
+    data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\0\x40" + ed25519_sign(seed, b"Tor establish-intro cell v1" + data)
+    return data + b"\0\x40" + ed25519_sign(intro.seed, b"Tor establish-intro cell v1" + data)
 
 
 def _intro_keys(exp, X, intro, subcred):
-    # ENC_KEY and MAC_KEY (3.3.2).
+    # ENC_KEY and MAC_KEY (3.3.2), 32 bytes each.
     secret = exp + intro.auth_key + X + intro.enc_key + _HS
-    keys = shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
-    return keys[:32], keys[32:]
+    return shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
 
 
 def _rend_keys(secret, intro, X, Y):
@@ -1748,49 +1703,42 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client_intro(intro, subcred, cookie, relay, flow=False):
-    """Return (state, INTRODUCE1) to meet at `relay` with `cookie`, 20 bytes (3.2, 3.3).
-
-    `flow`: ask for congestion control.
-    """
+    """Return (state, INTRODUCE1) to meet at `relay` (3.2, 3.3), with congestion control: `flow`."""
     x, X = x25519_keypair()
-    enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
-    # Extension 1 asks for congestion control.
+    keys = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
     plain = cookie + (b"\1\1\0" if flow else b"\0")
     plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
     plain += bytes(max(0, 190 - len(plain)))
-    body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(enc_key).crypt(plain)
-    return (x, X, intro), body + hs_mac(mac_key, body)
+    body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
+    return (x, X, intro), body + hs_mac(keys[32:], body)
 
 
 def hs_ntor_client_finish(state, reply):
     """Check RENDEZVOUS2; return Df, Db, Kf, Kb of 32 bytes each."""
     x, X, intro = state
-    Y, auth = _split(reply, 32)
+    Y = reply[:32]
     mac, keys = _rend_keys(x25519(x, Y) + x25519(x, intro.enc_key), intro, X, Y)
-    require(consteq(mac, auth), "RENDEZVOUS2: the service does not hold its keys")
+    require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service does not hold its keys")
     return keys
 
 
-def hs_ntor_service(intro, b, subcreds, body):
-    """Open INTRODUCE2 by the secret `b` of `intro` and one of the subcredentials (3.3).
+def hs_ntor_service(intro, subcreds, body):
+    """Open INTRODUCE2 by `intro.b` and one of the subcredentials (3.3).
 
-    Returns the rendezvous point (a Target, with `flow`: congestion control is asked for),
-    cookie, RENDEZVOUS1 and keys as the client has.
+    Returns the rendezvous point (a Target; `flow`: with congestion control), cookie,
+    RENDEZVOUS1 and keys as the client has.
     """
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
     _tagged(r, 1)
     X = r.take(32)
     cipher, mac = r.take(max(0, r.left() - 32)), r.take(32)
-    exp = x25519(b, X)
-    for subcred in subcreds:
-        enc_key, mac_key = _intro_keys(exp, X, intro, subcred)
-        if consteq(hs_mac(mac_key, body[:-32]), mac):
-            break
-    else:
-        raise ProtocolError("INTRODUCE2: the MAC is wrong")
-    r = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
+    exp = x25519(intro.b, X)
+    found = [_intro_keys(exp, X, intro, subcred) for subcred in subcreds]
+    found = [keys for keys in found if consteq(hs_mac(keys[32:], body[:-32]), mac)]
+    require(found, "INTRODUCE2: the MAC is wrong")
+    r = Reader(AesCtr(found[0][:32]).crypt(cipher), "INTRODUCE2")
     cookie = r.take(20)
     flow = 1 in [kind for kind, _ in _tagged(r, 1)]
     require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
@@ -1813,60 +1761,49 @@ def onion_address(key):
 
 
 def parse_onion_address(text):
-    """Return the public identity key (32 bytes) in an address, subdomains aside.
-
-    AddressError if it is none, or its key has a torsion component.
-    """
+    """Return the public identity key in an address, subdomains aside; AddressError."""
     name = ".".join(text.lower().rstrip(".").split(".")[-2:])
-    if len(name) != 62 or name[56:] != ".onion":
-        raise AddressError("%s is not an onion address: 56 characters and .onion" % text)
     try:
-        key = b32decode(name[:56])[:32]
+        key = b32decode(name[:-6])[:32]
         if onion_address(key) == name and ed25519_valid(key):
             return key
     except ProtocolError:
         pass
-    raise AddressError("%s is mistyped: its checksum or key is wrong" % text)
+    raise AddressError("%s is mistyped: not 56 characters and .onion, or a wrong checksum" % text)
 
 
 def time_periods(consensus, testing):
-    """Return the time periods at the consensus's valid-after (2.2.1).
+    """Return a service's two time periods at the consensus's valid-after, and the clients' (2.2.1).
 
-    The first and the second are a service's, the third, one of them, is the clients'.  Each is
-    (number, minutes, shared random value, start of the value's protocol run).  `testing`: in
-    a TestingTorNetwork a period is as long as a run.
+    Each is (number, minutes, shared random value, start of the value's protocol run).
+    `testing`: in a TestingTorNetwork a period is as long as a run.
     """
     after = consensus.valid_after
-    interval = max(1, consensus.fresh_until - after)
-    offset, run = 12 * interval, 24 * interval
+    interval = consensus.fresh_until - after
+    run = 24 * interval
     length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
-    number, next_number = [(t // 60 - offset // 60) // length + 1 for t in (after, start)]
-    rotated = after >= next_number * length * 60 + offset
+    number, old = [(t // 60 - interval // 5) // length for t in (after, start)]
+    # Whether a period began in this run.
+    rotated = number > old
+    number -= rotated
 
     def period(number, value, start):
         disaster = b"shared-random-disaster" + struct.pack(">QQ", length, number)
         return number, length, value or sha3_256(disaster), start
 
-    first = period(number - 1 - rotated, consensus.srv_previous, start - run)
-    second = period(number - rotated, consensus.srv_current, start)
+    first = period(number, consensus.srv_previous, start - run)
+    second = period(number + 1, consensus.srv_current, start)
     return first, second, second if rotated else first
-
-
-_BASEPOINT = (
-    b"(15112221349535400772501151409588531511454012693041857206046113283949847762202, "
-    b"46316835694926478169428394003475163141307993866256225615783033603165251855960)"
-)
 
 
 def blinding_param(key, period):
     """Return the hash that blinds an identity key in `period` (A.2)."""
-    nonce = b"key-blind" + struct.pack(">QQ", period[0], period[1])
-    return sha3_256(b"Derive temporary signing key\0" + key + _BASEPOINT + nonce)
+    text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
+    return sha3_256(text + struct.pack(">QQ", *period[:2]))
 
 
 def subcredential(key, blinded):
-    """Return the subcredential (2.1) of an identity key and its blinded key."""
     return sha3_256(b"subcredential" + sha3_256(b"credential" + key) + blinded)
 
 
@@ -1878,7 +1815,7 @@ def hs_index(blinded, replica, period):
 
 def hsdir_index(ed_id, period):
     """Return a directory's place on the ring."""
-    return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", period[0], period[1]))
+    return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", *period[:2]))
 
 
 def hsdir_ring(table, consensus, blinded, period, store):
@@ -1886,19 +1823,19 @@ def hsdir_ring(table, consensus, blinded, period, store):
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
     name, default = ("hsdir_spread_store", 4) if store else ("hsdir_spread_fetch", 3)
     spread = consensus.param(name, default, 1, 128)
-    starts = [hs_index(blinded, n + 1, period) for n in range(replicas)]
-    places = [(int.from_bytes(start, "big"), []) for start in starts]
+    places = [(hs_index(blinded, n + 1, period), []) for n in range(replicas)]
     keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
     for i, flags, _, _ in table.scan():
         if flags & needed == needed:
-            at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
+            at = hsdir_index(table.ed_id(i), period)
             for start, nearest in places:
-                nearest.append((at - start + (at < start and 1 << 256), i))
+                # Past the end of the ring comes its beginning.
+                nearest.append((at < start, at, i))
                 if len(nearest) > 2 * keep:
                     nearest[:] = sorted(nearest)[:keep]
     for _, nearest in places:
         # A replica skips what an earlier one took.
-        found += [i for _, i in sorted(nearest) if i not in found][:spread]
+        found += [i for _, _, i in sorted(nearest) if i not in found][:spread]
     return found
 
 
@@ -1913,10 +1850,7 @@ def ope_encrypt(key, n):
 
 
 def revision_counter(esk, seconds):
-    """Return a revision counter as tor makes it (F.2).
-
-    `esk`: the blinded secret key; `seconds`: since the period's protocol run began.
-    """
+    """Return tor's revision counter (F.2), `seconds` after the period's protocol run began."""
     # tor hashes the zero that ends its string, too.
     return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
 
@@ -1927,21 +1861,18 @@ def make_ed_cert(kind, key, when, esk, public):
     return body + ed25519_sign_expanded(esk, public, body)
 
 
-def _base64(data):
-    return binascii.b2a_base64(data).strip()
+_base64 = binascii.b2a_base64  # ends the line
 
 
 def _armour(label, data):
-    text = _base64(data)
-    lines = b"\n".join([text[i : i + 64] for i in range(0, len(text), 64)])
-    return b"-----BEGIN %s-----\n%s\n-----END %s-----" % (label, lines, label)
+    lines = b"".join([_base64(data[i : i + 48]) for i in range(0, len(data), 48)])
+    return b"-----BEGIN %s-----\n%s-----END %s-----" % (label, lines, label)
 
 
 def _enc_key_ed(u):
     # The Ed25519 form, sign 0, of an X25519 key: y = (u - 1) / (u + 1).
-    p = (1 << 255) - 19
-    u = int.from_bytes(u, "little") & (1 << 255) - 1
-    return ((u - 1) * pow(u + 1, p - 2, p) % p).to_bytes(32, "little")
+    u = _int(u) & (1 << 255) - 1
+    return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
 _OUTER, _INNER = b"hsdir-superencrypted-data", b"hsdir-encrypted-data"
@@ -1961,11 +1892,10 @@ def _seal(plain, secret, label):
     return _armour(b"MESSAGE", data + mac(data))
 
 
-def _unseal(blob, secret, label):
-    # None where the MAC is wrong.
+def _unseal(blob, secret, label, error):
     cipher, mac = _layer(blob[:16], secret, label)
-    good = len(blob) > 48 and consteq(mac(blob[:-32]), blob[-32:])
-    return cipher.crypt(blob[16:-32]).partition(b"\0")[0] if good else None
+    require(consteq(mac(blob[:-32]), blob[-32:]), "descriptor: " + error)
+    return cipher.crypt(blob[16:-32]).partition(b"\0")[0]
 
 
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
@@ -1982,13 +1912,12 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
 
     inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
-        inner += b"introduction-point %s\nonion-key ntor %s\nauth-key\n%s\n" % (
+        inner += b"introduction-point %sonion-key ntor %sauth-key\n%s\n" % (
             _base64(link_specifiers(i)), _base64(i.ntor_key), cert(9, i.auth_key)
         )
-        inner += b"enc-key ntor %s\nenc-key-cert\n%s\n" % (
-            _base64(i.enc_key), cert(11, _enc_key_ed(i.enc_key))
-        )
-    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s\n" % _base64(x25519_keypair()[1])
+        enc_cert = cert(11, _enc_key_ed(i.enc_key))
+        inner += b"enc-key ntor %senc-key-cert\n%s\n" % (_base64(i.enc_key), enc_cert)
+    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s" % _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up, so that nobody sees whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
@@ -2013,10 +1942,10 @@ def _cert(items, keyword, kind, public, when):
 
 def _ntor(items, keyword):
     # Other kinds of keys may stand beside it.
-    words = [item[1].split(b" ") for item in items if item[0] == keyword]
-    keys = [b64decode(word[1], 32) for word in words if word[0] == b"ntor" and len(word) > 1]
-    require(len(keys) == 1 and any(keys[0]), "descriptor: bad " + keyword.decode())
-    return keys[0]
+    keys = [item[1][5:] for item in items if item[0] == keyword and item[1][:5] == b"ntor "]
+    key = b64decode(keys[0].split(b" ")[0], 32) if len(keys) == 1 else b""
+    require(any(key), "descriptor: bad " + keyword.decode())
+    return key
 
 
 def _intro_point(lines, signing, when):
@@ -2048,31 +1977,30 @@ def parse_descriptor(data, blinded, subcred, when):
     signature = b64decode(signature.rstrip(b"\n"), 64)
     good = ed25519_verify(signing, _SIGNED + text + b"\n", signature)
     require(good, "descriptor: bad signature")
-    descriptor = Descriptor()
-    descriptor.lifetime = 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
-    descriptor.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + struct.pack(">Q", descriptor.revision)
+    found = Descriptor()
+    found.lifetime = 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
+    secret = blinded + subcred + struct.pack(">Q", found.revision)
     for keyword, label, error in (
         (b"superencrypted", _OUTER, "the outer layer is corrupt"),
         (b"encrypted", _INNER, "it is for authorized clients only, or corrupt"),
     ):
-        plain = _unseal(one_item(items, keyword)[1], secret, label)
-        require(plain is not None, "descriptor: " + error)
+        plain = _unseal(one_item(items, keyword)[1], secret, label, error)
         sections = plain.split(b"\nintroduction-point ")
         items = document_items(sections[0].split(b"\n"))
     formats = one_item(items, b"create2-formats")[0].split(b" ")
     require(b"2" in formats, "descriptor: unknown handshakes")
     # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
     versions, _, increment = one_item(items, b"flow-control", b"1 1")[0].partition(b" ")
-    descriptor.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
-    descriptor.intro_points = []
+    found.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
+    found.intro_points = []
     for section in sections[1:21]:
         try:
-            descriptor.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
+            found.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
         except ProtocolError as e:
             log(INFO, "introduction point refused: %s", e)
-    require(descriptor.intro_points, "descriptor: no usable introduction point")
-    return descriptor
+    require(found.intro_points, "descriptor: no usable introduction point")
+    return found
 
 
 # === 10. Channel ============================================================
@@ -2239,13 +2167,14 @@ class Channel:
             ids = parse_certs(body, self._certificate(), self._wanted[0], self._wanted[1], now())
             self.rsa_id, self.ed_id = ids
         elif command == NETINFO and self.rsa_id is not None:
-            timestamp = parse_netinfo(body)[0]
+            timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
-            self.send(cell(0, NETINFO, netinfo(self.address)))
+            # No time, and no address of ours (tor-spec 4.5).
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
             if self._version == 5:
                 # Padding against netflow records is not sent here, so the relay's is turned
                 # down too: one side alone would stand out (padding-spec 2).
-                self.send(cell(0, PADDING_NEGOTIATE, padding_negotiate()))
+                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self._opened.set()
         elif command not in (AUTH_CHALLENGE, VPADDING, PADDING):
             raise ProtocolError("cell %d out of place in the handshake" % command)
@@ -2651,7 +2580,7 @@ class Circuit:
     """A circuit over `channel`; `path` holds its relays, the nearest first.
 
     `on_control`: {relay command: function(body)} for messages that come unasked;
-    `on_begin`: coroutine function(stream, host, port) that answers BEGIN cells, at a
+    `on_begin`: coroutine function(stream, port) that answers BEGIN cells, at a
     service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the
     CircuitError when the circuit is gone.
     """
@@ -2692,17 +2621,18 @@ class Circuit:
 
     async def extend(self, relay, seconds):
         """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
-        state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
+        state, create2 = ntor_start(relay.rsa_id, relay.ntor_key)
         if self.path:
-            asking = self.ask(RELAY_EXTEND2, extend2(relay, onionskin), (RELAY_EXTENDED2,), seconds)
+            extend2 = link_specifiers(relay) + create2
+            asking = self.ask(RELAY_EXTEND2, extend2, (RELAY_EXTENDED2,), seconds)
         else:
             asking = self._answer(self.expect((CREATED2,)), seconds)
-            self.channel.send(cell(self.circ_id, CREATE2, create2(onionskin)))
+            self.channel.send(cell(self.circ_id, CREATE2, create2))
         self._add_hop(relay, ntor_finish, state, (await asking)[1])
 
     def _add_hop(self, relay, finish, state, reply):
         try:
-            keys = finish(state, reply if finish is fast_finish else parse_created2(reply))
+            keys = finish(state, reply)
         except ProtocolError as e:
             raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
         self._layers.append(Layer(keys))
@@ -2742,9 +2672,9 @@ class Circuit:
 
     # ── Streams ──
 
-    async def open_stream(self, host, port, seconds, flags=1):
+    async def open_stream(self, host, port, seconds):
         """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return (await self._open(RELAY_BEGIN, begin(host, port, flags), seconds))[0]
+        return (await self._open(RELAY_BEGIN, begin(host, port), seconds))[0]
 
     async def open_directory_stream(self, seconds):
         """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
@@ -2958,9 +2888,8 @@ class Circuit:
     def _begin(self, stream_id, data):
         if stream_id in self.streams:
             raise ProtocolError("BEGIN for stream %d, which is open" % stream_id)
-        host, port = parse_begin(data)
-        stream = Stream(self, stream_id)
-        spawn(self.on_begin(stream, host, port))
+        port = parse_begin(data)
+        spawn(self.on_begin(Stream(self, stream_id), port))
 
     # ── Closing ──
 
@@ -4054,7 +3983,7 @@ async def connect_onion(tor, key, port):
         # As in tor: a new one would be dear.
         circuit.since = ticks_ms()
         try:
-            return await circuit.open_stream("", port, _REND_SECONDS, 0)
+            return await circuit.open_stream("", port, _REND_SECONDS)
         except (CircuitError, StreamError) as e:
             if e.reason == END_TIMEOUT:
                 # The service may have gone without a word.
@@ -4189,7 +4118,7 @@ class OnionService:
         circuit = await self.tor.circuit_to("service_intro", intro)
         try:
             circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-            message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
+            message = establish_intro(intro, circuit.kh)
             answers = (RELAY_INTRO_ESTABLISHED,)
             await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
             intro.ready = True
@@ -4291,7 +4220,7 @@ class OnionService:
     async def _join(self, intro, body):
         # Meet the client at the rendezvous point that INTRODUCE2 names.
         subcreds = [period[3] for period in self._periods]
-        target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
+        target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
         if any([cookie in i.cookies for i in self.intros]):
             raise ProtocolError("its rendezvous cookie was used before")
         intro.cookies.add(cookie)
@@ -4309,7 +4238,7 @@ class OnionService:
 
     # --- Streams ---
 
-    async def _begin(self, stream, host, port):
+    async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
@@ -4421,8 +4350,7 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        answers = await self._at_exit(443, lambda circuit: circuit.resolve(host))
-        addresses = [value for kind, value in answers if kind in (4, 6)]
+        addresses = await self._at_exit(443, lambda circuit: circuit.resolve(host))
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses

@@ -277,7 +277,7 @@ def test_descriptor_form(keys):
     blob = minitor.one_item(minitor.document_items(data.split(b"\n")), b"superencrypted")[1]
     assert (len(blob) - 48) % 10000 == 0
     outer = minitor._unseal(
-        blob, keys[1] + keys[2] + (123456789012).to_bytes(8, "big"), minitor._OUTER
+        blob, keys[1] + keys[2] + (123456789012).to_bytes(8, "big"), minitor._OUTER, ""
     )
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
     assert outer.count(b"\nauth-client ") == 16
@@ -326,7 +326,7 @@ def test_descriptor_other_keys(keys, monkeypatch):
 
     def make_with(kind):
         def both(data):
-            line = b" %s\nonion-key %s " % (encode(data), kind)
+            line = b" %sonion-key %s " % (encode(data), kind)
             return encode(data) if data != Intro(1).ntor_key else line[1:] + encode(data)
 
         monkeypatch.setattr(minitor, "_base64", both)

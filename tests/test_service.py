@@ -261,7 +261,7 @@ def test_ports(service, monkeypatch):
         ):
             circuit = Circuit()
             stream = Stream(circuit)
-            await service._begin(stream, "", port)
+            await service._begin(stream, port)
             assert (stream.log, circuit.closed) == (expected, closed), port
             assert bool(slept) == closed
             slept.clear()
@@ -269,7 +269,7 @@ def test_ports(service, monkeypatch):
         circuit = Circuit()
         circuit.streams = {n: None for n in range(600)}
         stream = Stream(circuit)
-        await service._begin(stream, "", 81)
+        await service._begin(stream, 81)
         assert stream.log == [minitor.END_RESOURCELIMIT]
 
     asyncio.run(main())
@@ -281,7 +281,7 @@ def test_ports(service, monkeypatch):
 def meet(answer, testing=False, address="11.22.33.44"):
     """Run `_introduce` with that INTRODUCE_ACK: (rendezvous circuit, introduction circuit)."""
     intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), address=address)
-    intro.enc_key = minitor.x25519_public(b"q" * 32)
+    intro.b, intro.enc_key = b"q" * 32, minitor.x25519_public(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
     relay.ntor_key = minitor.x25519_public(b"n" * 32)
@@ -297,9 +297,7 @@ def meet(answer, testing=False, address="11.22.33.44"):
         await settle()
         if rend.promises and introducing.sent:
             body = introducing.sent[0][1]
-            target, cookie, reply, _ = minitor.hs_ntor_service(
-                intro, b"q" * 32, [b"s" * 32], body
-            )
+            target, cookie, reply, _ = minitor.hs_ntor_service(intro, [b"s" * 32], body)
             assert target.flow
             assert rend.sent == [(minitor.RELAY_ESTABLISH_RENDEZVOUS, cookie)]
             rend.promises[0][1].set((minitor.RELAY_RENDEZVOUS2, reply[20:]))
@@ -344,7 +342,7 @@ def test_streams_share_one_attempt(monkeypatch):
             raise minitor.OnionError("down")
         circuit = Circuit()
 
-        async def open_stream(host, port, seconds, flags):
+        async def open_stream(host, port, seconds):
             opened.append((circuit, port))
             return len(opened)
 

@@ -1524,14 +1524,14 @@ RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = ran
 
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
-    "no reason|no reason given|host not found|connection refused|against the exit's policy|"
-    "circuit destroyed|closed|timeout|no route|relay hibernates|internal error|"
-    "out of resources|connection reset|protocol error|relay is no directory"
+    "no reason|no reason given|host not found|connection refused|exit policy|circuit destroyed|"
+    "closed|timeout|no route|relay hibernates|internal error|out of resources|connection reset|"
+    "protocol error|no directory"
 ).split("|")
 DESTROY_REASONS = (
-    "no reason given|protocol error|internal error|as requested|relay hibernates|"
-    "out of resources|next relay not reachable|next relay is another|link closed|too old|"
-    "timeout|destroyed further on|no such service"
+    "no reason given|protocol error|internal error|as requested|relay hibernates|out of resources|"
+    "next relay unreachable|next relay is another|link closed|too old|timeout|destroyed further on|"
+    "no such service"
 ).split("|")
 END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 
@@ -1565,7 +1565,7 @@ def address_text(data):
 
 
 def is_private(address):
-    """Return whether an IPv4 address (text) is not a public one (RFC 6890)."""
+    """Return whether an IPv4 address (text) is not public (RFC 6890)."""
     a, b = address_bytes(address)[:2]
     block = a, b & {100: 0xC0, 172: 0xF0}.get(a, 0xFF)
     return a > 223 or block in ((100, 64), (169, 254), (172, 16), (192, 168)) or a in (0, 10, 127)
@@ -1576,14 +1576,13 @@ class Target:
 
 
 def link_specifiers(relay):
-    """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target, count first."""
+    """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target."""
     return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
 
 
 def parse_link_specifiers(r, ntor_key):
-    """Take link specifiers, count first, from the Reader `r`; return a Target."""
     start, t, pairs = r.at, Target(), _tagged(r, 1)
     t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
     # Relays take the first address.  In EXTEND2 88 bytes follow.
@@ -1596,18 +1595,14 @@ def parse_link_specifiers(r, ntor_key):
 
 
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS whole (tor-spec 4.2); return the relay's (rsa_id, ed_id).
-
-    `tls_digest`: SHA-256 of the certificate seen; `rsa_id`, `ed_id`: as expected, or None.
-    """
+    """Verify CERTS (tor-spec 4.2); return the relay's identities: those given, where not None."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
-    good = len(certs) == len(pairs) and all([kind in certs for kind in (2, 4, 5, 7)])
-    require(good, "CERTS: a certificate is missing, or comes twice")
+    good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
+    require(good, "CERTS: one is missing, or comes twice")
     kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
     link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
-    good = (kind, link[:2]) == (1, (3, tls_digest))
-    require(good, "CERTS: the TLS certificate is not the relay's")
+    require((kind, link[:2]) == (1, (3, tls_digest)), "CERTS: for another TLS certificate")
     # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
     key = certs[2][at : at + 140]
@@ -1634,8 +1629,7 @@ def ntor_finish(state, reply):
     secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
     verify = hmac_sha256(_NTOR + b":verify", secret)
     mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
-    good = reply[:2] == b"\0\x40" and consteq(mac, auth)
-    require(good, "ntor: the relay does not hold its onion key")
+    require(reply[:2] == b"\0\x40" and consteq(mac, auth), "ntor: the relay lacks its onion key")
     return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
 
@@ -1647,16 +1641,15 @@ def fast_finish(x, reply):
 
 
 def begin(host, port):
-    """Return BEGIN (tor-spec 6.2): IPv6 will do, but for `host` "", an onion service."""
+    # An exit may use IPv6; an onion service has no `host` (tor-spec 6.2).
     return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
 
 
 def parse_begin(body):
-    """Return the port in BEGIN."""
+    # The port.
     text, end, _ = body.partition(b"\0")
-    _, colon, port = text.rpartition(b":")
-    require(end and colon, "bad BEGIN")
-    return decimal(port, 1, 65535)
+    require(end and b":" in text, "bad BEGIN")
+    return decimal(text.split(b":")[-1], 1, 65535)
 
 
 def parse_resolved(body):
@@ -1670,7 +1663,7 @@ def parse_resolved(body):
     return found
 
 
-# rend-spec-v3 3 and 4.  `intro` is an introduction point, with `auth_key` and `enc_key`.
+# rend-spec-v3 3, 4.  `intro`: a relay with `auth_key` and `enc_key`; their secrets: `seed`, `b`.
 
 _HS = b"tor-hs-ntor-curve25519-sha3-256-1"
 _EXTRACT, _EXPAND = _HS + b":hs_key_extract", _HS + b":hs_key_expand"
@@ -1682,20 +1675,20 @@ def hs_mac(key, message):
 
 
 def establish_intro(intro, kh):
-    """Return ESTABLISH_INTRO (3.1.1) by `intro.seed`; `kh`: KH of the circuit's last hop."""
+    """Return ESTABLISH_INTRO (3.1.1); `kh`: KH of the circuit's last hop."""
     data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
     return data + b"\0\x40" + ed25519_sign(intro.seed, b"Tor establish-intro cell v1" + data)
 
 
 def _intro_keys(exp, X, intro, subcred):
-    # ENC_KEY and MAC_KEY (3.3.2), 32 bytes each.
+    # ENC_KEY, MAC_KEY (3.3.2).
     secret = exp + intro.auth_key + X + intro.enc_key + _HS
     return shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
 
 
 def _rend_keys(secret, intro, X, Y):
-    # AUTH_INPUT_MAC; Df, Db, Kf, Kb of the rendezvous (3.3.2, 4.2).
+    # AUTH_INPUT_MAC; Df, Db, Kf, Kb (3.3.2, 4.2).
     ids = intro.auth_key + intro.enc_key
     secret += ids + X + Y + _HS
     auth = hs_mac(secret, _HS + b":hs_verify") + ids + Y + X + _HS + b"Server"
@@ -1703,7 +1696,7 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client_intro(intro, subcred, cookie, relay, flow=False):
-    """Return (state, INTRODUCE1) to meet at `relay` (3.2, 3.3), with congestion control: `flow`."""
+    """Return (state, INTRODUCE1) (3.2, 3.3); `flow`: with congestion control."""
     x, X = x25519_keypair()
     keys = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
     plain = cookie + (b"\1\1\0" if flow else b"\0")
@@ -1719,28 +1712,25 @@ def hs_ntor_client_finish(state, reply):
     x, X, intro = state
     Y = reply[:32]
     mac, keys = _rend_keys(x25519(x, Y) + x25519(x, intro.enc_key), intro, X, Y)
-    require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service does not hold its keys")
+    require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service lacks its keys")
     return keys
 
 
 def hs_ntor_service(intro, subcreds, body):
-    """Open INTRODUCE2 by `intro.b` and one of the subcredentials (3.3).
+    """Open INTRODUCE2 by one of the subcredentials (3.3).
 
-    Returns the rendezvous point (a Target; `flow`: with congestion control), cookie,
-    RENDEZVOUS1 and keys as the client has.
+    Returns the rendezvous point (a Target, with `flow`), cookie, RENDEZVOUS1, keys.
     """
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
     _tagged(r, 1)
     X = r.take(32)
-    cipher, mac = r.take(max(0, r.left() - 32)), r.take(32)
     exp = x25519(intro.b, X)
     found = [_intro_keys(exp, X, intro, subcred) for subcred in subcreds]
-    found = [keys for keys in found if consteq(hs_mac(keys[32:], body[:-32]), mac)]
+    found = [keys for keys in found if consteq(hs_mac(keys[32:], body[:-32]), body[-32:])]
     require(found, "INTRODUCE2: the MAC is wrong")
-    r = Reader(AesCtr(found[0][:32]).crypt(cipher), "INTRODUCE2")
-    cookie = r.take(20)
-    flow = 1 in [kind for kind, _ in _tagged(r, 1)]
+    r = Reader(AesCtr(found[0][:32]).crypt(body[r.at : -32]), "INTRODUCE2")
+    cookie, flow = r.take(20), 1 in dict(_tagged(r, 1))
     require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
     target = parse_link_specifiers(r, r.take(32))
     target.flow = flow
@@ -1755,7 +1745,7 @@ def hs_ntor_service(intro, subcreds, body):
 
 
 def onion_address(key):
-    """Return the address, with ".onion", of a public identity key (32 bytes)."""
+    """Return the address, with ".onion", of a public identity key."""
     checksum = sha3_256(b".onion checksum" + key + b"\3")[:2]
     return b32encode(key + checksum + b"\3") + ".onion"
 
@@ -1769,36 +1759,32 @@ def parse_onion_address(text):
             return key
     except ProtocolError:
         pass
-    raise AddressError("%s is mistyped: not 56 characters and .onion, or a wrong checksum" % text)
+    raise AddressError("%s is no onion address (56 characters and .onion), or mistyped" % text)
 
 
 def time_periods(consensus, testing):
-    """Return a service's two time periods at the consensus's valid-after, and the clients' (2.2.1).
+    """Return two time periods of a service, and which of them is the clients' (2.2.1).
 
     Each is (number, minutes, shared random value, start of the value's protocol run).
-    `testing`: in a TestingTorNetwork a period is as long as a run.
     """
     after = consensus.valid_after
     interval = consensus.fresh_until - after
     run = 24 * interval
+    # In a TestingTorNetwork as long as a run.
     length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
-    number, old = [(t // 60 - interval // 5) // length for t in (after, start)]
-    # Whether a period began in this run.
-    rotated = number > old
-    number -= rotated
-
-    def period(number, value, start):
-        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, number)
-        return number, length, value or sha3_256(disaster), start
-
-    first = period(number, consensus.srv_previous, start - run)
-    second = period(number + 1, consensus.srv_current, start)
-    return first, second, second if rotated else first
+    number, at_start = [(t // 60 - interval // 5) // length for t in (after, start)]
+    rotated = number > at_start
+    found = []
+    for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):
+        n = number + 1 - rotated - back
+        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, n)
+        found.append((n, length, value or sha3_256(disaster), start - back * run))
+    return found[0], found[1], found[rotated]
 
 
 def blinding_param(key, period):
-    """Return the hash that blinds an identity key in `period` (A.2)."""
+    """Return what blinds an identity key (A.2)."""
     text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
     return sha3_256(text + struct.pack(">QQ", *period[:2]))
 
@@ -1808,28 +1794,26 @@ def subcredential(key, blinded):
 
 
 def hs_index(blinded, replica, period):
-    """Return the place of replica 1, 2, ... on the ring (2.2.3)."""
+    """Return the place of replica 1, 2, ... on the hash ring (2.2.3)."""
     place = struct.pack(">QQQ", replica, period[1], period[0])
     return sha3_256(b"store-at-idx" + blinded + place)
 
 
 def hsdir_index(ed_id, period):
-    """Return a directory's place on the ring."""
     return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", *period[:2]))
 
 
-def hsdir_ring(table, consensus, blinded, period, store):
-    """Return the indexes of the directories where to store, or to fetch, a descriptor."""
+def hsdir_ring(table, consensus, blinded, period, use):
+    """Return the indexes of the directories where to "store" or to "fetch" a descriptor."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
-    name, default = ("hsdir_spread_store", 4) if store else ("hsdir_spread_fetch", 3)
-    spread = consensus.param(name, default, 1, 128)
+    spread = consensus.param("hsdir_spread_" + use, 4 if use == "store" else 3, 1, 128)
     places = [(hs_index(blinded, n + 1, period), []) for n in range(replicas)]
     keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
     for i, flags, _, _ in table.scan():
         if flags & needed == needed:
             at = hsdir_index(table.ed_id(i), period)
             for start, nearest in places:
-                # Past the end of the ring comes its beginning.
+                # The ring goes round.
                 nearest.append((at < start, at, i))
                 if len(nearest) > 2 * keep:
                     nearest[:] = sorted(nearest)[:keep]
@@ -1839,24 +1823,19 @@ def hsdir_ring(table, consensus, blinded, period, store):
     return found
 
 
-def ope_encrypt(key, n):
-    """Return the sum of the first `n` numbers of a key stream."""
-    total = n = min(max(n, 1), 1 << 18)
-    cipher = AesCtr(key)
+def revision_counter(esk, seconds):
+    """Return the revision counter (F.2) `seconds` after the period's protocol run began."""
+    # tor hashes the zero that ends its string, too.
+    cipher = AesCtr(sha3_256(b"rev-counter-generation\0" + esk))
+    total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
         count = min(256, n - at)
         total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
 
 
-def revision_counter(esk, seconds):
-    """Return tor's revision counter (F.2), `seconds` after the period's protocol run began."""
-    # tor hashes the zero that ends its string, too.
-    return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
-
-
 def make_ed_cert(kind, key, when, esk, public):
-    """Return a certificate (cert-spec 2.1) of `kind` for `key`, good for 54 hours."""
+    """Return a certificate (cert-spec 2.1) for `key`, good for 54 hours."""
     body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign_expanded(esk, public, body)
 
@@ -1864,9 +1843,9 @@ def make_ed_cert(kind, key, when, esk, public):
 _base64 = binascii.b2a_base64  # ends the line
 
 
-def _armour(label, data):
+def _armour(keyword, label, data):
     lines = b"".join([_base64(data[i : i + 48]) for i in range(0, len(data), 48)])
-    return b"-----BEGIN %s-----\n%s-----END %s-----" % (label, lines, label)
+    return b"%s\n-----BEGIN %s-----\n%s-----END %s-----\n" % (keyword, label, lines, label)
 
 
 def _enc_key_ed(u):
@@ -1875,59 +1854,54 @@ def _enc_key_ed(u):
     return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
-_OUTER, _INNER = b"hsdir-superencrypted-data", b"hsdir-encrypted-data"
+def _layer(keyword, secret, salt, data, seal):
+    # `data` en- or decrypted, and the MAC (2.5.3).
+    keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
+    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
+    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
+
+
+def _seal(keyword, secret, plain):
+    salt = urandom(16)
+    text, mac = _layer(keyword, secret, salt, plain, True)
+    return _armour(keyword, b"MESSAGE", salt + text + mac)
+
+
+def _unseal(items, keyword, secret):
+    blob = one_item(items, keyword)[1]
+    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
+    error = "descriptor: its %s part is corrupt, or for authorized clients only"
+    require(consteq(mac, blob[-32:]), error % keyword.decode())
+    return plain.partition(b"\0")[0]
+
+
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def _layer(salt, secret, label):
-    # The cipher of a layer; the function from salt and ciphertext to the MAC (2.5.3).
-    keys = shake256(secret + salt + label, 80)
-    return AesCtr(keys[:32], keys[32:48]), lambda data: hs_mac(keys[48:], bytes(7) + b"\x10" + data)
-
-
-def _seal(plain, secret, label):
-    salt = urandom(16)
-    cipher, mac = _layer(salt, secret, label)
-    data = salt + cipher.crypt(plain)
-    return _armour(b"MESSAGE", data + mac(data))
-
-
-def _unseal(blob, secret, label, error):
-    cipher, mac = _layer(blob[:16], secret, label)
-    require(consteq(mac(blob[:-32]), blob[-32:]), "descriptor: " + error)
-    return cipher.crypt(blob[16:-32]).partition(b"\0")[0]
-
-
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Return a descriptor to publish (2.4, 2.5).
+    """Return a descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
+    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
+    public = ed25519_public_expanded(signer)
 
-    `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets, with `auth_key`
-    and `enc_key`; `when`: now; `flow`: the SENDME increment of congestion control, or 0.
-    """
-    seed, secret = urandom(32), blinded + subcred + struct.pack(">Q", revision)
-    signer, public = ed25519_expand(seed), ed25519_public(seed)
-
-    def cert(kind, key, esk=signer, by=public):
-        return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
+    def cert(keyword, kind, key, esk=signer, by=public):
+        return _armour(keyword, b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
 
     inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
-        inner += b"introduction-point %sonion-key ntor %sauth-key\n%s\n" % (
-            _base64(link_specifiers(i)), _base64(i.ntor_key), cert(9, i.auth_key)
-        )
-        enc_cert = cert(11, _enc_key_ed(i.enc_key))
-        inner += b"enc-key ntor %senc-key-cert\n%s\n" % (_base64(i.enc_key), enc_cert)
+        inner += b"introduction-point " + _base64(link_specifiers(i))
+        inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
+        inner += b"enc-key ntor " + _base64(i.enc_key)
+        inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
     outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s" % _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up, so that nobody sees whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
         outer += ("auth-client %s %s %s\n" % made_up).encode()
-    outer += b"encrypted\n" + _seal(inner, secret, _INNER)
+    outer += _seal(b"encrypted", secret, inner)[:-1]
     outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n%s\n" % (
-        cert(8, public, esk, blinded)
-    )
-    text += b"revision-counter %d\nsuperencrypted\n%s\n" % (revision, _seal(outer, secret, _OUTER))
+    text = b"hs-descriptor 3\ndescriptor-lifetime 180\n"
+    text += cert(b"descriptor-signing-key-cert", 8, public, esk, blinded)
+    text += b"revision-counter %d\n" % revision + _seal(b"superencrypted", secret, outer)
     signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
@@ -1942,54 +1916,44 @@ def _cert(items, keyword, kind, public, when):
 
 def _ntor(items, keyword):
     # Other kinds of keys may stand beside it.
-    keys = [item[1][5:] for item in items if item[0] == keyword and item[1][:5] == b"ntor "]
-    key = b64decode(keys[0].split(b" ")[0], 32) if len(keys) == 1 else b""
-    require(any(key), "descriptor: bad " + keyword.decode())
+    words = one_item([item for item in items if item[1][:5] == b"ntor "], keyword)[0].split(b" ")
+    key = b64decode(words[1], 32)
+    require(any(key), "descriptor: a key of zeros")
     return key
 
 
 def _intro_point(lines, signing, when):
     # A Target; the certificates are by the key `signing`.
-    r = Reader(b64decode(lines[0].split(b" ")[0]), "introduction point")
     items = document_items(lines[1:])
-    target = parse_link_specifiers(r, _ntor(items, b"onion-key"))
+    target = parse_link_specifiers(Reader(b64decode(lines[0])), _ntor(items, b"onion-key"))
     target.auth_key = _cert(items, b"auth-key", 9, signing, when)
     target.enc_key = _ntor(items, b"enc-key")
-    certified = _cert(items, b"enc-key-cert", 11, signing, when)
-    require(certified == _enc_key_ed(target.enc_key), "enc-key-cert is for another key")
+    good = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(target.enc_key)
+    require(good, "enc-key-cert is for another key")
     return target
 
 
 class Descriptor:
-    """`revision`; `lifetime` in seconds; `intro_points`: Targets with auth_key, enc_key."""
+    """`subcred`, `revision`, `until`, `flow` (the SENDME increment, or 0), `intro_points`."""
 
 
 def parse_descriptor(data, blinded, subcred, when):
-    """Verify and decrypt a descriptor by the key `blinded`; return a Descriptor.
-
-    Bad introduction points are left out; ProtocolError if none is left.
-    """
+    """Return a Descriptor, verified and decrypted, without bad introduction points."""
     text, end, signature = data.rpartition(b"\nsignature ")
-    good = end and text.startswith(b"hs-descriptor 3\n")
-    require(good, "descriptor: truncated, or not of version 3")
+    require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     items = document_items(text.split(b"\n"))
     signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
-    good = ed25519_verify(signing, _SIGNED + text + b"\n", signature)
-    require(good, "descriptor: bad signature")
+    require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
     found = Descriptor()
-    found.lifetime = 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    lifetime = decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.subcred, found.until = subcred, when + 60 * lifetime
     found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
     secret = blinded + subcred + struct.pack(">Q", found.revision)
-    for keyword, label, error in (
-        (b"superencrypted", _OUTER, "the outer layer is corrupt"),
-        (b"encrypted", _INNER, "it is for authorized clients only, or corrupt"),
-    ):
-        plain = _unseal(one_item(items, keyword)[1], secret, label, error)
-        sections = plain.split(b"\nintroduction-point ")
-        items = document_items(sections[0].split(b"\n"))
-    formats = one_item(items, b"create2-formats")[0].split(b" ")
-    require(b"2" in formats, "descriptor: unknown handshakes")
+    items = document_items(_unseal(items, b"superencrypted", secret).split(b"\n"))
+    sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
+    items = document_items(sections[0].split(b"\n"))
+    require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
     versions, _, increment = one_item(items, b"flow-control", b"1 1")[0].partition(b" ")
     found.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
@@ -3891,13 +3855,12 @@ async def _find_descriptor(tor, key):
     if found and now() < found.until:
         return found
     subcred = subcredential(key, blinded)
-    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, False)
+    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, "fetch")
     for i in _shuffled(ring):
         try:
             path = "/tor/hs/3/" + b64encode(blinded)
             text = await hsdir_request(tor, directory.table.relay(i), "GET", path)
             found = parse_descriptor(text, blinded, subcred, now())
-            found.subcred, found.until = subcred, now() + found.lifetime
             if len(tor.descriptors) >= _MAX_DESCRIPTORS:
                 tor.descriptors.clear()
             tor.descriptors[blinded] = found
@@ -4142,7 +4105,7 @@ class OnionService:
         for period in time_periods(consensus, directory.network.testing)[:2]:
             param = blinding_param(key, period)
             esk, blinded = ed25519_blind_secret(self._esk, param), ed25519_blind_public(key, param)
-            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, True)]
+            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, "store")]
             found = period, esk, blinded, subcredential(key, blinded), ring
             self._periods.append(found + (uploaded.get(blinded, {}),))
 

@@ -453,21 +453,21 @@ def test_layers_of_a_descriptor(onion, descriptor, monkeypatch, depth):
     opened = {}
     unseal = minitor._unseal
 
-    def keep(blob, secret, label, error):
-        opened[label] = unseal(blob, secret, label, error)
-        return opened[label]
+    def keep(items, keyword, secret):
+        opened[keyword] = unseal(items, keyword, secret)
+        return opened[keyword]
 
     monkeypatch.setattr(minitor, "_unseal", keep)
     minitor.parse_descriptor(descriptor, blinded, subcredential, NOW)
-    labels = {"outer": minitor._OUTER, "inner": minitor._INNER}
-    plain = opened[labels[depth]]
+    layer = {"outer": b"superencrypted", "inner": b"encrypted"}[depth]
+    plain = opened[layer]
     changed = [b""]
     # As if the layer had been sealed with the changed text.
     monkeypatch.setattr(
         minitor,
         "_unseal",
-        lambda blob, secret, label, error: (
-            changed[0] if label == labels[depth] else unseal(blob, secret, label, error)
+        lambda items, keyword, secret: (
+            changed[0] if keyword == layer else unseal(items, keyword, secret)
         ),
     )
     monkeypatch.setattr(minitor, "ed25519_verify", lambda public, message, signature: True)

@@ -382,7 +382,7 @@ def test_descriptors_are_kept(monkeypatch):
             raise minitor.DirectoryError("answers 404")
         return b""
 
-    found = lambda *_: Thing(lifetime=60, intro_points=[])
+    found = lambda *_: Thing(until=minitor.now() + 60, intro_points=[])
     monkeypatch.setattr(minitor, "hsdir_request", hsdir_request)
     monkeypatch.setattr(minitor, "parse_descriptor", found)
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [1, 2, 3])

@@ -1564,15 +1564,8 @@ def address_text(data):
     return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
 
 
-def is_private(address):
-    """Return whether an IPv4 address (text) is not public (RFC 6890)."""
-    a, b = address_bytes(address)[:2]
-    block = a, b & {100: 0xC0, 172: 0xF0}.get(a, 0xFF)
-    return a > 223 or block in ((100, 64), (169, 254), (172, 16), (192, 168)) or a in (0, 10, 127)
-
-
 class Target:
-    """A relay as others describe it: a Relay's fields, and `specifiers` as they came."""
+    """A relay as others describe it: `specifiers` as they came, a Relay's fields, `private`."""
 
 
 def link_specifiers(relay):
@@ -1590,7 +1583,11 @@ def parse_link_specifiers(r, ntor_key):
     place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
     good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
     require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
-    t.address, t.port = address_text(place[:4]), int.from_bytes(place[4:], "big")
+    t.address, t.port = address_text(place[:4]), place[4] << 8 | place[5]
+    # Whether the address is not public (RFC 6890).
+    a, b = place[0], place[1] & {100: 0xC0, 172: 0xF0}.get(place[0], 0xFF)
+    blocks = (100, 64), (169, 254), (172, 16), (192, 168)
+    t.private = a in (0, 10, 127) or a > 223 or (a, b) in blocks
     return t
 
 
@@ -1616,25 +1613,27 @@ def parse_certs(body, tls_digest, rsa_id, ed_id, when):
 _NTOR = b"ntor-curve25519-sha256-1"
 
 
-def ntor_start(rsa_id, B):
-    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return (state, CREATE2)."""
+def ntor(rsa_id, B):
+    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return CREATE2 and `finish`.
+
+    finish(CREATED2 or EXTENDED2): Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes).
+    """
     x, X = x25519_keypair()
-    return (rsa_id, B, x, X), b"\0\2\0\x54" + rsa_id + B + X
 
+    def finish(reply):
+        Y = reply[2:34]
+        secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
+        verify = hmac_sha256(_NTOR + b":verify", secret)
+        mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
+        good = reply[:2] == b"\0\x40" and consteq(mac, reply[34:66])
+        require(good, "ntor: the relay lacks its onion key")
+        return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
-def ntor_finish(state, reply):
-    """Check CREATED2 or EXTENDED2; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
-    rsa_id, B, x, X = state
-    Y, auth = reply[2:34], reply[34:66]
-    secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
-    verify = hmac_sha256(_NTOR + b":verify", secret)
-    mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
-    require(reply[:2] == b"\0\x40" and consteq(mac, auth), "ntor: the relay lacks its onion key")
-    return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
+    return b"\0\2\0\x54" + rsa_id + B + X, finish
 
 
 def fast_finish(x, reply):
-    """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (tor-spec 5.1.3)."""
+    """Return keys as ntor's of CREATE_FAST, `x`, and CREATED_FAST (tor-spec 5.1.3)."""
     k = b"".join([sha1(x + reply[:20] + bytes([i])) for i in range(5)])
     require(consteq(k[:20], reply[20:40]), "CREATED_FAST: the key hash is wrong")
     return k[20:92] + k[:20]
@@ -1695,25 +1694,26 @@ def _rend_keys(secret, intro, X, Y):
     return hs_mac(auth, _HS + b":hs_mac"), shake256(hs_mac(secret, _EXTRACT) + _EXPAND, 128)
 
 
-def hs_ntor_client_intro(intro, subcred, cookie, relay, flow=False):
-    """Return (state, INTRODUCE1) (3.2, 3.3); `flow`: with congestion control."""
+def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
+    """Return INTRODUCE1 (3.2, 3.3) and `finish`; `flow`: with congestion control.
+
+    finish(RENDEZVOUS2): Df, Db, Kf, Kb of 32 bytes each.
+    """
     x, X = x25519_keypair()
-    keys = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
+    exp = x25519(x, intro.enc_key)
+
+    def finish(reply):
+        mac, keys = _rend_keys(x25519(x, reply[:32]) + exp, intro, X, reply[:32])
+        require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service lacks its keys")
+        return keys
+
+    keys = _intro_keys(exp, X, intro, subcred)
     plain = cookie + (b"\1\1\0" if flow else b"\0")
     plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
     plain += bytes(max(0, 190 - len(plain)))
     body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
-    return (x, X, intro), body + hs_mac(keys[32:], body)
-
-
-def hs_ntor_client_finish(state, reply):
-    """Check RENDEZVOUS2; return Df, Db, Kf, Kb of 32 bytes each."""
-    x, X, intro = state
-    Y = reply[:32]
-    mac, keys = _rend_keys(x25519(x, Y) + x25519(x, intro.enc_key), intro, X, Y)
-    require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service lacks its keys")
-    return keys
+    return body + hs_mac(keys[32:], body), finish
 
 
 def hs_ntor_service(intro, subcreds, body):
@@ -1793,33 +1793,26 @@ def subcredential(key, blinded):
     return sha3_256(b"subcredential" + sha3_256(b"credential" + key) + blinded)
 
 
-def hs_index(blinded, replica, period):
-    """Return the place of replica 1, 2, ... on the hash ring (2.2.3)."""
-    place = struct.pack(">QQQ", replica, period[1], period[0])
-    return sha3_256(b"store-at-idx" + blinded + place)
-
-
-def hsdir_index(ed_id, period):
-    return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", *period[:2]))
-
-
 def hsdir_ring(table, consensus, blinded, period, use):
-    """Return the indexes of the directories where to "store" or to "fetch" a descriptor."""
+    """Return the indexes of the directories where to "store" or "fetch" a descriptor (2.2.3)."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
     spread = consensus.param("hsdir_spread_" + use, 4 if use == "store" else 3, 1, 128)
-    places = [(hs_index(blinded, n + 1, period), []) for n in range(replicas)]
-    keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
+    number, length, value, _ = period
+    places, needed, found = [], HSDIR | PROTO_HSDIR2 | USABLE, []
+    for n in range(replicas):
+        start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
+        places.append((sha3_256(start), []))
+    value += struct.pack(">QQ", number, length)
     for i, flags, _, _ in table.scan():
         if flags & needed == needed:
-            at = hsdir_index(table.ed_id(i), period)
+            at = sha3_256(b"node-idx" + table.ed_id(i) + value)
             for start, nearest in places:
-                # The ring goes round.
-                nearest.append((at < start, at, i))
-                if len(nearest) > 2 * keep:
-                    nearest[:] = sorted(nearest)[:keep]
+                item = at < start, at, i
+                if len(nearest) < replicas * spread or item < nearest[-1]:
+                    nearest[:] = sorted(nearest + [item])[: replicas * spread]
     for _, nearest in places:
         # A replica skips what an earlier one took.
-        found += [i for _, _, i in sorted(nearest) if i not in found][:spread]
+        found += [i for _, _, i in nearest if i not in found][:spread]
     return found
 
 
@@ -1954,9 +1947,9 @@ def parse_descriptor(data, blinded, subcred, when):
     sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
     items = document_items(sections[0].split(b"\n"))
     require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
-    # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
-    versions, _, increment = one_item(items, b"flow-control", b"1 1")[0].partition(b" ")
-    found.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
+    # Versions, and the SENDME increment of the consensus.
+    flow = one_item(items, b"flow-control", b"")[0]
+    found.flow = decimal(flow[4:], 1, 254) if flow[:4] == b"1-2 " else 0
     found.intro_points = []
     for section in sections[1:21]:
         try:
@@ -2581,22 +2574,23 @@ class Circuit:
         x = urandom(20)
         reply = self.expect((CREATED_FAST,))
         self.channel.send(cell(self.circ_id, CREATE_FAST, x))
-        self._add_hop(None, fast_finish, x, (await self._answer(reply, seconds))[1])
+        _, body = await self._answer(reply, seconds)
+        self._add_hop(None, lambda reply: fast_finish(x, reply), body)
 
     async def extend(self, relay, seconds):
         """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
-        state, create2 = ntor_start(relay.rsa_id, relay.ntor_key)
+        create2, finish = ntor(relay.rsa_id, relay.ntor_key)
         if self.path:
             extend2 = link_specifiers(relay) + create2
             asking = self.ask(RELAY_EXTEND2, extend2, (RELAY_EXTENDED2,), seconds)
         else:
             asking = self._answer(self.expect((CREATED2,)), seconds)
             self.channel.send(cell(self.circ_id, CREATE2, create2))
-        self._add_hop(relay, ntor_finish, state, (await asking)[1])
+        self._add_hop(relay, finish, (await asking)[1])
 
-    def _add_hop(self, relay, finish, state, reply):
+    def _add_hop(self, relay, finish, reply):
         try:
-            keys = finish(state, reply)
+            keys = finish(reply)
         except ProtocolError as e:
             raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
         self._layers.append(Layer(keys))
@@ -3881,7 +3875,7 @@ async def _rendezvous_point(tor, cookie):
 
 async def _introduce(tor, descriptor, intro):
     # Meet the service through one introduction point; the joined circuit.
-    if is_private(intro.address) and not tor.directory.network.testing:
+    if intro.private and not tor.directory.network.testing:
         raise OnionError("an introduction point has a private address")
     cookie, met = urandom(20), None
     circuits = await asyncio.gather(
@@ -3898,7 +3892,7 @@ async def _introduce(tor, descriptor, intro):
         # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
-        state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
+        body, finish = hs_ntor_client(intro, subcred, cookie, relay, vegas)
         joined = rend.expect((RELAY_RENDEZVOUS2,))
         answers = (RELAY_INTRODUCE_ACK,)
         _, ack = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
@@ -3906,7 +3900,7 @@ async def _introduce(tor, descriptor, intro):
         if status:
             raise OnionError("an introduction point refused: status %d" % status)
         _, reply = await joined.wait(_REND_SECONDS)
-        rend.add_onion_hop(hs_ntor_client_finish(state, reply), False, vegas)
+        rend.add_onion_hop(finish(reply), False, vegas)
         met = rend
         return rend
     except asyncio.TimeoutError:
@@ -4189,7 +4183,7 @@ class OnionService:
         intro.cookies.add(cookie)
         intro.left -= 1
         directory = self.tor.directory
-        if is_private(target.address) and not directory.network.testing:
+        if target.private and not directory.network.testing:
             raise ProtocolError("its rendezvous point has a private address")
         attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
         circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)

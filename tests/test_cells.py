@@ -36,6 +36,11 @@ def relay(**fields):
     return Thing(**known)
 
 
+def target(address):
+    spec = minitor.link_specifiers(relay(address=address))
+    return minitor.parse_link_specifiers(minitor.Reader(spec), b"")
+
+
 # ─── cells ───
 
 
@@ -61,7 +66,7 @@ def test_address_refused(text):
              "172.16.0.1", "172.31.255.255", "192.168.3.4", "224.0.0.1", "255.255.255.255"]
 )
 def test_private(text):
-    assert minitor.is_private(text)
+    assert target(text).private
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_private(text):
              "169.253.1.1", "172.15.0.1", "172.32.0.1", "192.167.1.1", "223.255.255.255"]
 )
 def test_public(text):
-    assert not minitor.is_private(text)
+    assert not target(text).private
 
 
 def test_reason_text():
@@ -179,22 +184,22 @@ NTOR = dict(
 
 def test_ntor_vector(monkeypatch):
     fix_keypair(monkeypatch, H(NTOR["x"]))
-    state, skin = minitor.ntor_start(H(NTOR["id"]), H(NTOR["B"]))
+    skin, finish = minitor.ntor(H(NTOR["id"]), H(NTOR["B"]))
     assert skin.hex() == "00020054" + NTOR["id"] + NTOR["B"] + NTOR["X"]
     # A CREATED2 cell is longer.
     for rest in (b"", bytes(443)):
-        keys = minitor.ntor_finish(state, b"\0\x40" + H(NTOR["reply"]) + rest)
+        keys = finish(b"\0\x40" + H(NTOR["reply"]) + rest)
         assert len(keys) == 92 and keys[:72].hex() == NTOR["keys"]
 
 
 def test_ntor_refuses(monkeypatch):
     fix_keypair(monkeypatch, H(NTOR["x"]))
-    state, _ = minitor.ntor_start(H(NTOR["id"]), H(NTOR["B"]))
+    _, finish = minitor.ntor(H(NTOR["id"]), H(NTOR["B"]))
     reply, head = H(NTOR["reply"]), b"\0\x40"
     bad = [reply[:63], b"", reply[:-1] + b"\0", b"\0" * 32 + reply[32:], b"\1" + reply[1:]]
     for data in [head + data for data in bad] + [b"", b"\0", b"\0\x3f" + reply, b"\1\x40" + reply]:
         with pytest.raises(minitor.ProtocolError):
-            minitor.ntor_finish(state, data)
+            finish(data)
 
 
 def test_create_fast():
@@ -285,22 +290,23 @@ def test_introduce2_of_c_tor(monkeypatch):
     assert keys == hs_keys()
 
 
-def test_rendezvous2_of_c_tor():
-    state = (x, minitor.x25519_public(x), INTRO)
-    assert minitor.hs_ntor_client_finish(state, REPLY + bytes(84)) == hs_keys()
+def test_rendezvous2_of_c_tor(monkeypatch):
+    fix_keypair(monkeypatch, x)
+    _, finish = minitor.hs_ntor_client(INTRO, SUBCREDENTIAL, bytes(20), relay())
+    assert finish(REPLY + bytes(84)) == hs_keys()
     for bad in (REPLY[:63], REPLY[:-1] + b"\0", bytes(64)):
         with pytest.raises(minitor.ProtocolError):
-            minitor.hs_ntor_client_finish(state, bad)
+            finish(bad)
 
 
 def test_introduce_both_ends():
     cookie = os.urandom(20)
-    state, body = minitor.hs_ntor_client_intro(INTRO, SUBCREDENTIAL, cookie, relay())
+    body, finish = minitor.hs_ntor_client(INTRO, SUBCREDENTIAL, cookie, relay())
     # tor pads head and plaintext together to 246; CLIENT_PK and MAC come on top.
     assert len(body) == 246 + 64
     target, got, answer, keys = minitor.hs_ntor_service(INTRO, [SUBCREDENTIAL], body)
     assert got == cookie and target.rsa_id == b"r" * 20 and target.ntor_key == b"n" * 32
-    assert minitor.hs_ntor_client_finish(state, answer[20:]) == keys
+    assert finish(answer[20:]) == keys
 
 
 def test_introduce2_refused():

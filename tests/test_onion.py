@@ -7,6 +7,7 @@ addresses of rend-spec-v3, and a descriptor that C tor 0.4.9.11 made, with its k
 import calendar
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -155,16 +156,6 @@ def test_disaster_value():
 # ─── hash ring ───
 
 
-def test_ring_indexes():
-    period = (42, 1440, b"\x43" * 32, 0)
-    assert minitor.hs_index(b"\x42" * 32, 1, period).hex() == (
-        "37e5cbbd56a22823714f18f1623ece5983a0d64c78495a8cfab854245e5f9a8a"
-    )
-    assert minitor.hsdir_index(b"\x42" * 32, period).hex() == (
-        "db475361014a09965e7e5e4d4a25b8f8d4b8f16cb1d8a7e95eed50249cc1a2d5"
-    )
-
-
 class Table:
     def __init__(self, count, hsdirs):
         self.ids = [hashlib.sha256(b"%d" % i).digest() for i in range(count)]
@@ -178,15 +169,48 @@ class Table:
         return self.ids[i]
 
 
+def hs_index(blinded, replica, period):
+    place = struct.pack(">QQQ", replica, period[1], period[0])
+    return hashlib.sha3_256(b"store-at-idx" + blinded + place).digest()
+
+
+def hsdir_index(ed_id, period):
+    place = period[2] + struct.pack(">QQ", period[0], period[1])
+    return hashlib.sha3_256(b"node-idx" + ed_id + place).digest()
+
+
+def test_ring_indexes(monkeypatch):
+    """The vectors of C tor are what the ring is made of."""
+    period = (42, 1440, b"\x43" * 32, 0)
+    assert hs_index(b"\x42" * 32, 1, period).hex() == (
+        "37e5cbbd56a22823714f18f1623ece5983a0d64c78495a8cfab854245e5f9a8a"
+    )
+    assert hsdir_index(b"\x42" * 32, period).hex() == (
+        "db475361014a09965e7e5e4d4a25b8f8d4b8f16cb1d8a7e95eed50249cc1a2d5"
+    )
+    table, seen, right = Table(1, 1), [], minitor.sha3_256
+    table.ids = [b"\x42" * 32]
+
+    def sha3_256(data):
+        seen.append(right(data))
+        return seen[-1]
+
+    monkeypatch.setattr(minitor, "sha3_256", sha3_256)
+    consensus = Consensus("2016-04-13 00:00:00")
+    assert minitor.hsdir_ring(table, consensus, b"\x42" * 32, period, "fetch") == [0]
+    starts = [hs_index(b"\x42" * 32, n, period) for n in (1, 2)]
+    assert seen == starts + [hsdir_index(b"\x42" * 32, period)]
+
+
 def slow_ring(table, blinded, period, replicas, spread):
     ring = sorted(
-        (minitor.hsdir_index(table.ed_id(i), period), i)
+        (hsdir_index(table.ed_id(i), period), i)
         for i, flags, _, _ in table.scan()
         if flags & minitor.HSDIR
     )
     found = []
     for replica in range(1, replicas + 1):
-        at = minitor.hs_index(blinded, replica, period)
+        at = hs_index(blinded, replica, period)
         order = [i for d, i in ring if d >= at] + [i for d, i in ring if d < at]
         found += [i for i in order if i not in found][:spread]
     return found

@@ -1564,19 +1564,20 @@ def address_text(data):
     return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
 
 
-class Target:
-    """A relay as others describe it: `specifiers` as they came, a Relay's fields, `private`."""
+class Record:
+    """What was parsed, as attributes."""
 
 
 def link_specifiers(relay):
-    """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target."""
+    """Return the link specifiers (tor-spec 5.1.2) of a relay."""
     return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
 
 
 def parse_link_specifiers(r, ntor_key):
-    start, t, pairs = r.at, Target(), _tagged(r, 1)
+    """Take `specifiers` from a Reader; return them with a Relay's fields and `private`."""
+    start, t, pairs = r.at, Record(), _tagged(r, 1)
     t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
     # Relays take the first address.  In EXTEND2 88 bytes follow.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
@@ -1639,13 +1640,8 @@ def fast_finish(x, reply):
     return k[20:92] + k[:20]
 
 
-def begin(host, port):
-    # An exit may use IPv6; an onion service has no `host` (tor-spec 6.2).
-    return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
-
-
 def parse_begin(body):
-    # The port.
+    """Return the port (tor-spec 6.2)."""
     text, end, _ = body.partition(b"\0")
     require(end and b":" in text, "bad BEGIN")
     return decimal(text.split(b":")[-1], 1, 65535)
@@ -1719,7 +1715,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
 def hs_ntor_service(intro, subcreds, body):
     """Open INTRODUCE2 by one of the subcredentials (3.3).
 
-    Returns the rendezvous point (a Target, with `flow`), cookie, RENDEZVOUS1, keys.
+    Returns the rendezvous point, with `flow`, cookie, RENDEZVOUS1, keys.
     """
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
@@ -1847,25 +1843,24 @@ def _enc_key_ed(u):
     return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
-def _layer(keyword, secret, salt, data, seal):
-    # `data` en- or decrypted, and the MAC (2.5.3).
-    keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
-    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
-    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
+def _layer(keyword, secret, data, seal):
+    # Salt and text, en- or decrypted, and the MAC (2.5.3).
+    keys = shake256(secret + data[:16] + b"hsdir-%s-data" % keyword, 80)
+    text = data[:16] + AesCtr(keys[:32], keys[32:48]).crypt(data[16:])
+    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + (text if seal else data))
 
 
 def _seal(keyword, secret, plain):
-    salt = urandom(16)
-    text, mac = _layer(keyword, secret, salt, plain, True)
-    return _armour(keyword, b"MESSAGE", salt + text + mac)
+    text, mac = _layer(keyword, secret, urandom(16) + plain, True)
+    return _armour(keyword, b"MESSAGE", text + mac)
 
 
 def _unseal(items, keyword, secret):
     blob = one_item(items, keyword)[1]
-    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
-    error = "descriptor: its %s part is corrupt, or for authorized clients only"
-    require(consteq(mac, blob[-32:]), error % keyword.decode())
-    return plain.partition(b"\0")[0]
+    plain, mac = _layer(keyword, secret, blob[:-32], False)
+    error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
+    require(consteq(mac, blob[-32:]), error)
+    return plain[16:].partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
@@ -1916,7 +1911,7 @@ def _ntor(items, keyword):
 
 
 def _intro_point(lines, signing, when):
-    # A Target; the certificates are by the key `signing`.
+    # The certificates are by the key `signing`.
     items = document_items(lines[1:])
     target = parse_link_specifiers(Reader(b64decode(lines[0])), _ntor(items, b"onion-key"))
     target.auth_key = _cert(items, b"auth-key", 9, signing, when)
@@ -1926,21 +1921,17 @@ def _intro_point(lines, signing, when):
     return target
 
 
-class Descriptor:
-    """`subcred`, `revision`, `until`, `flow` (the SENDME increment, or 0), `intro_points`."""
-
-
 def parse_descriptor(data, blinded, subcred, when):
-    """Return a Descriptor, verified and decrypted, without bad introduction points."""
+    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     items = document_items(text.split(b"\n"))
     signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
     require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
-    found = Descriptor()
-    lifetime = decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
-    found.subcred, found.until = subcred, when + 60 * lifetime
+    found = Record()
+    found.until = when + 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.subcred = subcred
     found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
     secret = blinded + subcred + struct.pack(">Q", found.revision)
     items = document_items(_unseal(items, b"superencrypted", secret).split(b"\n"))
@@ -2632,7 +2623,9 @@ class Circuit:
 
     async def open_stream(self, host, port, seconds):
         """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return (await self._open(RELAY_BEGIN, begin(host, port), seconds))[0]
+        # An exit may use IPv6 (tor-spec 6.2).
+        begin = b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
+        return (await self._open(RELAY_BEGIN, begin, seconds))[0]
 
     async def open_directory_stream(self, seconds):
         """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""

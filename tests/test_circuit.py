@@ -101,11 +101,12 @@ class Far:
             found.append((command, stream_id, body[11 : 11 + size]))
         return found
 
-    async def stream(self):
-        opening = asyncio.ensure_future(self.circuit.open_stream("example.com", 80, 5))
+    async def stream(self, host="example.com"):
+        opening = asyncio.ensure_future(self.circuit.open_stream(host, 80, 5))
         await asyncio.sleep(0)
         ((command, stream_id, data),) = self.received()
-        assert (command, data[:15]) == (BEGIN, b"example.com:80\0")
+        flags = b"\0\0\0\1" if host else b""
+        assert (command, data) == (BEGIN, host.encode() + b":80\0" + flags)
         self.circuit.receive(self.cell(CONNECTED, stream_id))
         return await opening
 
@@ -286,6 +287,13 @@ def test_a_closed_stream_is_ended_and_late_data_does_no_harm():
             far.cell(DATA, stream.stream_id, b"late") + far.cell(END, stream.stream_id, b"\6")
         )
         assert not far.circuit.closed and not far.circuit.streams
+
+    run(test)
+
+
+def test_begin_to_an_onion_service():
+    async def test():
+        assert await Far().stream("")
 
     run(test)
 

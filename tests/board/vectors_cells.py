@@ -88,7 +88,7 @@ assert refused(minitor.hs_ntor_service, intro, [b"s" * 32], body[:100])
 intro.seed = b"s" * 32
 assert len(minitor.establish_intro(intro, b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
-assert minitor.parse_begin(minitor.begin("a.b", 80)) == 80
+assert minitor.parse_begin(b"a.b:80\0\0\0\0\1") == 80
 assert refused(minitor.parse_begin, b"a:99999\0")
 for address, private in (("172.16.3.4", True), ("172.32.3.4", False)):
     relay.address = address

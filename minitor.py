@@ -1509,7 +1509,7 @@ def load_table(path, network_id):
 
 
 # === 8. Cells and handshakes ================================================
-# Bodies of cells and relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
+# Cells, relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
@@ -1524,13 +1524,13 @@ RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = ran
 
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
-    "no reason|no reason given|host not found|connection refused|exit policy|circuit destroyed|"
-    "closed|timeout|no route|relay hibernates|internal error|out of resources|connection reset|"
+    "none|no reason given|host not found|connection refused|exit policy|circuit destroyed|closed|"
+    "timeout|no route|relay hibernates|internal error|out of resources|connection reset|"
     "protocol error|no directory"
 ).split("|")
 DESTROY_REASONS = (
-    "no reason given|protocol error|internal error|as requested|relay hibernates|out of resources|"
-    "next relay unreachable|next relay is another|link closed|too old|timeout|destroyed further on|"
+    "no reason given|protocol error|internal error|requested|relay hibernates|out of resources|"
+    "next relay unreachable|next relay is another|link closed|too old|timeout|destroyed|"
     "no such service"
 ).split("|")
 END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
@@ -1585,15 +1585,15 @@ def parse_link_specifiers(r, ntor_key):
     good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
     require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
     t.address, t.port = address_text(place[:4]), place[4] << 8 | place[5]
-    # Whether the address is not public (RFC 6890).
-    a, b = place[0], place[1] & {100: 0xC0, 172: 0xF0}.get(place[0], 0xFF)
-    blocks = (100, 64), (169, 254), (172, 16), (192, 168)
-    t.private = a in (0, 10, 127) or a > 223 or (a, b) in blocks
+    # RFC 6890.
+    a, b = place[:2]
+    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
+    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
 
 
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2); return the relay's identities: those given, where not None."""
+    """Verify CERTS (tor-spec 4.2); return the relay's identities: as given, where not None."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
@@ -1615,10 +1615,7 @@ _NTOR = b"ntor-curve25519-sha256-1"
 
 
 def ntor(rsa_id, B):
-    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return CREATE2 and `finish`.
-
-    finish(CREATED2 or EXTENDED2): Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes).
-    """
+    """Return CREATE2 for ntor (tor-spec 5.1.4) and a function: CREATED2 to Df, Db, Kf, Kb, KH."""
     x, X = x25519_keypair()
 
     def finish(reply):
@@ -1691,9 +1688,9 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
-    """Return INTRODUCE1 (3.2, 3.3) and `finish`; `flow`: with congestion control.
+    """Return INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb.
 
-    finish(RENDEZVOUS2): Df, Db, Kf, Kb of 32 bytes each.
+    `flow`: with congestion control.
     """
     x, X = x25519_keypair()
     exp = x25519(x, intro.enc_key)
@@ -1713,10 +1710,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
 
 
 def hs_ntor_service(intro, subcreds, body):
-    """Open INTRODUCE2 by one of the subcredentials (3.3).
-
-    Returns the rendezvous point, with `flow`, cookie, RENDEZVOUS1, keys.
-    """
+    """Open INTRODUCE2 (3.3): the rendezvous point with `flow`, cookie, RENDEZVOUS1, keys."""
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
     _tagged(r, 1)
@@ -1737,11 +1731,11 @@ def hs_ntor_service(intro, subcreds, body):
 
 
 # === 9. Onion addresses and descriptors =====================================
-# Addresses, time periods, the hash ring, descriptors (rend-spec-v3 1, 2, 6, appendices A, F).
+# Also time periods and the hash ring (rend-spec-v3 1, 2, 6, appendices A, F).
 
 
 def onion_address(key):
-    """Return the address, with ".onion", of a public identity key."""
+    """Return the address of a public identity key."""
     checksum = sha3_256(b".onion checksum" + key + b"\3")[:2]
     return b32encode(key + checksum + b"\3") + ".onion"
 
@@ -1759,9 +1753,9 @@ def parse_onion_address(text):
 
 
 def time_periods(consensus, testing):
-    """Return two time periods of a service, and which of them is the clients' (2.2.1).
+    """Return a service's two time periods, and which of them is the clients' (2.2.1).
 
-    Each is (number, minutes, shared random value, start of the value's protocol run).
+    Each is (number, minutes, shared random value, start of its protocol run).
     """
     after = consensus.valid_after
     interval = consensus.fresh_until - after
@@ -1780,7 +1774,7 @@ def time_periods(consensus, testing):
 
 
 def blinding_param(key, period):
-    """Return what blinds an identity key (A.2)."""
+    # A.2.
     text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
     return sha3_256(text + struct.pack(">QQ", *period[:2]))
 
@@ -1813,8 +1807,8 @@ def hsdir_ring(table, consensus, blinded, period, use):
 
 
 def revision_counter(esk, seconds):
-    """Return the revision counter (F.2) `seconds` after the period's protocol run began."""
-    # tor hashes the zero that ends its string, too.
+    """Return the revision counter (F.2) `seconds` into the period's protocol run."""
+    # With the zero that ends tor's string.
     cipher = AesCtr(sha3_256(b"rev-counter-generation\0" + esk))
     total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
@@ -1824,7 +1818,7 @@ def revision_counter(esk, seconds):
 
 
 def make_ed_cert(kind, key, when, esk, public):
-    """Return a certificate (cert-spec 2.1) for `key`, good for 54 hours."""
+    # cert-spec 2.1, good for 54 hours.
     body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign_expanded(esk, public, body)
 
@@ -1844,7 +1838,7 @@ def _enc_key_ed(u):
 
 
 def _layer(keyword, secret, data, seal):
-    # Salt and text, en- or decrypted, and the MAC (2.5.3).
+    # Salt and text, en- or decrypted; MAC (2.5.3).
     keys = shake256(secret + data[:16] + b"hsdir-%s-data" % keyword, 80)
     text = data[:16] + AesCtr(keys[:32], keys[32:48]).crypt(data[16:])
     return text, hs_mac(keys[48:], bytes(7) + b"\x10" + (text if seal else data))
@@ -1882,7 +1876,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
         inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
     outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s" % _base64(x25519_keypair()[1])
     for _ in range(16):
-        # Made up, so that nobody sees whether there are authorized clients.
+        # Made up: nobody shall see whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
         outer += ("auth-client %s %s %s\n" % made_up).encode()
     outer += _seal(b"encrypted", secret, inner)[:-1]
@@ -1895,29 +1889,23 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
 
 
 def _cert(items, keyword, kind, public, when):
-    # The key in a certificate by the key `public`.
     data = one_item(items, keyword)[1]
     key_type, key, signing = check_ed_cert(data, keyword.decode(), kind, public, when)
     require((key_type, signing) == (1, public), "descriptor: bad certificate")
     return key
 
 
-def _ntor(items, keyword):
-    # Other kinds of keys may stand beside it.
-    words = one_item([item for item in items if item[1][:5] == b"ntor "], keyword)[0].split(b" ")
-    key = b64decode(words[1], 32)
-    require(any(key), "descriptor: a key of zeros")
-    return key
-
-
 def _intro_point(lines, signing, when):
     # The certificates are by the key `signing`.
     items = document_items(lines[1:])
-    target = parse_link_specifiers(Reader(b64decode(lines[0])), _ntor(items, b"onion-key"))
-    target.auth_key = _cert(items, b"auth-key", 9, signing, when)
-    target.enc_key = _ntor(items, b"enc-key")
-    good = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(target.enc_key)
-    require(good, "enc-key-cert is for another key")
+    # Keys of other kinds may stand beside them.
+    found = [item for item in items if item[1][:5] == b"ntor "]
+    words = [one_item(found, name)[0].split(b" ") for name in (b"onion-key", b"enc-key")]
+    onion_key, enc_key = [b64decode(word[1], 32) for word in words]
+    target = parse_link_specifiers(Reader(b64decode(lines[0])), onion_key)
+    target.auth_key, target.enc_key = _cert(items, b"auth-key", 9, signing, when), enc_key
+    certified = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
+    require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
     return target
 
 
@@ -1938,7 +1926,7 @@ def parse_descriptor(data, blinded, subcred, when):
     sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
     items = document_items(sections[0].split(b"\n"))
     require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
-    # Versions, and the SENDME increment of the consensus.
+    # Versions, the SENDME increment.
     flow = one_item(items, b"flow-control", b"")[0]
     found.flow = decimal(flow[4:], 1, 254) if flow[:4] == b"1-2 " else 0
     found.intro_points = []

@@ -1558,12 +1558,6 @@ def address_bytes(text):
         return b""
 
 
-def address_text(data):
-    if len(data) == 4:
-        return "%d.%d.%d.%d" % tuple(data)
-    return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
-
-
 class Record:
     """What was parsed, as attributes."""
 
@@ -1584,7 +1578,7 @@ def parse_link_specifiers(r, ntor_key):
     place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
     good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
     require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
-    t.address, t.port = address_text(place[:4]), place[4] << 8 | place[5]
+    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
     # RFC 6890.
     a, b = place[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
@@ -1649,9 +1643,11 @@ def parse_resolved(body):
     r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
-        if kind in (4, 6):
-            require(len(value) == (4 if kind == 4 else 16), "bad RESOLVED")
-            found.append(address_text(value))
+        require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
+        if kind == 4:
+            found.append("%d.%d.%d.%d" % tuple(value))
+        elif kind == 6:
+            found.append(":".join(["%x" % n for n in struct.unpack(">8H", value)]))
     return found
 
 
@@ -1704,7 +1700,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
     plain = cookie + (b"\1\1\0" if flow else b"\0")
     plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
-    plain += bytes(max(0, 190 - len(plain)))
+    plain += bytes(190)[len(plain) :]
     body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
     return body + hs_mac(keys[32:], body), finish
 
@@ -1736,8 +1732,7 @@ def hs_ntor_service(intro, subcreds, body):
 
 def onion_address(key):
     """Return the address of a public identity key."""
-    checksum = sha3_256(b".onion checksum" + key + b"\3")[:2]
-    return b32encode(key + checksum + b"\3") + ".onion"
+    return b32encode(key + sha3_256(b".onion checksum" + key + b"\3")[:2] + b"\3") + ".onion"
 
 
 def parse_onion_address(text):
@@ -1763,7 +1758,7 @@ def time_periods(consensus, testing):
     # In a TestingTorNetwork as long as a run.
     length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
-    number, at_start = [(t // 60 - interval // 5) // length for t in (after, start)]
+    number, at_start = [(t // 60 - 12 * interval // 60) // length for t in (after, start)]
     rotated = number > at_start
     found = []
     for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):

@@ -51,7 +51,8 @@ def test_cell_layout():
 
 @pytest.mark.parametrize("text", ["0.0.0.0", "127.0.0.1", "255.255.255.255", "198.51.100.7"])
 def test_address_round_trip(text):
-    assert minitor.address_text(minitor.address_bytes(text)) == text
+    assert target(text).address == text
+    assert minitor.address_bytes(text) == bytes(int(part) for part in text.split("."))
 
 
 @pytest.mark.parametrize(

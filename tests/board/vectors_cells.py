@@ -97,6 +97,6 @@ for address, private in (("172.16.3.4", True), ("172.32.3.4", False)):
 assert minitor.parse_resolved(H("0404010203040000000a")) == ["1.2.3.4"]
 for bad in ("1.2.3.256", "1.2.3", "a.b.c.d"):
     assert minitor.address_bytes(bad) == b""
-assert minitor.address_text(bytes(16))[:4] == "0:0:"
+assert minitor.parse_resolved(b"\6\x10" + bytes(20)) == ["0:0:0:0:0:0:0:0"]
 
 print("ok")

@@ -1525,11 +1525,11 @@ RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = ran
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
     "none|no reason given|host not found|connection refused|exit policy|circuit destroyed|closed|"
-    "timeout|no route|relay hibernates|internal error|out of resources|connection reset|"
+    "timeout|no route|hibernating|internal error|out of resources|connection reset|"
     "protocol error|no directory"
 ).split("|")
 DESTROY_REASONS = (
-    "no reason given|protocol error|internal error|requested|relay hibernates|out of resources|"
+    "no reason given|protocol error|internal error|requested|hibernating|out of resources|"
     "next relay unreachable|next relay is another|link closed|too old|timeout|destroyed|"
     "no such service"
 ).split("|")
@@ -1563,7 +1563,7 @@ class Record:
 
 
 def link_specifiers(relay):
-    """Return the link specifiers (tor-spec 5.1.2) of a relay."""
+    # tor-spec 5.1.2.
     return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
@@ -1595,14 +1595,14 @@ def parse_certs(body, tls_digest, rsa_id, ed_id, when):
     kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
     link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
     require((kind, link[:2]) == (1, (3, tls_digest)), "CERTS: for another TLS certificate")
-    # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
+    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
     key = certs[2][at : at + 140]
-    identity = parse_crosscert(certs[7], rsa_public_key(key), when)
-    require(identity == signing, "CERTS: its identities do not belong together")
-    good = rsa_id in (None, sha1(key)) and ed_id in (None, identity)
-    require(good, "CERTS: not the relay that was expected")
-    return sha1(key), identity
+    found = sha1(key), parse_crosscert(certs[7], rsa_public_key(key), when)
+    require(found[1] == signing, "CERTS: its identities do not belong together")
+    good = rsa_id in (None, found[0]) and ed_id in (None, signing)
+    require(good, "CERTS: not the relay expected")
+    return found
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -1625,7 +1625,7 @@ def ntor(rsa_id, B):
 
 
 def fast_finish(x, reply):
-    """Return keys as ntor's of CREATE_FAST, `x`, and CREATED_FAST (tor-spec 5.1.3)."""
+    """Return keys as ntor's, for CREATE_FAST with `x` (tor-spec 5.1.3)."""
     k = b"".join([sha1(x + reply[:20] + bytes([i])) for i in range(5)])
     require(consteq(k[:20], reply[20:40]), "CREATED_FAST: the key hash is wrong")
     return k[20:92] + k[:20]
@@ -1663,7 +1663,7 @@ def hs_mac(key, message):
 
 
 def establish_intro(intro, kh):
-    """Return ESTABLISH_INTRO (3.1.1); `kh`: KH of the circuit's last hop."""
+    # 3.1.1; `kh`: KH of the circuit's last hop.
     data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
     return data + b"\0\x40" + ed25519_sign(intro.seed, b"Tor establish-intro cell v1" + data)
@@ -1717,7 +1717,7 @@ def hs_ntor_service(intro, subcreds, body):
     require(found, "INTRODUCE2: the MAC is wrong")
     r = Reader(AesCtr(found[0][:32]).crypt(body[r.at : -32]), "INTRODUCE2")
     cookie, flow = r.take(20), 1 in dict(_tagged(r, 1))
-    require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
+    require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown onion key")
     target = parse_link_specifiers(r, r.take(32))
     target.flow = flow
     y, Y = x25519_keypair()
@@ -1731,7 +1731,6 @@ def hs_ntor_service(intro, subcreds, body):
 
 
 def onion_address(key):
-    """Return the address of a public identity key."""
     return b32encode(key + sha3_256(b".onion checksum" + key + b"\3")[:2] + b"\3") + ".onion"
 
 
@@ -1748,14 +1747,13 @@ def parse_onion_address(text):
 
 
 def time_periods(consensus, testing):
-    """Return a service's two time periods, and which of them is the clients' (2.2.1).
+    """Return a service's two time periods, and the one of them that clients use (2.2.1).
 
     Each is (number, minutes, shared random value, start of its protocol run).
     """
     after = consensus.valid_after
     interval = consensus.fresh_until - after
     run = 24 * interval
-    # In a TestingTorNetwork as long as a run.
     length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
     number, at_start = [(t // 60 - 12 * interval // 60) // length for t in (after, start)]
@@ -1803,7 +1801,7 @@ def hsdir_ring(table, consensus, blinded, period, use):
 
 def revision_counter(esk, seconds):
     """Return the revision counter (F.2) `seconds` into the period's protocol run."""
-    # With the zero that ends tor's string.
+    # tor hashes the string's final zero.
     cipher = AesCtr(sha3_256(b"rev-counter-generation\0" + esk))
     total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):

@@ -1545,7 +1545,7 @@ def cell(circ_id, command, body=b""):
 
 
 def _tagged(r, size):
-    # [(type, value)]: a count, then lengths of `size` bytes.
+    # [(type, value)]; lengths have `size` bytes.
     return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
 
 
@@ -1684,10 +1684,7 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
-    """Return INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb.
-
-    `flow`: with congestion control.
-    """
+    """Return INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb."""
     x, X = x25519_keypair()
     exp = x25519(x, intro.enc_key)
 
@@ -1697,6 +1694,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
         return keys
 
     keys = _intro_keys(exp, X, intro, subcred)
+    # `flow`: with congestion control.
     plain = cookie + (b"\1\1\0" if flow else b"\0")
     plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
@@ -1830,24 +1828,25 @@ def _enc_key_ed(u):
     return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
-def _layer(keyword, secret, data, seal):
-    # Salt and text, en- or decrypted; MAC (2.5.3).
-    keys = shake256(secret + data[:16] + b"hsdir-%s-data" % keyword, 80)
-    text = data[:16] + AesCtr(keys[:32], keys[32:48]).crypt(data[16:])
-    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + (text if seal else data))
+def _layer(keyword, secret, salt, data, seal):
+    # `data` en- or decrypted; MAC (2.5.3).
+    keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
+    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
+    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
 
 
 def _seal(keyword, secret, plain):
-    text, mac = _layer(keyword, secret, urandom(16) + plain, True)
-    return _armour(keyword, b"MESSAGE", text + mac)
+    salt = urandom(16)
+    text, mac = _layer(keyword, secret, salt, plain, True)
+    return _armour(keyword, b"MESSAGE", salt + text + mac)
 
 
 def _unseal(items, keyword, secret):
     blob = one_item(items, keyword)[1]
-    plain, mac = _layer(keyword, secret, blob[:-32], False)
+    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
     error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
     require(consteq(mac, blob[-32:]), error)
-    return plain[16:].partition(b"\0")[0]
+    return plain.partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
@@ -1867,7 +1866,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
         inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
         inner += b"enc-key ntor " + _base64(i.enc_key)
         inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
-    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s" % _base64(x25519_keypair()[1])
+    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up: nobody shall see whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])

@@ -1418,7 +1418,7 @@ def load_table(path, network_id):
 
 
 # === 8. Cells and handshakes ================================================
-# Bodies of cells and relay messages, and the handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
+# Cells, relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
@@ -1433,196 +1433,134 @@ RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = ran
 
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
-    "no reason|no reason given|host not found|connection refused|against the exit's policy|"
-    "circuit destroyed|closed|timeout|no route|relay hibernates|internal error|"
-    "out of resources|connection reset|protocol error|relay is no directory"
+    "none|no reason given|host not found|connection refused|exit policy|circuit destroyed|closed|"
+    "timeout|no route|hibernating|internal error|out of resources|connection reset|"
+    "protocol error|no directory"
 ).split("|")
 DESTROY_REASONS = (
-    "no reason given|protocol error|internal error|as requested|relay hibernates|"
-    "out of resources|next relay not reachable|next relay is another|link closed|too old|"
-    "timeout|destroyed further on|no such service"
+    "no reason given|protocol error|internal error|requested|hibernating|out of resources|"
+    "next relay unreachable|next relay is another|link closed|too old|timeout|destroyed|"
+    "no such service"
 ).split("|")
 END_CONNECTREFUSED, END_DONE, END_TIMEOUT, END_RESOURCELIMIT = 3, 6, 7, 11
 
 
 def reason_text(reasons, number):
-    """Return the words for `number` in one of the tables above."""
     return reasons[number] if number < len(reasons) else "unknown reason %d" % number
 
 
 def cell(circ_id, command, body=b""):
-    """Return a cell of fixed length, 514 bytes (tor-spec 3)."""
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
 def _tagged(r, size):
-    # A count, then [(type, value)], with lengths of `size` bytes.
+    # [(type, value)]; lengths have `size` bytes.
     return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
 
 
 def address_bytes(text):
     """Return the 4 bytes of an IPv4 address, or b""."""
     try:
-        parts = [decimal(part, 0, 255) for part in text.encode().split(b".")]
-    except ProtocolError:
+        a, b, c, d = [int(part) for part in text.split(".")]
+        return bytes((a, b, c, d))
+    except ValueError:
         return b""
-    return bytes(parts) if len(parts) == 4 else b""
 
 
-def address_text(data):
-    """Return an address of 4 or 16 bytes as text."""
-    if len(data) == 4:
-        return "%d.%d.%d.%d" % tuple(data)
-    return ":".join(["%x" % n for n in struct.unpack(">8H", data)])
-
-
-def is_private(address):
-    """Return whether an IPv4 address (text) is not a public one (RFC 6890)."""
-    a, b = address_bytes(address)[:2]
-    block = a, b & {100: 0xC0, 172: 0xF0}.get(a, 0xFF)
-    return a > 223 or block in ((100, 64), (169, 254), (172, 16), (192, 168)) or a in (0, 10, 127)
-
-
-class Target:
-    """A relay as others describe it: a Relay's fields, and `specifiers` as they came."""
+class Record:
+    """What was parsed, as attributes."""
 
 
 def link_specifiers(relay):
-    """Return the link specifiers (tor-spec 5.1.2) of a Relay or Target, count first."""
+    # tor-spec 5.1.2.
     return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
 
 
 def parse_link_specifiers(r, ntor_key):
-    """Take link specifiers, count first, from the Reader `r`; return a Target."""
-    start, t, pairs = r.at, Target(), _tagged(r, 1)
-    t.specifiers = bytes(r.data[start : r.at])
+    """Take `specifiers` from a Reader; return them with a Relay's fields and `private`."""
+    start, t, pairs = r.at, Record(), _tagged(r, 1)
+    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
     # Relays take the first address.  In EXTEND2 88 bytes follow.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    sizes = [len(found.get(kind, b"")) for kind in (0, 2, 3)]
-    good = sizes == [6, 20, 32] and len(ids) == 2 and len(t.specifiers) <= RELAY_DATA_MAX - 88
-    require(good, "unusable link specifiers")
-    t.address, t.port = address_text(found[0][:4]), int.from_bytes(found[0][4:], "big")
-    t.rsa_id, t.ed_id, t.ntor_key = found[2], found[3], ntor_key
+    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
+    require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
+    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
+    # RFC 6890.
+    a, b = place[:2]
+    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
+    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
 
 
-def parse_certs(body, tls_cert_sha256, rsa_id, ed_id, when):
-    """Verify CERTS whole (tor-spec 4.2); return the relay's (rsa_id, ed_id).
-
-    `tls_cert_sha256`: of the certificate seen; `rsa_id`, `ed_id`: what is expected, or None.
-    """
+def parse_certs(body, tls_digest, rsa_id, ed_id, when):
+    """Verify CERTS (tor-spec 4.2); return the relay's identities: as given, where not None."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
-    good = len(certs) == len(pairs) and all([kind in certs for kind in (2, 4, 5, 7)])
-    require(good, "CERTS: a certificate is missing, or comes twice")
+    good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
+    require(good, "CERTS: one is missing, or comes twice")
     kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
-    link_kind, link, _ = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
-    good = (kind, link_kind, link) == (1, 3, tls_cert_sha256)
-    require(good, "CERTS: the TLS certificate is not the relay's")
-    # Of the X.509 certificate only the key counts, of 1024 bits: the cross-certificate proves it.
+    link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
+    require((kind, link[:2]) == (1, (3, tls_digest)), "CERTS: for another TLS certificate")
+    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
     key = certs[2][at : at + 140]
-    identity = parse_crosscert(certs[7], rsa_public_key(key), when)
-    require(identity == signing, "CERTS: its identities do not belong together")
-    good = rsa_id in (None, sha1(key)) and ed_id in (None, identity)
-    require(good, "CERTS: not the relay that was expected")
-    return sha1(key), identity
-
-
-def netinfo(peer_address):
-    """Return a client's NETINFO (tor-spec 4.5): the peer's address, no time, no own address."""
-    return b"\0\0\0\0\4\4%s\0" % address_bytes(peer_address)
-
-
-def parse_netinfo(body):
-    """Return the relay's time (seconds since 1970) and our address (bytes)."""
-    r = Reader(body, "NETINFO")
-    return r.uint(4), r.take(1) and r.take(r.uint(1))
-
-
-def padding_negotiate():
-    """Return PADDING_NEGOTIATE that stops padding (padding-spec 2.2)."""
-    return b"\0\1\0\0\0\0"
+    found = sha1(key), parse_crosscert(certs[7], rsa_public_key(key), when)
+    require(found[1] == signing, "CERTS: its identities do not belong together")
+    good = rsa_id in (None, found[0]) and ed_id in (None, signing)
+    require(good, "CERTS: not the relay expected")
+    return found
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
 
 
-def create2(onionskin):
-    """Return CREATE2 with the 84 bytes of an ntor onionskin."""
-    return b"\0\2\0\x54" + onionskin
-
-
-def parse_created2(body):
-    """Return the reply in CREATED2 or EXTENDED2."""
-    r = Reader(body, "CREATED2")
-    return r.take(r.uint(2))
-
-
-def extend2(relay, onionskin):
-    """Return EXTEND2 to a Relay or Target."""
-    return link_specifiers(relay) + create2(onionskin)
-
-
-def _split(reply, size):
-    # A relay's public value, and what authenticates it.
-    r = Reader(reply, "handshake")
-    return r.take(size), r.take(size)
-
-
-def ntor_start(rsa_id, B):
-    """Begin ntor (tor-spec 5.1.4) with the onion key `B`; return (state, onionskin)."""
+def ntor(rsa_id, B):
+    """Return CREATE2 for ntor (tor-spec 5.1.4) and a function: CREATED2 to Df, Db, Kf, Kb, KH."""
     x, X = x25519_keypair()
-    return (rsa_id, B, x, X), rsa_id + B + X
 
+    def finish(reply):
+        Y = reply[2:34]
+        secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
+        verify = hmac_sha256(_NTOR + b":verify", secret)
+        mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
+        good = reply[:2] == b"\0\x40" and consteq(mac, reply[34:66])
+        require(good, "ntor: the relay lacks its onion key")
+        return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
-def ntor_finish(state, reply):
-    """Check the relay's reply; return Df, Db, Kf, Kb, KH (20, 20, 16, 16, 20 bytes)."""
-    rsa_id, B, x, X = state
-    Y, auth = _split(reply, 32)
-    secret = x25519(x, Y) + x25519(x, B) + rsa_id + B + X + Y + _NTOR
-    verify = hmac_sha256(_NTOR + b":verify", secret)
-    mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
-    require(consteq(mac, auth), "ntor: the relay does not hold its onion key")
-    return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
+    return b"\0\2\0\x54" + rsa_id + B + X, finish
 
 
 def fast_finish(x, reply):
-    """As `ntor_finish`, for CREATE_FAST with `x`, 20 bytes (tor-spec 5.1.3)."""
-    y, kh = _split(reply, 20)
-    k = b"".join([sha1(x + y + bytes([i])) for i in range(5)])
-    require(consteq(k[:20], kh), "CREATED_FAST: the key hash is wrong")
-    return k[20:92] + kh
-
-
-def begin(host, port, flags):
-    """Return BEGIN (tor-spec 6.2); `host` is "" for an onion service."""
-    return b"%s:%d\0" % (host.encode(), port) + (flags.to_bytes(4, "big") if flags else b"")
+    """Return keys as ntor's, for CREATE_FAST with `x` (tor-spec 5.1.3)."""
+    k = b"".join([sha1(x + reply[:20] + bytes([i])) for i in range(5)])
+    require(consteq(k[:20], reply[20:40]), "CREATED_FAST: the key hash is wrong")
+    return k[20:92] + k[:20]
 
 
 def parse_begin(body):
-    """Return (host, port) of BEGIN."""
+    """Return the port (tor-spec 6.2)."""
     text, end, _ = body.partition(b"\0")
-    host, colon, port = text.rpartition(b":")
-    require(end and colon and max(host or b"0") < 127, "bad BEGIN")
-    return host.decode(), decimal(port, 1, 65535)
+    require(end and b":" in text, "bad BEGIN")
+    return decimal(text.split(b":")[-1], 1, 65535)
 
 
 def parse_resolved(body):
-    """Return [(type, value)] of RESOLVED (tor-spec 6.4): types 4 and 6 are addresses (text)."""
-    r, answers = Reader(body, "RESOLVED"), []
+    """Return the addresses (text) in RESOLVED (tor-spec 6.4)."""
+    r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
-        if kind in (4, 6):
-            require(len(value) == (4 if kind == 4 else 16), "bad RESOLVED")
-            value = address_text(value)
-        answers.append((kind, value))
-    return answers
+        require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
+        if kind == 4:
+            found.append("%d.%d.%d.%d" % tuple(value))
+        elif kind == 6:
+            found.append(":".join(["%x" % n for n in struct.unpack(">8H", value)]))
+    return found
 
 
-# rend-spec-v3 3 and 4.  `intro` is an introduction point, with `auth_key` and `enc_key`.
+# rend-spec-v3 3, 4.  `intro`: a relay with `auth_key` and `enc_key`; their secrets: `seed`, `b`.
 
 _HS = b"tor-hs-ntor-curve25519-sha3-256-1"
 _EXTRACT, _EXPAND = _HS + b":hs_key_extract", _HS + b":hs_key_expand"
@@ -1630,79 +1568,63 @@ _AUTH = b"\2\0\x20"
 
 
 def hs_mac(key, message):
-    """Return MAC(key, message) of 0.3."""
     return sha3_256(len(key).to_bytes(8, "big") + key + message)
 
 
-def establish_intro(seed, auth_key, kh):
-    """Return ESTABLISH_INTRO (3.1.1); `kh` is KH of the circuit's last hop."""
-    data = _AUTH + auth_key + b"\0"
+def establish_intro(intro, kh):
+    # 3.1.1; `kh`: KH of the circuit's last hop.
+    data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\0\x40" + ed25519_sign(seed, b"Tor establish-intro cell v1" + data)
+    return data + b"\0\x40" + ed25519_sign(intro.seed, b"Tor establish-intro cell v1" + data)
 
 
 def _intro_keys(exp, X, intro, subcred):
-    # ENC_KEY and MAC_KEY (3.3.2).
+    # ENC_KEY, MAC_KEY (3.3.2).
     secret = exp + intro.auth_key + X + intro.enc_key + _HS
-    keys = shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
-    return keys[:32], keys[32:]
+    return shake256(secret + _EXTRACT + _EXPAND + subcred, 64)
 
 
 def _rend_keys(secret, intro, X, Y):
-    # AUTH_INPUT_MAC; Df, Db, Kf, Kb of the rendezvous (3.3.2, 4.2).
+    # AUTH_INPUT_MAC; Df, Db, Kf, Kb (3.3.2, 4.2).
     ids = intro.auth_key + intro.enc_key
     secret += ids + X + Y + _HS
     auth = hs_mac(secret, _HS + b":hs_verify") + ids + Y + X + _HS + b"Server"
     return hs_mac(auth, _HS + b":hs_mac"), shake256(hs_mac(secret, _EXTRACT) + _EXPAND, 128)
 
 
-def hs_ntor_client_intro(intro, subcred, cookie, relay, flow=False):
-    """Return (state, INTRODUCE1) to meet at `relay` with `cookie`, 20 bytes (3.2, 3.3).
-
-    `flow`: ask for congestion control.
-    """
+def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
+    """Return INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb."""
     x, X = x25519_keypair()
-    enc_key, mac_key = _intro_keys(x25519(x, intro.enc_key), X, intro, subcred)
-    # Extension 1 asks for congestion control.
+    exp = x25519(x, intro.enc_key)
+
+    def finish(reply):
+        mac, keys = _rend_keys(x25519(x, reply[:32]) + exp, intro, X, reply[:32])
+        require(consteq(mac, reply[32:64]), "RENDEZVOUS2: the service lacks its keys")
+        return keys
+
+    keys = _intro_keys(exp, X, intro, subcred)
+    # `flow`: with congestion control.
     plain = cookie + (b"\1\1\0" if flow else b"\0")
     plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
     # tor's are at least 310 bytes long.
-    plain += bytes(max(0, 190 - len(plain)))
-    body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(enc_key).crypt(plain)
-    return (x, X, intro), body + hs_mac(mac_key, body)
+    plain += bytes(190)[len(plain) :]
+    body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
+    return body + hs_mac(keys[32:], body), finish
 
 
-def hs_ntor_client_finish(state, reply):
-    """Check RENDEZVOUS2; return Df, Db, Kf, Kb of 32 bytes each."""
-    x, X, intro = state
-    Y, auth = _split(reply, 32)
-    mac, keys = _rend_keys(x25519(x, Y) + x25519(x, intro.enc_key), intro, X, Y)
-    require(consteq(mac, auth), "RENDEZVOUS2: the service does not hold its keys")
-    return keys
-
-
-def hs_ntor_service(intro, b, subcreds, body):
-    """Open INTRODUCE2 by the secret `b` of `intro` and one of the subcredentials (3.3).
-
-    Returns the rendezvous point (a Target, with `flow`: congestion control is asked for),
-    cookie, RENDEZVOUS1 and keys as the client has.
-    """
+def hs_ntor_service(intro, subcreds, body):
+    """Open INTRODUCE2 (3.3): the rendezvous point with `flow`, cookie, RENDEZVOUS1, keys."""
     r = Reader(body, "INTRODUCE2")
     require(r.take(55)[20:] == _AUTH + intro.auth_key, "INTRODUCE2: for another key")
     _tagged(r, 1)
     X = r.take(32)
-    cipher, mac = r.take(max(0, r.left() - 32)), r.take(32)
-    exp = x25519(b, X)
-    for subcred in subcreds:
-        enc_key, mac_key = _intro_keys(exp, X, intro, subcred)
-        if consteq(hs_mac(mac_key, body[:-32]), mac):
-            break
-    else:
-        raise ProtocolError("INTRODUCE2: the MAC is wrong")
-    r = Reader(AesCtr(enc_key).crypt(cipher), "INTRODUCE2")
-    cookie = r.take(20)
-    flow = 1 in [kind for kind, _ in _tagged(r, 1)]
-    require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown kind of onion key")
+    exp = x25519(intro.b, X)
+    found = [_intro_keys(exp, X, intro, subcred) for subcred in subcreds]
+    found = [keys for keys in found if consteq(hs_mac(keys[32:], body[:-32]), body[-32:])]
+    require(found, "INTRODUCE2: the MAC is wrong")
+    r = Reader(AesCtr(found[0][:32]).crypt(body[r.at : -32]), "INTRODUCE2")
+    cookie, flow = r.take(20), 1 in dict(_tagged(r, 1))
+    require(r.take(3) == b"\1\0\x20", "INTRODUCE2: unknown onion key")
     target = parse_link_specifiers(r, r.take(32))
     target.flow = flow
     y, Y = x25519_keypair()
@@ -1712,276 +1634,210 @@ def hs_ntor_service(intro, b, subcreds, body):
 
 
 # === 9. Onion addresses and descriptors =====================================
-# Addresses, time periods, the hash ring, descriptors (rend-spec-v3 1, 2, 6, appendices A, F).
+# Also time periods and the hash ring (rend-spec-v3 1, 2, 6, appendices A, F).
 
 
 def onion_address(key):
-    """Return the address, with ".onion", of a public identity key (32 bytes)."""
-    checksum = sha3_256(b".onion checksum" + key + b"\3")[:2]
-    return b32encode(key + checksum + b"\3") + ".onion"
+    return b32encode(key + sha3_256(b".onion checksum" + key + b"\3")[:2] + b"\3") + ".onion"
 
 
 def parse_onion_address(text):
-    """Return the public identity key (32 bytes) in an address, subdomains aside.
-
-    AddressError if it is none, or its key has a torsion component.
-    """
+    """Return the public identity key in an address, subdomains aside; AddressError."""
     name = ".".join(text.lower().rstrip(".").split(".")[-2:])
-    if len(name) != 62 or name[56:] != ".onion":
-        raise AddressError("%s is not an onion address: 56 characters and .onion" % text)
     try:
-        key = b32decode(name[:56])[:32]
+        key = b32decode(name[:-6])[:32]
         if onion_address(key) == name and ed25519_valid(key):
             return key
     except ProtocolError:
         pass
-    raise AddressError("%s is mistyped: its checksum or key is wrong" % text)
+    raise AddressError("%s is no onion address (56 characters and .onion), or mistyped" % text)
 
 
 def time_periods(consensus, testing):
-    """Return the time periods at the consensus's valid-after (2.2.1).
+    """Return a service's two time periods, and the one of them that clients use (2.2.1).
 
-    The first and the second are a service's, the third, one of them, is the clients'.  Each is
-    (number, minutes, shared random value, start of the value's protocol run).  `testing`: in
-    a TestingTorNetwork a period is as long as a run.
+    Each is (number, minutes, shared random value, start of its protocol run).
     """
     after = consensus.valid_after
-    interval = max(1, consensus.fresh_until - after)
-    offset, run = 12 * interval, 24 * interval
+    interval = consensus.fresh_until - after
+    run = 24 * interval
     length = max(1, run // 60) if testing else consensus.param("hsdir_interval", 1440, 5, 14400)
     start = after - after // interval % 24 * interval
-    number, next_number = [(t // 60 - offset // 60) // length + 1 for t in (after, start)]
-    rotated = after >= next_number * length * 60 + offset
-
-    def period(number, value, start):
-        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, number)
-        return number, length, value or sha3_256(disaster), start
-
-    first = period(number - 1 - rotated, consensus.srv_previous, start - run)
-    second = period(number - rotated, consensus.srv_current, start)
-    return first, second, second if rotated else first
-
-
-_BASEPOINT = (
-    b"(15112221349535400772501151409588531511454012693041857206046113283949847762202, "
-    b"46316835694926478169428394003475163141307993866256225615783033603165251855960)"
-)
+    number, at_start = [(t // 60 - 12 * interval // 60) // length for t in (after, start)]
+    rotated = number > at_start
+    found = []
+    for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):
+        n = number + 1 - rotated - back
+        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, n)
+        found.append((n, length, value or sha3_256(disaster), start - back * run))
+    return found[0], found[1], found[rotated]
 
 
 def blinding_param(key, period):
-    """Return the hash that blinds an identity key in `period` (A.2)."""
-    nonce = b"key-blind" + struct.pack(">QQ", period[0], period[1])
-    return sha3_256(b"Derive temporary signing key\0" + key + _BASEPOINT + nonce)
+    # A.2.
+    text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
+    return sha3_256(text + struct.pack(">QQ", *period[:2]))
 
 
 def subcredential(key, blinded):
-    """Return the subcredential (2.1) of an identity key and its blinded key."""
     return sha3_256(b"subcredential" + sha3_256(b"credential" + key) + blinded)
 
 
-def hs_index(blinded, replica, period):
-    """Return the place of replica 1, 2, ... on the ring (2.2.3)."""
-    place = struct.pack(">QQQ", replica, period[1], period[0])
-    return sha3_256(b"store-at-idx" + blinded + place)
-
-
-def hsdir_index(ed_id, period):
-    """Return a directory's place on the ring."""
-    return sha3_256(b"node-idx" + ed_id + period[2] + struct.pack(">QQ", period[0], period[1]))
-
-
-def hsdir_ring(table, consensus, blinded, period, store):
-    """Return the indexes of the directories where to store, or to fetch, a descriptor."""
+def hsdir_ring(table, consensus, blinded, period, use):
+    """Return the indexes of the directories where to "store" or "fetch" a descriptor (2.2.3)."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
-    name, default = ("hsdir_spread_store", 4) if store else ("hsdir_spread_fetch", 3)
-    spread = consensus.param(name, default, 1, 128)
-    starts = [hs_index(blinded, n + 1, period) for n in range(replicas)]
-    places = [(int.from_bytes(start, "big"), []) for start in starts]
-    keep, needed, found = replicas * spread, HSDIR | PROTO_HSDIR2 | USABLE, []
+    spread = consensus.param("hsdir_spread_" + use, 4 if use == "store" else 3, 1, 128)
+    number, length, value, _ = period
+    places, needed, found = [], HSDIR | PROTO_HSDIR2 | USABLE, []
+    for n in range(replicas):
+        start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
+        places.append((sha3_256(start), []))
+    value += struct.pack(">QQ", number, length)
     for i, flags in enumerate(table.flags):
         if flags & needed == needed:
-            at = int.from_bytes(hsdir_index(table.ed_id(i), period), "big")
+            at = sha3_256(b"node-idx" + table.ed_id(i) + value)
             for start, nearest in places:
-                nearest.append((at - start + (at < start and 1 << 256), i))
-                if len(nearest) > 2 * keep:
-                    nearest[:] = sorted(nearest)[:keep]
+                item = at < start, at, i
+                if len(nearest) < replicas * spread or item < nearest[-1]:
+                    nearest[:] = sorted(nearest + [item])[: replicas * spread]
     for _, nearest in places:
         # A replica skips what an earlier one took.
-        found += [i for _, i in sorted(nearest) if i not in found][:spread]
+        found += [i for _, _, i in nearest if i not in found][:spread]
     return found
 
 
-def ope_encrypt(key, n):
-    """Return the sum of the first `n` numbers of a key stream."""
-    total = n = min(max(n, 1), 1 << 18)
-    cipher = AesCtr(key)
+def revision_counter(esk, seconds):
+    """Return the revision counter (F.2) `seconds` into the period's protocol run."""
+    # tor hashes the string's final zero.
+    cipher = AesCtr(sha3_256(b"rev-counter-generation\0" + esk))
+    total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
         count = min(256, n - at)
         total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
 
 
-def revision_counter(esk, seconds):
-    """Return a revision counter as tor makes it (F.2).
-
-    `esk`: the blinded secret key; `seconds`: since the period's protocol run began.
-    """
-    # tor hashes the zero that ends its string, too.
-    return ope_encrypt(sha3_256(b"rev-counter-generation\0" + esk), seconds + 1)
-
-
 def make_ed_cert(kind, key, when, esk, public):
-    """Return a certificate (cert-spec 2.1) of `kind` for `key`, good for 54 hours."""
+    # cert-spec 2.1, good for 54 hours.
     body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign_expanded(esk, public, body)
 
 
-def _base64(data):
-    return binascii.b2a_base64(data).strip()
+_base64 = binascii.b2a_base64  # ends the line
 
 
-def _armour(label, data):
-    text = _base64(data)
-    lines = b"\n".join([text[i : i + 64] for i in range(0, len(text), 64)])
-    return b"-----BEGIN %s-----\n%s\n-----END %s-----" % (label, lines, label)
+def _armour(keyword, label, data):
+    lines = b"".join([_base64(data[i : i + 48]) for i in range(0, len(data), 48)])
+    return b"%s\n-----BEGIN %s-----\n%s-----END %s-----\n" % (keyword, label, lines, label)
 
 
 def _enc_key_ed(u):
     # The Ed25519 form, sign 0, of an X25519 key: y = (u - 1) / (u + 1).
-    p = (1 << 255) - 19
-    u = int.from_bytes(u, "little") & (1 << 255) - 1
-    return ((u - 1) * pow(u + 1, p - 2, p) % p).to_bytes(32, "little")
+    u = _int(u) & (1 << 255) - 1
+    return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
-_OUTER, _INNER = b"hsdir-superencrypted-data", b"hsdir-encrypted-data"
+def _layer(keyword, secret, salt, data, seal):
+    # `data` en- or decrypted; MAC (2.5.3).
+    keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
+    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
+    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
+
+
+def _seal(keyword, secret, plain):
+    salt = urandom(16)
+    text, mac = _layer(keyword, secret, salt, plain, True)
+    return _armour(keyword, b"MESSAGE", salt + text + mac)
+
+
+def _unseal(items, keyword, secret):
+    blob = one_item(items, keyword)[1]
+    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
+    error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
+    require(consteq(mac, blob[-32:]), error)
+    return plain.partition(b"\0")[0]
+
+
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def _layer(salt, secret, label):
-    # The cipher of a layer; the function from salt and ciphertext to the MAC (2.5.3).
-    keys = shake256(secret + salt + label, 80)
-    return AesCtr(keys[:32], keys[32:48]), lambda data: hs_mac(keys[48:], bytes(7) + b"\x10" + data)
-
-
-def _seal(plain, secret, label):
-    salt = urandom(16)
-    cipher, mac = _layer(salt, secret, label)
-    data = salt + cipher.crypt(plain)
-    return _armour(b"MESSAGE", data + mac(data))
-
-
-def _unseal(blob, secret, label):
-    # None where the MAC is wrong.
-    cipher, mac = _layer(blob[:16], secret, label)
-    good = len(blob) > 48 and consteq(mac(blob[:-32]), blob[-32:])
-    return cipher.crypt(blob[16:-32]).partition(b"\0")[0] if good else None
-
-
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Return a descriptor to publish (2.4, 2.5).
+    """Return a descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
+    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
+    public = ed25519_public_expanded(signer)
 
-    `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets, with `auth_key`
-    and `enc_key`; `when`: now; `flow`: the SENDME increment of congestion control, or 0.
-    """
-    seed, secret = urandom(32), blinded + subcred + struct.pack(">Q", revision)
-    signer, public = ed25519_expand(seed), ed25519_public(seed)
-
-    def cert(kind, key, esk=signer, by=public):
-        return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
+    def cert(keyword, kind, key, esk=signer, by=public):
+        return _armour(keyword, b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
 
     inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
-        inner += b"introduction-point %s\nonion-key ntor %s\nauth-key\n%s\n" % (
-            _base64(link_specifiers(i)), _base64(i.ntor_key), cert(9, i.auth_key)
-        )
-        inner += b"enc-key ntor %s\nenc-key-cert\n%s\n" % (
-            _base64(i.enc_key), cert(11, _enc_key_ed(i.enc_key))
-        )
-    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key %s\n" % _base64(x25519_keypair()[1])
+        inner += b"introduction-point " + _base64(link_specifiers(i))
+        inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
+        inner += b"enc-key ntor " + _base64(i.enc_key)
+        inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
+    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
     for _ in range(16):
-        # Made up, so that nobody sees whether there are authorized clients.
+        # Made up: nobody shall see whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
         outer += ("auth-client %s %s %s\n" % made_up).encode()
-    outer += b"encrypted\n" + _seal(inner, secret, _INNER)
+    outer += _seal(b"encrypted", secret, inner)[:-1]
     outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n%s\n" % (
-        cert(8, public, esk, blinded)
-    )
-    text += b"revision-counter %d\nsuperencrypted\n%s\n" % (revision, _seal(outer, secret, _OUTER))
+    text = b"hs-descriptor 3\ndescriptor-lifetime 180\n"
+    text += cert(b"descriptor-signing-key-cert", 8, public, esk, blinded)
+    text += b"revision-counter %d\n" % revision + _seal(b"superencrypted", secret, outer)
     signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
 def _cert(items, keyword, kind, public, when):
-    # The key in a certificate by the key `public`.
     data = one_item(items, keyword)[1]
     key_type, key, signing = check_ed_cert(data, keyword.decode(), kind, public, when)
     require((key_type, signing) == (1, public), "descriptor: bad certificate")
     return key
 
 
-def _ntor(items, keyword):
-    # Other kinds of keys may stand beside it.
-    words = [item[1].split(b" ") for item in items if item[0] == keyword]
-    keys = [b64decode(word[1], 32) for word in words if word[0] == b"ntor" and len(word) > 1]
-    require(len(keys) == 1 and any(keys[0]), "descriptor: bad " + keyword.decode())
-    return keys[0]
-
-
 def _intro_point(lines, signing, when):
-    # A Target; the certificates are by the key `signing`.
-    r = Reader(b64decode(lines[0].split(b" ")[0]), "introduction point")
+    # The certificates are by the key `signing`.
     items = document_items(lines[1:])
-    target = parse_link_specifiers(r, _ntor(items, b"onion-key"))
-    target.auth_key = _cert(items, b"auth-key", 9, signing, when)
-    target.enc_key = _ntor(items, b"enc-key")
-    certified = _cert(items, b"enc-key-cert", 11, signing, when)
-    require(certified == _enc_key_ed(target.enc_key), "enc-key-cert is for another key")
+    # Keys of other kinds may stand beside them.
+    found = [item for item in items if item[1][:5] == b"ntor "]
+    words = [one_item(found, name)[0][5:] for name in (b"onion-key", b"enc-key")]
+    onion_key, enc_key = [b64decode(word.partition(b" ")[0], 32) for word in words]
+    target = parse_link_specifiers(Reader(b64decode(lines[0])), onion_key)
+    target.auth_key, target.enc_key = _cert(items, b"auth-key", 9, signing, when), enc_key
+    certified = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
+    require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
     return target
 
 
-class Descriptor:
-    """`revision`; `lifetime` in seconds; `intro_points`: Targets with auth_key, enc_key."""
-
-
 def parse_descriptor(data, blinded, subcred, when):
-    """Verify and decrypt a descriptor by the key `blinded`; return a Descriptor.
-
-    Bad introduction points are left out; ProtocolError if none is left.
-    """
+    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
     text, end, signature = data.rpartition(b"\nsignature ")
-    good = end and text.startswith(b"hs-descriptor 3\n")
-    require(good, "descriptor: truncated, or not of version 3")
+    require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     items = document_items(text.split(b"\n"))
     signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
-    good = ed25519_verify(signing, _SIGNED + text + b"\n", signature)
-    require(good, "descriptor: bad signature")
-    descriptor = Descriptor()
-    descriptor.lifetime = 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
-    descriptor.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + struct.pack(">Q", descriptor.revision)
-    for keyword, label, error in (
-        (b"superencrypted", _OUTER, "the outer layer is corrupt"),
-        (b"encrypted", _INNER, "it is for authorized clients only, or corrupt"),
-    ):
-        plain = _unseal(one_item(items, keyword)[1], secret, label)
-        require(plain is not None, "descriptor: " + error)
-        sections = plain.split(b"\nintroduction-point ")
-        items = document_items(sections[0].split(b"\n"))
-    formats = one_item(items, b"create2-formats")[0].split(b" ")
-    require(b"2" in formats, "descriptor: unknown handshakes")
-    # tor offers "1-2 31": versions, and the SENDME increment of the consensus.
-    versions, _, increment = one_item(items, b"flow-control")[0].partition(b" ")
-    descriptor.flow = decimal(increment, 1, 254) if versions.endswith(b"2") else 0
-    descriptor.intro_points = []
+    require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
+    found = Record()
+    found.until = when + 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.subcred = subcred
+    found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
+    secret = blinded + subcred + struct.pack(">Q", found.revision)
+    items = document_items(_unseal(items, b"superencrypted", secret).split(b"\n"))
+    sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
+    items = document_items(sections[0].split(b"\n"))
+    require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
+    # Versions, the SENDME increment.
+    flow = one_item(items, b"flow-control")[0]
+    found.flow = decimal(flow[4:], 1, 254) if flow[:4] == b"1-2 " else 0
+    found.intro_points = []
     for section in sections[1:21]:
         try:
-            descriptor.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
+            found.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
         except ProtocolError as e:
             log(INFO, "introduction point refused: %s", e)
-    require(descriptor.intro_points, "descriptor: no usable introduction point")
-    return descriptor
+    require(found.intro_points, "descriptor: no usable introduction point")
+    return found
 
 
 # === 10. Channel ============================================================
@@ -2482,7 +2338,7 @@ class Circuit:
     """A circuit over `channel`; `path` holds its relays, the nearest first.
 
     `on_control`: {relay command: function(body)} for messages that come unasked;
-    `on_begin`: coroutine function(stream, host, port) that answers BEGIN cells, at a
+    `on_begin`: coroutine function(stream, port) that answers BEGIN cells, at a
     service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the
     CircuitError when the circuit is gone.
     """
@@ -2519,21 +2375,23 @@ class Circuit:
         x = urandom(20)
         reply = self.expect((CREATED_FAST,))
         self.channel.send(cell(self.circ_id, CREATE_FAST, x))
-        self._add_hop(None, fast_finish, x, (await self._answer(reply, seconds))[1])
+        _, body = await self._answer(reply, seconds)
+        self._add_hop(None, lambda reply: fast_finish(x, reply), body)
 
     async def extend(self, relay, seconds):
         """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
-        state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
+        create2, finish = ntor(relay.rsa_id, relay.ntor_key)
         if self.path:
-            asking = self.ask(RELAY_EXTEND2, extend2(relay, onionskin), (RELAY_EXTENDED2,), seconds)
+            extend2 = link_specifiers(relay) + create2
+            asking = self.ask(RELAY_EXTEND2, extend2, (RELAY_EXTENDED2,), seconds)
         else:
             asking = self._answer(self.expect((CREATED2,)), seconds)
-            self.channel.send(cell(self.circ_id, CREATE2, create2(onionskin)))
-        self._add_hop(relay, ntor_finish, state, (await asking)[1])
+            self.channel.send(cell(self.circ_id, CREATE2, create2))
+        self._add_hop(relay, finish, (await asking)[1])
 
-    def _add_hop(self, relay, finish, state, reply):
+    def _add_hop(self, relay, finish, reply):
         try:
-            keys = finish(state, reply if finish is fast_finish else parse_created2(reply))
+            keys = finish(reply)
         except ProtocolError as e:
             raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
         self._layers.append(Layer(keys))
@@ -2573,9 +2431,11 @@ class Circuit:
 
     # ── Streams ──
 
-    async def open_stream(self, host, port, seconds, flags=1):
+    async def open_stream(self, host, port, seconds):
         """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return (await self._open(RELAY_BEGIN, begin(host, port, flags), seconds))[0]
+        # An exit may use IPv6 (tor-spec 6.2).
+        begin = b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
+        return (await self._open(RELAY_BEGIN, begin, seconds))[0]
 
     async def open_directory_stream(self, seconds):
         """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
@@ -2786,9 +2646,8 @@ class Circuit:
     def _begin(self, stream_id, data):
         if stream_id in self.streams:
             raise ProtocolError("BEGIN for stream %d, which is open" % stream_id)
-        host, port = parse_begin(data)
-        stream = Stream(self, stream_id)
-        spawn(self.on_begin(stream, host, port))
+        port = parse_begin(data)
+        spawn(self.on_begin(Stream(self, stream_id), port))
 
     # ── Closing ──
 
@@ -3360,7 +3219,7 @@ class Directory:
     async def _consensus_from(self, circuit):
         # A new RelayTable and its Consensus, verified.
         identities, table = self.network.identities, RelayTable()
-        parser = ConsensusParser(identities, table)
+        parser = ConsensusParser(table.add)
         self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
         path = "/tor/status-vote/current/consensus-microdesc/"
@@ -3423,9 +3282,9 @@ class Directory:
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(md):
-            if md.digest in wanted:
-                weights.table.set_microdesc(wanted.pop(md.digest), md)
+        def sink(digest, keys, beside):
+            if digest in wanted:
+                weights.table.set_microdesc(wanted.pop(digest), keys, beside)
 
         while (percent := weights.percent()) < until:
             done = 50 + 24 * percent // until
@@ -3640,13 +3499,12 @@ async def _find_descriptor(tor, key):
     if found and now() < found.until:
         return found
     subcred = subcredential(key, blinded)
-    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, False)
+    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, "fetch")
     for i in _shuffled(ring):
         try:
             path = "/tor/hs/3/" + b64encode(blinded)
             text = await hsdir_request(tor, directory.table.relay(i), path)
             found = parse_descriptor(text, blinded, subcred, now())
-            found.subcred, found.until = subcred, now() + found.lifetime
             if len(tor.descriptors) >= _MAX_DESCRIPTORS:
                 tor.descriptors.clear()
             tor.descriptors[blinded] = found
@@ -3667,7 +3525,7 @@ async def _rendezvous_point(tor, cookie):
 
 async def _introduce(tor, descriptor, intro):
     # Meet the service through one introduction point; the joined circuit.
-    if is_private(intro.address) and not tor.directory.network.testing:
+    if intro.private and not tor.directory.network.testing:
         raise OnionError("an introduction point has a private address")
     cookie, met = urandom(20), None
     circuits = await asyncio.gather(
@@ -3684,7 +3542,7 @@ async def _introduce(tor, descriptor, intro):
         # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
-        state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
+        body, finish = hs_ntor_client(intro, subcred, cookie, relay, vegas)
         joined = rend.expect((RELAY_RENDEZVOUS2,))
         answers = (RELAY_INTRODUCE_ACK,)
         _, ack = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
@@ -3692,7 +3550,7 @@ async def _introduce(tor, descriptor, intro):
         if status:
             raise OnionError("an introduction point refused: status %d" % status)
         _, reply = await joined.wait(_REND_SECONDS)
-        rend.add_onion_hop(hs_ntor_client_finish(state, reply), False, vegas)
+        rend.add_onion_hop(finish(reply), False, vegas)
         met = rend
         return rend
     except asyncio.TimeoutError:
@@ -3732,7 +3590,7 @@ async def connect_onion(tor, key, port):
         # As in tor: a new one would be dear.
         circuit.since = ticks_ms()
         try:
-            return await circuit.open_stream("", port, _REND_SECONDS, 0)
+            return await circuit.open_stream("", port, _REND_SECONDS)
         except (CircuitError, StreamError) as e:
             if e.reason == END_TIMEOUT:
                 # The service may have gone without a word.
@@ -3867,7 +3725,7 @@ class OnionService:
         circuit = await self.tor.circuit_to("service_intro", intro)
         try:
             circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-            message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
+            message = establish_intro(intro, circuit.kh)
             answers = (RELAY_INTRO_ESTABLISHED,)
             await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
             intro.ready = True
@@ -3891,7 +3749,7 @@ class OnionService:
         for period in time_periods(consensus, directory.network.testing)[:2]:
             param = blinding_param(key, period)
             esk, blinded = ed25519_blind_secret(self._esk, param), ed25519_blind_public(key, param)
-            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, True)]
+            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, "store")]
             found = period, esk, blinded, subcredential(key, blinded), ring
             self._periods.append(found + (uploaded.get(blinded, {}),))
 
@@ -3969,13 +3827,13 @@ class OnionService:
     async def _join(self, intro, body):
         # Meet the client at the rendezvous point that INTRODUCE2 names.
         subcreds = [period[3] for period in self._periods]
-        target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
+        target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
         if any([cookie in i.cookies for i in self.intros]):
             raise ProtocolError("its rendezvous cookie was used before")
         intro.cookies.add(cookie)
         intro.left -= 1
         directory = self.tor.directory
-        if is_private(target.address) and not directory.network.testing:
+        if target.private and not directory.network.testing:
             raise ProtocolError("its rendezvous point has a private address")
         attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
         circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
@@ -3987,7 +3845,7 @@ class OnionService:
 
     # --- Streams ---
 
-    async def _begin(self, stream, host, port):
+    async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
@@ -4091,8 +3949,7 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        answers = await self._at_exit(443, lambda circuit: circuit.resolve(host))
-        addresses = [value for kind, value in answers if kind in (4, 6)]
+        addresses = await self._at_exit(443, lambda circuit: circuit.resolve(host))
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses

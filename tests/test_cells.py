@@ -36,6 +36,11 @@ def relay(**fields):
     return Thing(**known)
 
 
+def target(address):
+    spec = minitor.link_specifiers(relay(address=address))
+    return minitor.parse_link_specifiers(minitor.Reader(spec), b"")
+
+
 # ─── cells ───
 
 
@@ -46,7 +51,8 @@ def test_cell_layout():
 
 @pytest.mark.parametrize("text", ["0.0.0.0", "127.0.0.1", "255.255.255.255", "198.51.100.7"])
 def test_address_round_trip(text):
-    assert minitor.address_text(minitor.address_bytes(text)) == text
+    assert target(text).address == text
+    assert minitor.address_bytes(text) == bytes(int(part) for part in text.split("."))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_address_refused(text):
              "172.16.0.1", "172.31.255.255", "192.168.3.4", "224.0.0.1", "255.255.255.255"]
 )
 def test_private(text):
-    assert minitor.is_private(text)
+    assert target(text).private
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_private(text):
              "169.253.1.1", "172.15.0.1", "172.32.0.1", "192.167.1.1", "223.255.255.255"]
 )
 def test_public(text):
-    assert not minitor.is_private(text)
+    assert not target(text).private
 
 
 def test_reason_text():
@@ -102,19 +108,6 @@ def test_link_specifiers():
     for bad in (H("00"), b"\x02" + spec[1:31], H("01 0006 7f0000011389"), twice, long):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_link_specifiers(minitor.Reader(bad + bytes(40)), b"")
-
-
-def test_netinfo():
-    assert minitor.netinfo("127.4.0.1") == H("00000000 0404 7f040001 00")
-    body = struct.pack(">I", 1700000000) + H("0404 7f000001")
-    assert minitor.parse_netinfo(body + bytes(400)) == (1700000000, H("7f000001"))
-    for n in range(len(body)):
-        with pytest.raises(minitor.ProtocolError):
-            minitor.parse_netinfo(body[:n])
-
-
-def test_padding_negotiate():
-    assert minitor.padding_negotiate() == H("00 01 0000 0000")
 
 
 CERTS = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["certs"]
@@ -192,23 +185,22 @@ NTOR = dict(
 
 def test_ntor_vector(monkeypatch):
     fix_keypair(monkeypatch, H(NTOR["x"]))
-    state, skin = minitor.ntor_start(H(NTOR["id"]), H(NTOR["B"]))
-    assert skin.hex() == NTOR["id"] + NTOR["B"] + NTOR["X"]
-    keys = minitor.ntor_finish(state, H(NTOR["reply"]))
-    assert len(keys) == 92 and keys[:72].hex() == NTOR["keys"]
-    body = minitor.create2(skin)
-    assert body[:4] == H("0002 0054") and body[4:] == skin
-    assert minitor.extend2(relay(), skin) == minitor.link_specifiers(relay()) + body
+    skin, finish = minitor.ntor(H(NTOR["id"]), H(NTOR["B"]))
+    assert skin.hex() == "00020054" + NTOR["id"] + NTOR["B"] + NTOR["X"]
+    # A CREATED2 cell is longer.
+    for rest in (b"", bytes(443)):
+        keys = finish(b"\0\x40" + H(NTOR["reply"]) + rest)
+        assert len(keys) == 92 and keys[:72].hex() == NTOR["keys"]
 
 
 def test_ntor_refuses(monkeypatch):
     fix_keypair(monkeypatch, H(NTOR["x"]))
-    state, _ = minitor.ntor_start(H(NTOR["id"]), H(NTOR["B"]))
-    reply = H(NTOR["reply"])
+    _, finish = minitor.ntor(H(NTOR["id"]), H(NTOR["B"]))
+    reply, head = H(NTOR["reply"]), b"\0\x40"
     bad = [reply[:63], b"", reply[:-1] + b"\0", b"\0" * 32 + reply[32:], b"\1" + reply[1:]]
-    for data in bad:
+    for data in [head + data for data in bad] + [b"", b"\0", b"\0\x3f" + reply, b"\1\x40" + reply]:
         with pytest.raises(minitor.ProtocolError):
-            minitor.ntor_finish(state, data)
+            finish(data)
 
 
 def test_create_fast():
@@ -216,32 +208,27 @@ def test_create_fast():
     stream = b"".join(hashlib.sha1(x + y + bytes([i])).digest() for i in range(5))
     keys = minitor.fast_finish(x, y + stream[:20])
     assert keys == stream[20:92] + stream[:20]
-    with pytest.raises(minitor.ProtocolError):
-        minitor.fast_finish(x, y + bytes(20))
-
-
-def test_created2():
-    assert minitor.parse_created2(H("0003 616263") + bytes(30)) == b"abc"
-    with pytest.raises(minitor.ProtocolError):
-        minitor.parse_created2(H("0009 616263"))
+    for bad in (y + bytes(20), y + stream[:19], y, b""):
+        with pytest.raises(minitor.ProtocolError):
+            minitor.fast_finish(x, bad)
 
 
 # ─── streams ───
 
 
 def test_begin():
-    assert minitor.begin("example.com", 80, 0) == b"example.com:80\0"
-    assert minitor.begin("", 80, 5) == b":80\0\0\0\0\5"
-    assert minitor.parse_begin(b":80\0") == ("", 80)
-    assert minitor.parse_begin(b"a.b:65535\0\0\0\0\1") == ("a.b", 65535)
-    for bad in (b"", b"a:80", b":0\0", b":65536\0", b":-1\0", b"a\0", b":\0", b"\xff:80\0"):
+    assert minitor.parse_begin(b":80\0") == 80
+    assert minitor.parse_begin(b"a.b:65535\0\0\0\0\1") == 65535
+    for bad in (b"", b"a:80", b":0\0", b":65536\0", b":-1\0", b"a\0", b":\0", b"80\0"):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_begin(bad)
 
 
 def test_resolved():
     body = H("04 04 01020304 00000010") + H("f1 00 00000000") + b"\0\3abc" + bytes(4)
-    assert minitor.parse_resolved(body) == [(4, "1.2.3.4"), (241, b""), (0, b"abc")]
+    assert minitor.parse_resolved(body) == ["1.2.3.4"]
+    body = H("0610 20010db8") + bytes(11) + b"\1" + bytes(4)
+    assert minitor.parse_resolved(body) == ["2001:db8:0:0:0:0:0:1"]
     for bad in (H("04 03 010203 00000000"), H("04 04 0102"), H("0410") + bytes(20)):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_resolved(bad)
@@ -272,7 +259,7 @@ REPLY = H(
     "4A92E8437B8424D5E5EC279245D5C72B25A0327ACF6DAF902079FCB643D8B208"
 )
 SEED = H("4D0C72FE8AFF35559D95ECC18EB5A36883402B28CDFD48C8A530A5A3D7D578DB")
-INTRO = Thing(auth_key=AUTH, enc_key=B)
+INTRO = Thing(auth_key=AUTH, enc_key=B, b=b)
 
 
 def hs_keys():
@@ -291,7 +278,7 @@ def test_hs_mac():
 def test_introduce2_of_c_tor(monkeypatch):
     fix_keypair(monkeypatch, y)
     target, cookie, answer, keys = minitor.hs_ntor_service(
-        INTRO, b, [bytes(32), SUBCREDENTIAL], INTRODUCE
+        INTRO, [bytes(32), SUBCREDENTIAL], INTRODUCE
     )
     assert cookie == H("6BD364C12638DD5C3BE23D76ACA05B04E6CE932C")
     assert target.ntor_key == H("0DE6130E4FCAC4EDDA24E21220CC3EADAE403EF6B7D11C8273AC71908DE56545")
@@ -302,39 +289,40 @@ def test_introduce2_of_c_tor(monkeypatch):
     assert keys == hs_keys()
 
 
-def test_rendezvous2_of_c_tor():
-    state = (x, minitor.x25519_public(x), INTRO)
-    assert minitor.hs_ntor_client_finish(state, REPLY + bytes(84)) == hs_keys()
+def test_rendezvous2_of_c_tor(monkeypatch):
+    fix_keypair(monkeypatch, x)
+    _, finish = minitor.hs_ntor_client(INTRO, SUBCREDENTIAL, bytes(20), relay())
+    assert finish(REPLY + bytes(84)) == hs_keys()
     for bad in (REPLY[:63], REPLY[:-1] + b"\0", bytes(64)):
         with pytest.raises(minitor.ProtocolError):
-            minitor.hs_ntor_client_finish(state, bad)
+            finish(bad)
 
 
 def test_introduce_both_ends():
     cookie = os.urandom(20)
-    state, body = minitor.hs_ntor_client_intro(INTRO, SUBCREDENTIAL, cookie, relay())
+    body, finish = minitor.hs_ntor_client(INTRO, SUBCREDENTIAL, cookie, relay())
     # tor pads head and plaintext together to 246; CLIENT_PK and MAC come on top.
     assert len(body) == 246 + 64
-    target, got, answer, keys = minitor.hs_ntor_service(INTRO, b, [SUBCREDENTIAL], body)
+    target, got, answer, keys = minitor.hs_ntor_service(INTRO, [SUBCREDENTIAL], body)
     assert got == cookie and target.rsa_id == b"r" * 20 and target.ntor_key == b"n" * 32
-    assert minitor.hs_ntor_client_finish(state, answer[20:]) == keys
+    assert finish(answer[20:]) == keys
 
 
 def test_introduce2_refused():
     for n in range(0, len(INTRODUCE), 7):
         with pytest.raises(minitor.ProtocolError):
-            minitor.hs_ntor_service(INTRO, b, [SUBCREDENTIAL], INTRODUCE[:n])
+            minitor.hs_ntor_service(INTRO, [SUBCREDENTIAL], INTRODUCE[:n])
         bad = INTRODUCE[:n] + bytes([INTRODUCE[n] ^ 1]) + INTRODUCE[n + 1 :]
         with pytest.raises(minitor.ProtocolError):
-            minitor.hs_ntor_service(INTRO, b, [SUBCREDENTIAL], bad)
+            minitor.hs_ntor_service(INTRO, [SUBCREDENTIAL], bad)
     with pytest.raises(minitor.ProtocolError):
-        minitor.hs_ntor_service(INTRO, b, [bytes(32)], INTRODUCE)
+        minitor.hs_ntor_service(INTRO, [bytes(32)], INTRODUCE)
 
 
 def test_establish_intro():
     seed, kh = b"s" * 32, b"k" * 20
     auth = minitor.ed25519_public(seed)
-    body = minitor.establish_intro(seed, auth, kh)
+    body = minitor.establish_intro(Thing(seed=seed, auth_key=auth), kh)
     assert len(body) == 134 and body[:36] == H("02 0020") + auth + b"\0"
     assert body[36:68] == hashlib.sha3_256(struct.pack(">Q", 20) + kh + body[:36]).digest()
     assert body[68:70] == H("0040")

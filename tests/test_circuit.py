@@ -95,11 +95,12 @@ class Far:
             found.append((command, stream_id, body[11 : 11 + size]))
         return found
 
-    async def stream(self):
-        opening = asyncio.ensure_future(self.circuit.open_stream("example.com", 80, 5))
+    async def stream(self, host="example.com"):
+        opening = asyncio.ensure_future(self.circuit.open_stream(host, 80, 5))
         await asyncio.sleep(0)
         ((command, stream_id, data),) = self.received()
-        assert (command, data[:15]) == (BEGIN, b"example.com:80\0")
+        flags = b"\0\0\0\1" if host else b""
+        assert (command, data) == (BEGIN, host.encode() + b":80\0" + flags)
         self.circuit.receive(self.cell(CONNECTED, stream_id))
         return await opening
 
@@ -284,6 +285,13 @@ def test_a_closed_stream_is_ended_and_late_data_does_no_harm():
     run(test)
 
 
+def test_begin_to_an_onion_service():
+    async def test():
+        assert await Far().stream("")
+
+    run(test)
+
+
 def test_a_refused_stream_says_why():
     async def test():
         far = Far()
@@ -333,8 +341,8 @@ def test_a_service_reads_early_data_and_ends_streams_as_done():
         far = Far(2)
         begun = []
 
-        async def on_begin(stream, host, port):
-            begun.append((host, port))
+        async def on_begin(stream, port):
+            begun.append(port)
             await stream.accept()
             stream.write(await stream.readline())
             stream.close()
@@ -342,7 +350,7 @@ def test_a_service_reads_early_data_and_ends_streams_as_done():
         far.circuit.on_begin = on_begin
         far.circuit.receive(far.cell(BEGIN, 7, b":80\0") + far.cell(DATA, 7, b"hello\n"))
         await asyncio.sleep(0.01)
-        assert begun == [("", 80)]
+        assert begun == [80]
         assert far.received() == [(CONNECTED, 7, b""), (DATA, 7, b"hello\n"), (END, 7, b"\6")]
         far.circuit.receive(far.cell(BEGIN, 8, b"no port"))
         assert far.circuit.closed

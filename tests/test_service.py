@@ -102,7 +102,7 @@ def service(tmp_path):
 def introduce(service, cookie=b"c" * 20, address="11.22.33.44"):
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address=address, port=9001)
     relay.ntor_key = minitor.x25519_public(b"n" * 32)
-    return minitor.hs_ntor_client_intro(service.intros[0], b"s" * 32, cookie, relay)
+    return minitor.hs_ntor_client(service.intros[0], b"s" * 32, cookie, relay)
 
 
 # ─── keys on disk ───
@@ -160,7 +160,7 @@ async def settle():
 
 def test_introduction(service):
     async def main():
-        state, body = introduce(service)
+        body, finish = introduce(service)
         service._introduced(service.intros[0], body)
         await settle()
         assert len(service.circuits) == 1
@@ -169,7 +169,7 @@ def test_introduction(service):
         circuit = service.circuits[0]
         command, answer = circuit.sent[0]
         assert command == minitor.RELAY_RENDEZVOUS1 and answer[:20] == b"c" * 20
-        keys = minitor.hs_ntor_client_finish(state, answer[20:])
+        keys = finish(answer[20:])
         assert circuit.keys == (keys, True) and circuit.on_begin
         circuit.close()
         await settle()
@@ -181,18 +181,18 @@ def test_introduction(service):
 def test_introductions_refused(service):
     async def main():
         intro = service.intros[0]
-        _, body = introduce(service)
+        body, _ = introduce(service)
         service._introduced(intro, body)
         await settle()
         assert intro.left == 99
         # The same again, the same cookie from somewhere else, garbage, a private address.
-        for bad in (body, introduce(service)[1], b"", body[:-1] + b"\0",
-                    introduce(service, b"p" * 20, "127.0.0.1")[1]):
+        for bad in (body, introduce(service)[0], b"", body[:-1] + b"\0",
+                    introduce(service, b"p" * 20, "127.0.0.1")[0]):
             service._introduced(intro, bad)
             await settle()
         assert len(service.built) == 1
         service.tor.directory.network.testing = True
-        service._introduced(intro, introduce(service, b"P" * 20, "127.0.0.1")[1])
+        service._introduced(intro, introduce(service, b"P" * 20, "127.0.0.1")[0])
         await settle()
         assert len(service.built) == 2
 
@@ -203,7 +203,7 @@ def test_rate_limit(service):
     async def main():
         service.rate, service._tokens = 1, 3
         for n in range(10):
-            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[1])
+            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[0])
             await settle()
         assert len(service.built) == 3
 
@@ -214,16 +214,16 @@ def test_full_service_closes_an_idle_circuit(service, monkeypatch):
     async def main():
         monkeypatch.setattr(minitor, "_MAX_TASKS", 3)
         for n in range(3):
-            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[1])
+            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[0])
             await settle()
         first, second, third = service.circuits
         first.streams = {1: None}
-        service._introduced(service.intros[0], introduce(service, b"x" * 20)[1])
+        service._introduced(service.intros[0], introduce(service, b"x" * 20)[0])
         await settle()
         assert second.closed and not first.closed and len(service.circuits) == 3
         for circuit in service.circuits:
             circuit.streams = {1: None}
-        service._introduced(service.intros[0], introduce(service, b"y" * 20)[1])
+        service._introduced(service.intros[0], introduce(service, b"y" * 20)[0])
         await settle()
         assert len(service.built) == 4
 
@@ -261,7 +261,7 @@ def test_ports(service, monkeypatch):
         ):
             circuit = Circuit()
             stream = Stream(circuit)
-            await service._begin(stream, "", port)
+            await service._begin(stream, port)
             assert (stream.log, circuit.closed) == (expected, closed), port
             assert bool(slept) == closed
             slept.clear()
@@ -269,7 +269,7 @@ def test_ports(service, monkeypatch):
         circuit = Circuit()
         circuit.streams = {n: None for n in range(600)}
         stream = Stream(circuit)
-        await service._begin(stream, "", 81)
+        await service._begin(stream, 81)
         assert stream.log == [minitor.END_RESOURCELIMIT]
 
     asyncio.run(main())
@@ -278,10 +278,10 @@ def test_ports(service, monkeypatch):
 # ─── the client ───
 
 
-def meet(answer, testing=False, address="11.22.33.44"):
+def meet(answer, testing=False, private=False):
     """Run `_introduce` with that INTRODUCE_ACK: (rendezvous circuit, introduction circuit)."""
-    intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), address=address)
-    intro.enc_key = minitor.x25519_public(b"q" * 32)
+    intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), private=private)
+    intro.b, intro.enc_key = b"q" * 32, minitor.x25519_public(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
     relay.ntor_key = minitor.x25519_public(b"n" * 32)
@@ -297,9 +297,7 @@ def meet(answer, testing=False, address="11.22.33.44"):
         await settle()
         if rend.promises and introducing.sent:
             body = introducing.sent[0][1]
-            target, cookie, reply, _ = minitor.hs_ntor_service(
-                intro, b"q" * 32, [b"s" * 32], body
-            )
+            target, cookie, reply, _ = minitor.hs_ntor_service(intro, [b"s" * 32], body)
             assert target.flow
             assert rend.sent == [(minitor.RELAY_ESTABLISH_RENDEZVOUS, cookie)]
             rend.promises[0][1].set((minitor.RELAY_RENDEZVOUS2, reply[20:]))
@@ -329,9 +327,9 @@ def test_client_is_refused(answer, error):
 
 
 def test_client_refuses_private_introduction_points():
-    result, rend, introducing = meet(b"\0\0\0", address="192.168.1.1")
+    result, rend, introducing = meet(b"\0\0\0", private=True)
     assert isinstance(result, minitor.OnionError) and not introducing.sent
-    assert meet(b"\0\0\0", True, "192.168.1.1")[0].keys
+    assert meet(b"\0\0\0", True, True)[0].keys
 
 
 def test_streams_share_one_attempt(monkeypatch):
@@ -344,7 +342,7 @@ def test_streams_share_one_attempt(monkeypatch):
             raise minitor.OnionError("down")
         circuit = Circuit()
 
-        async def open_stream(host, port, seconds, flags):
+        async def open_stream(host, port, seconds):
             opened.append((circuit, port))
             return len(opened)
 
@@ -384,7 +382,7 @@ def test_descriptors_are_kept(monkeypatch):
             raise minitor.DirectoryError("answers 404")
         return b""
 
-    found = lambda *_: Thing(lifetime=60, intro_points=[])
+    found = lambda *_: Thing(until=minitor.now() + 60, intro_points=[])
     monkeypatch.setattr(minitor, "hsdir_request", hsdir_request)
     monkeypatch.setattr(minitor, "parse_descriptor", found)
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [1, 2, 3])

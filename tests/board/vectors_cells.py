@@ -42,22 +42,22 @@ identity = H("69546f6c64596f7541626f75745374616972732e")
 minitor.x25519_keypair = keypair(
     H("706f6461792069207075742e2e2e2e2e2e2e2e4a454c4c59206f6e2074686973")
 )
-state, skin = minitor.ntor_start(identity, B)
+skin, finish = minitor.ntor(identity, B)
 reply = H(
     "390480a14362761d6aec1fea840f6e9e928fb2adb7b25c670be1045e35133a37"
     "1cbdf68b89923e1f85e8e18ee6e805ea333fe4849c790ffd2670bd80fec95cc8"
 )
-assert minitor.ntor_finish(state, reply)[:72] == H(
+assert finish(b"\0\x40" + reply)[:72] == H(
     "0c62dee7f48893370d0ef896758d35729867beef1a5121df80e00f79ed349af39b51cae125719182f19d"
     "932a667dae1afbf2e336e6910e7822223e763afad0a13342157969dc6b79"
 )
-assert refused(minitor.ntor_finish, state, reply[:-1] + b"\0")
+assert refused(finish, b"\0\x40" + reply[:-1] + b"\0")
 
 # hs-ntor: the rendezvous of C tor's handshake, then both ends.
 intro = Thing()
 intro.auth_key = H("34E171E4358E501BFF21ED907E96AC6BFEF697C779D040BBAF49ACC30FC5D21F")
 intro.enc_key = H("8E5127A40E83AABF6493E41F142B6EE3604B85A3961CD7E38D247239AFF71979")
-b = H("A0ED5DBF94EEB2EDB3B514E4CF6ABFF6022051CC5F103391F1970A3FCD15296A")
+intro.b = H("A0ED5DBF94EEB2EDB3B514E4CF6ABFF6022051CC5F103391F1970A3FCD15296A")
 x = H("60B4D6BF5234DCF87A4E9D7487BDF3F4A69B6729835E825CA29089CFDDA1E341")
 reply = H(
     "8fbe0db4d4a9c7ff46701e3e0ee7fd05cd28be4f302460addeec9e93354ee700"
@@ -65,31 +65,38 @@ reply = H(
 )
 seed = H("4D0C72FE8AFF35559D95ECC18EB5A36883402B28CDFD48C8A530A5A3D7D578DB")
 keys = minitor.shake256(seed + b"tor-hs-ntor-curve25519-sha3-256-1:hs_key_expand", 128)
-state = (x, minitor.x25519_public(x), intro)
-assert minitor.hs_ntor_client_finish(state, reply) == keys
-assert refused(minitor.hs_ntor_client_finish, state, reply[:-1] + b"\0")
-
-minitor.x25519_keypair = random_keypair
 relay = Thing()
 relay.rsa_id, relay.ed_id, relay.ntor_key = b"r" * 20, b"e" * 32, b"n" * 32
 relay.address, relay.port = "127.0.0.1", 5001
-state, body = minitor.hs_ntor_client_intro(intro, b"s" * 32, b"c" * 20, relay)
+minitor.x25519_keypair = keypair(x)
+_, finish = minitor.hs_ntor_client(intro, b"s" * 32, b"c" * 20, relay)
+assert finish(reply) == keys
+assert refused(finish, reply[:-1] + b"\0")
+
+minitor.x25519_keypair = random_keypair
+body, finish = minitor.hs_ntor_client(intro, b"s" * 32, b"c" * 20, relay)
 assert len(body) == 310
-target, cookie, answer, keys = minitor.hs_ntor_service(intro, b, [bytes(32), b"s" * 32], body)
+target, cookie, answer, keys = minitor.hs_ntor_service(intro, [bytes(32), b"s" * 32], body)
 assert cookie == b"c" * 20 and (target.address, target.port) == ("127.0.0.1", 5001)
 assert (target.rsa_id, target.ed_id, target.ntor_key) == (b"r" * 20, b"e" * 32, b"n" * 32)
 assert minitor.link_specifiers(target) == minitor.link_specifiers(relay)
-assert minitor.hs_ntor_client_finish(state, answer[20:]) == keys and len(keys) == 128
-assert refused(minitor.hs_ntor_service, intro, b, [bytes(32)], body)
-assert refused(minitor.hs_ntor_service, intro, b, [b"s" * 32], body[:100])
+assert finish(answer[20:]) == keys and len(keys) == 128
+assert refused(minitor.hs_ntor_service, intro, [bytes(32)], body)
+assert refused(minitor.hs_ntor_service, intro, [b"s" * 32], body[:100])
 
 # Messages.
-assert len(minitor.establish_intro(b"s" * 32, minitor.ed25519_public(b"s" * 32), b"k" * 20)) == 134
+intro.seed = b"s" * 32
+assert len(minitor.establish_intro(intro, b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
-assert minitor.parse_begin(minitor.begin("a.b", 80, 1)) == ("a.b", 80)
+assert minitor.parse_begin(b"a.b:80\0\0\0\0\1") == 80
 assert refused(minitor.parse_begin, b"a:99999\0")
-assert minitor.is_private("172.16.3.4") and not minitor.is_private("172.32.3.4")
-assert minitor.parse_resolved(H("0404010203040000000a")) == [(4, "1.2.3.4")]
-assert minitor.address_bytes("1.2.3.256") == b"" and minitor.address_text(bytes(16))[:4] == "0:0:"
+for address, private in (("172.16.3.4", True), ("172.32.3.4", False)):
+    relay.address = address
+    spec = minitor.link_specifiers(relay)
+    assert minitor.parse_link_specifiers(minitor.Reader(spec), b"").private == private
+assert minitor.parse_resolved(H("0404010203040000000a")) == ["1.2.3.4"]
+for bad in ("1.2.3.256", "1.2.3", "a.b.c.d"):
+    assert minitor.address_bytes(bad) == b""
+assert minitor.parse_resolved(b"\6\x10" + bytes(20)) == ["0:0:0:0:0:0:0:0"]
 
 print("ok")

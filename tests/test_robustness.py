@@ -181,7 +181,7 @@ def certs(key):
     cross += b"\x80" + key.sign(minitor.sha256(prefix + cross))
     link = bytearray(ed_cert(5, tls, b"t" * 32)[:-64])
     link[6] = 3  # kind of key: the digest of a TLS certificate
-    link = bytes(link) + minitor.ed25519_sign(b"t" * 32, bytes(link))
+    link = bytes(link) + minitor.ed25519_sign_expanded(*expanded(b"t" * 32), bytes(link))
     body = b"\4"
     for kind, cert in ((2, x509), (4, ed_cert(4, signing)), (5, link), (7, cross)):
         body += struct.pack(">BH", kind, len(cert)) + cert

@@ -97,7 +97,9 @@ for seed, public, message, signature in (
     ),
 ):
     assert hexlify(minitor.ed25519_public(b(seed))) == public
-    assert hexlify(minitor.ed25519_sign(b(seed), b(message))) == signature
+    assert hexlify(
+        minitor.ed25519_sign_expanded(minitor.ed25519_expand(b(seed)), b(public), b(message))
+    ) == signature
     assert minitor.ed25519_verify(b(public), b(message), b(signature))
 
 # Ed25519 with blinding: tor's vectors.
@@ -171,7 +173,7 @@ RSA_SIGNATURE = b(
 )
 digest = minitor.sha256(b"minitor")
 key = minitor.rsa_public_key(DER)
-assert key[1] == 65537 and key[0] >> 1023 == 1
+assert len(key) == 128 and key[0] == 0xB6
 assert minitor.rsa_verify(key, digest, RSA_SIGNATURE)
 assert not minitor.rsa_verify(key, digest[:20], RSA_SIGNATURE)
 assert not minitor.rsa_verify(key, minitor.sha256(b"else"), RSA_SIGNATURE)

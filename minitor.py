@@ -1,7 +1,7 @@
 """Tor in one Python file: a client and an onion-service host, without dependencies.
 
-It runs on CPython (3.9 and later) and MicroPython (1.24 and later).  Each section uses only what
-stands above it; the upper half turns bytes into values and back, the lower half uses the network.
+For CPython (3.9 and later) and MicroPython (1.24 and later).  Each section uses only what stands
+above it, and the upper half never touches the network.
 
     with minitor.Tor() as tor:
         print(tor.http_get("http://<56 characters>.onion/"))
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ("AsyncTor", "Tor", "TorError")
 
 # === 1. Platform ===
-# Every difference between CPython and MicroPython, and nothing of it below.
+# Every difference between CPython and MicroPython.
 
 import asyncio
 import binascii
@@ -34,34 +34,31 @@ if MICROPYTHON:
     import tls
     from cryptolib import aes
 
-    # Collected early, what lives long stays together, and large pieces find room.
+    # Early, so that what lives long stays together, and large pieces find room.
     gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
-    # MicroPython counts from 1970 on Unix and from 2000 on a chip.
+    # It counts from 1970 on Unix, from 2000 on a chip.
     _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
     print_exception = sys.print_exception
 
-    def consteq(a, b):
-        """Compare two byte strings, in constant time for one length."""
+    def consteq(a, b):  # In constant time.
         return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
 else:
     import hmac
     import ssl
-    import traceback
 
     _EPOCH = 0
     consteq = hmac.compare_digest
 
-    def ticks_ms():
-        """Return milliseconds of a clock that never goes back; compare with `ticks_diff`."""
+    def ticks_ms():  # Of a clock that never goes back; compare with `ticks_diff`.
         return int(time.monotonic() * 1000)
 
     def ticks_diff(later, earlier):
         return later - earlier
 
     def print_exception(error):
-        traceback.print_exception(type(error), error, error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
 
 
 urandom = os.urandom
@@ -71,13 +68,22 @@ def hexlify(data):
     return binascii.hexlify(data).decode()
 
 
+_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
+
+
+def b32encode(data):
+    """Return `data` (a multiple of 5 bytes) in lower-case base32."""
+    n = int.from_bytes(data, "big")
+    return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
+
+
 def now():
-    """Return the time in whole seconds since 1970."""
+    """Return whole seconds since 1970."""
     return int(time.time()) + _EPOCH
 
 
 def randbelow(n):
-    # 128 bits: for the n here, up to 2^64, the modulo's bias is nothing.
+    # Of 128 bits, so that the bias is nothing (n is 2^64 at most).
     return int.from_bytes(urandom(16), "big") % n
 
 
@@ -86,22 +92,21 @@ def sha256(data):
 
 
 def private_dir(path):
-    """Make the folder `path`, and those above it; on a host only its owner may enter."""
+    """Make the folder `path`, and those above it, on a host for its owner alone."""
     if MICROPYTHON:
-        at = ""
-        for part in path.split("/"):
-            at += part + "/"
-            try:
-                os.mkdir(at[:-1])
-            except OSError:
-                pass
+        if "/" in path:
+            private_dir(path.rpartition("/")[0])
+        try:
+            os.mkdir(path)
+        except OSError:
+            pass
     else:
         os.makedirs(path, 0o700, exist_ok=True)
         os.chmod(path, 0o700)
 
 
 def read_file(path):
-    """Return the bytes of the file `path`, or None where there is none."""
+    """Return the bytes of a file, or None where there is none."""
     try:
         with open(path, "rb") as f:
             return f.read()
@@ -110,7 +115,7 @@ def read_file(path):
 
 
 def write_file(path, data):
-    """Replace the file `path` by `data` (bytes, or a list of bytes) in one step."""
+    """Replace the file `path` by `data` in one step."""
     if MICROPYTHON:
         partial, options, replace = path + ".tmp", {}, os.rename
     else:
@@ -118,8 +123,7 @@ def write_file(path, data):
         partial, replace = "%s.%d.tmp" % (path, os.getpid()), os.replace
         options = {"opener": lambda name, flags: os.open(name, flags, 0o600)}
     with open(partial, "wb", **options) as f:
-        for piece in data if isinstance(data, list) else (data,):
-            f.write(piece)
+        f.write(data)
         if not MICROPYTHON:
             f.flush()
             os.fsync(f.fileno())
@@ -157,7 +161,6 @@ class Promise:
         return self._event.is_set()
 
     def get(self):
-        """Return the value, None where there is none (yet)."""
         return self._value
 
     def set(self, value=None, error=None):
@@ -181,10 +184,7 @@ _tasks = set()
 
 
 def spawn(coroutine):
-    """Run `coroutine` as a task that is held on to, and return the task.
-
-    An exception that gets out of it is a bug of ours: it is logged, and ends that task only.
-    """
+    """Run `coroutine` as a task that is held on to, and return it; what it raises is logged."""
 
     async def run():
         try:
@@ -202,16 +202,16 @@ def spawn(coroutine):
 
 
 async def tls_connect(address, port, seconds):
-    """Open a TLS connection to a relay's IP address; OSError, asyncio.TimeoutError.
+    """Connect to a relay's IP address; OSError, asyncio.TimeoutError.
 
-    Returns reader, writer, and a function that gives the SHA-256 of the relay's certificate
-    once something was read: it is CERTS that proves the identity (tor-spec 4.2).
+    Returns reader, writer, and a function for the SHA-256 of the relay's certificate, once
+    something was read: it is CERTS that proves the identity (tor-spec 4.2).
     """
     if MICROPYTHON:
         context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
 
         def note(der, depth):
-            # `der` is a view on memory that is gone afterwards.
+            # `der` is memory that is gone afterwards.
             if depth == 0:
                 seen[0] = sha256(der)
             return 0
@@ -221,8 +221,8 @@ async def tls_connect(address, port, seconds):
         context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Random and shaped like a host name, as tor's are: a fixed one, or none, would stand out.
-    name = "www." + "".join([chr(97 + b % 26) for b in urandom(8 + randbelow(12))]) + ".com"
+    # As tor's are: a fixed one, or none, would stand out.
+    name = "www.%s.com" % b32encode(urandom(20))[: 4 + randbelow(22)]
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
@@ -231,10 +231,10 @@ async def tls_connect(address, port, seconds):
 
 
 async def hang_up(writer):
-    """Close the connection at once, whatever is still unsent."""
+    """Close the connection, whatever is unsent."""
     try:
         if MICROPYTHON:
-            # `close` closes nothing there, `wait_closed` does.
+            # It is the latter that closes.
             writer.close()
             await writer.wait_closed()
         else:
@@ -244,11 +244,11 @@ async def hang_up(writer):
 
 
 # === 2. Errors ===
-# Each message says what happened, to which relay, address or file, and what to do about it.
+# A message says what happened, to which relay, address or file, and what to do.
 
 
 class TorError(Exception):
-    """The base of every error that minitor raises; `reason`: tor's number for it, or 0."""
+    """The base of minitor's errors; `reason`: tor's number for it, or 0."""
 
     def __init__(self, text, reason=0):
         super().__init__(text)
@@ -256,11 +256,11 @@ class TorError(Exception):
 
 
 class ConfigError(TorError):
-    """The caller asked for something that cannot be: an option, a file, an argument."""
+    """An option, file or argument of the caller's is wrong."""
 
 
 class AddressError(ConfigError):
-    """An onion address, host name or port that is not one."""
+    """What was given is no onion address, host name or port."""
 
 
 class ProtocolError(TorError):
@@ -268,7 +268,7 @@ class ProtocolError(TorError):
 
 
 class ClockError(TorError):
-    """The clock of this machine is wrong by more than Tor can bear."""
+    """This machine's clock is too wrong for Tor."""
 
 
 class DirectoryError(TorError):
@@ -292,7 +292,7 @@ class OnionError(TorError):
 
 
 class DescriptorError(OnionError):
-    """An onion service's descriptor was not found, or is not to be trusted."""
+    """An onion service's descriptor was not found, or is false."""
 
 
 class TorTimeout(TorError):
@@ -300,7 +300,7 @@ class TorTimeout(TorError):
 
 
 # === 3. Bytes ===
-# Readers and writers of binary structures, base32 and base64.
+# Readers and writers of binary structures; all raise ProtocolError.
 
 
 def require(good, text):
@@ -309,14 +309,14 @@ def require(good, text):
 
 
 def decimal(text, least, most):
-    """Return the number in `text` (bytes); ProtocolError unless in [least, most]."""
+    """Return the number in `text` (bytes), in [least, most]."""
     digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
     require(digits and least <= int(text) <= most, "bad number")
     return int(text)
 
 
 class Reader:
-    """Takes big-endian integers and bytes from the front of `data`; ProtocolError names `what`."""
+    """Takes what stands at the front of `data`; errors name `what`."""
 
     def __init__(self, data, what="structure"):
         self.data, self.at, self.what = data, 0, what
@@ -328,7 +328,6 @@ class Reader:
         return bytes(self.data[self.at - n : self.at])
 
     def uint(self, n):
-        """Take an integer of `n` bytes."""
         return int.from_bytes(self.take(n), "big")
 
     def left(self):
@@ -336,7 +335,7 @@ class Reader:
 
 
 def b64encode(data):
-    """Return `data` in base64, as text, without padding or line breaks."""
+    """Return base64 as text without padding."""
     return binascii.b2a_base64(data).rstrip(b"=\n").decode()
 
 
@@ -344,7 +343,7 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 def b64decode(text, size=None):
-    """Decode base64 (text or bytes, padded or not, without blanks), of `size` bytes if given."""
+    """Decode base64 (text or bytes, padded or not), of `size` bytes if given."""
     if isinstance(text, str):
         text = text.encode()
     text = text.rstrip(b"=")
@@ -355,17 +354,8 @@ def b64decode(text, size=None):
     return data
 
 
-_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
-
-
-def b32encode(data):
-    """Return `data` (a multiple of 5 bytes) in lower-case base32."""
-    n = int.from_bytes(data, "big")
-    return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
-
-
 def b32decode(text):
-    """Decode lower- or upper-case base32 of a multiple of 8 characters; ProtocolError."""
+    """Decode base32 of a multiple of 8 characters."""
     text = text.lower()
     require(len(text) % 8 == 0 and not text.strip(_BASE32), "bad base32")
     n = 0
@@ -375,8 +365,8 @@ def b32decode(text):
 
 
 # === 4. Hashes and ciphers ===
-# SHA-1, SHA-2, SHA-3, HMAC, HKDF, AES in counter mode (tor-spec 0.3).  Sha1, Sha3_256:
-# update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data) goes on in the key stream.
+# tor-spec 0.3.  Sha1, Sha3_256: update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data)
+# goes on in the key stream.
 
 _MASK = (1 << 64) - 1
 
@@ -410,8 +400,7 @@ class _Sha1(_Hash):
     _format = ">5I"
     _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
-    def _absorb(self, block):
-        mask = 0xFFFFFFFF
+    def _absorb(self, block, mask=0xFFFFFFFF):
         w = list(struct.unpack(">16I", block))
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
@@ -446,9 +435,7 @@ class _Sha512(_Hash):
     _start = list(_roots(19, 2))
     _k = list(_roots(409, 3))
 
-    def _absorb(self, block):
-        mask = _MASK
-
+    def _absorb(self, block, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
@@ -471,8 +458,7 @@ class _Sha3(_Hash):
     _start = (0,) * 25
     _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
 
-    def _absorb(self, block):
-        mask = _MASK
+    def _absorb(self, block, mask=_MASK):
         block = struct.unpack("<17Q", block) + (0,) * 8
         a = [x ^ y for x, y in zip(self._state, block)]
         b = a[:]
@@ -510,8 +496,6 @@ Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
 
 
 class AesCtrCryptolib:
-    # No cipher object is kept: 313 bytes.
-
     def __init__(self, key, iv=bytes(16)):
         self._key = key
         self._at = int.from_bytes(iv, "big") << 4
@@ -520,7 +504,7 @@ class AesCtrCryptolib:
         out = []
         at = 0
         while at < len(data):
-            # To a multiple of 1 KB: only the counter's last byte changes.
+            # Within 1 KB only the counter's last byte changes.
             piece = data[at : at + 1024 - (self._at & 1023)]
             n = len(piece)
             skip = self._at & 15
@@ -528,6 +512,7 @@ class AesCtrCryptolib:
             blocks = bytearray(counter * (skip + n + 15 >> 4))
             for i in range(15, len(blocks), 16):
                 blocks[i] += i >> 4
+            # Not kept, being 313 bytes.
             aes(self._key, 1).encrypt(blocks, blocks)
             x = int.from_bytes(blocks[skip : skip + n], "big") ^ int.from_bytes(piece, "big")
             out.append(x.to_bytes(n, "big"))
@@ -536,13 +521,12 @@ class AesCtrCryptolib:
         return b"".join(out)
 
 
-# The portable AES works on many blocks at once, each row of their states being one string:
-# `translate` is SubBytes, and integers add.
+# The portable AES works on many blocks at once; a row of all their states is one string.
 _BLOCKS = 512
 
 
 def _boxes():
-    # SubBytes, by powers of 3 (FIPS 197 5.1.1); and what is twice that.
+    # SubBytes (FIPS 197 5.1.1) by powers of 3, and twice that.
     powers, box = [1], bytearray(b"c" * 256)
     for i in range(254):
         x = powers[i] ^ powers[i] << 1
@@ -609,7 +593,7 @@ class AesCtrOpenssl:
 
     def crypt(self, data):
         n = len(data)
-        # Filled in place; shorter ones are shared by all of Python.
+        # Filled in place; shorter ones Python shares.
         out = bytes(n if n > 1 else 2)
         _encrypt(self._context, out, _size, bytes(data), n)
         return out[:n]
@@ -621,7 +605,7 @@ if not MICROPYTHON:
         import _ssl
         import ctypes
 
-        # The interpreter's own; calls are too short to let go of its lock.
+        # The interpreter's own.  Calls are too short to let go of its lock.
         _evp = ctypes.PyDLL(_ssl.__file__)
         _encrypt, _size = _evp.EVP_EncryptUpdate, ctypes.byref(ctypes.c_int())
         _ciphers = {16: _evp.EVP_aes_128_ctr, 32: _evp.EVP_aes_256_ctr}
@@ -630,8 +614,8 @@ if not MICROPYTHON:
         good = AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4"
         if good and not os.environ.get("MINITOR_PORTABLE_AES"):
             AesCtr = AesCtrOpenssl
-    except Exception:
-        pass  # Not here.
+    except Exception:  # Not here.
+        pass
 
 
 def sha1(data):
@@ -643,9 +627,7 @@ def sha3_256(data):
 
 
 def shake256(data, n):
-    if MICROPYTHON:
-        return Sha3_256(data).digest(n, 31)
-    return hashlib.shake_256(data).digest(n)
+    return Sha3_256(data).digest(n, 31) if MICROPYTHON else hashlib.shake_256(data).digest(n)
 
 
 def sha512(data):
@@ -660,17 +642,15 @@ def hmac_sha256(key, data):
 
 def hkdf_sha256(secret, salt, info, n):
     # RFC 5869
-    key = hmac_sha256(salt, secret)
-    out = block = b""
-    for i in range(1, (n + 63) // 32):
-        block = hmac_sha256(key, block + info + bytes((i,)))
+    key, out, block = hmac_sha256(salt, secret), b"", b""
+    while len(out) < n:
+        block = hmac_sha256(key, block + info + bytes((len(out) // 32 + 1,)))
         out += block
     return out[:n]
 
 
 # === 5. Curves and signatures ===
-# X25519 (RFC 7748), Ed25519 (RFC 8032) with key blinding (rend-spec-v3, A.2),
-# RSA as directory authorities sign.  Python's integers are not constant-time.
+# RFC 7748, RFC 8032, key blinding (rend-spec-v3, A.2).  Python's integers take varying time.
 
 _P = (1 << 255) - 19
 _L = (1 << 252) + 27742317777372353535851937790883648493
@@ -686,14 +666,12 @@ def _clamp(data):
     return _int(data) & (1 << 254) - 8 | 1 << 254
 
 
-def x25519(k, u):
-    """Return the secret that the secret key `k` and the public key `u` share (RFC 7748, 5, 6.1)."""
+def x25519(k, u=b"\t" + bytes(31)):
+    # What the secret key `k` and `u` share; without `u`, the public key.  RFC 7748, 5 and 6.1.
     require(len(u) == 32, "X25519 key of %d bytes" % len(u))
-    p = _P
-    u = _int(u) & (1 << 255) - 1
+    p, k, u = _P, _clamp(k), _int(u) & (1 << 255) - 1
     x2, z2, x3, z3 = 1, 0, u, 1
-    # Where a bit differs from the one above, they are swapped; not at the end, as bit 0 is 0.
-    k = _clamp(k)
+    # Swapped where a bit differs from the one above; at the end not, as bit 0 is 0.
     k ^= k >> 1
     for t in range(254, -1, -1):
         if k >> t & 1:
@@ -710,20 +688,13 @@ def x25519(k, u):
     return x2.to_bytes(32, "little")
 
 
-def x25519_public(x):
-    return x25519(x, b"\t" + bytes(31))
-
-
 def x25519_keypair():
-    """Return a new secret key and its public key."""
     x = urandom(32)
-    return x, x25519_public(x)
-
-
-# Points are tuples X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032, 5.1.4).
+    return x, x25519(x)
 
 
 def _add(p, q):
+    # Points are X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032, 5.1.4).
     x1, y1, z1, t1 = p
     x2, y2, z2, t2 = q
     a = (y1 - x1) * (y2 - x2) % _P
@@ -735,8 +706,8 @@ def _add(p, q):
 
 
 def _multiply(*terms):
-    # The sum of k * point over `terms`, pairs of k (of either sign) and point.  Each k becomes
-    # odd digits, four zeros or more between them; above 16, d means d - 32.
+    # The sum of k * point over `terms`, encoded.  Each k, of either sign, becomes odd digits,
+    # four zeros or more between them; above 16, d means d - 32.
     added = {}
     for k, point in terms:
         twice, odd = _add(point, point), [point]
@@ -762,24 +733,17 @@ def _multiply(*terms):
         for point in added.get(i, ()):
             x, y, z, h = _add((x, y, z, e * h % p), point)
             e = 1
-    return x, y, z, e * h % p
-
-
-def _encode(point):
-    x, y, z, _ = point
-    z = pow(z, _P - 2, _P)
-    return (y * z % _P | (x * z % _P & 1) << 255).to_bytes(32, "little")
+    z = pow(z, p - 2, p)
+    return (y * z % p | (x * z % p & 1) << 255).to_bytes(32, "little")
 
 
 def _decode(data):
-    # RFC 8032, 5.1.3.  None if `data` is not the one encoding of a point.
+    # None if `data` is not the one encoding of a point (5.1.3).
     sign, y = divmod(_int(data), 1 << 255)
-    if len(data) != 32 or y >= _P:
-        return None
     xx = (y * y - 1) * pow(y * y * _D + 1, _P - 2, _P) % _P
     x = pow(xx, (_P + 3) // 8, _P)
     for x in x, x * _ROOT % _P:
-        if x * x % _P == xx and (x or not sign):
+        if x * x % _P == xx and (x or not sign) and y < _P and len(data) == 32:
             x = x if x & 1 == sign else _P - x
             return x, y, 1, x * y % _P
     return None
@@ -789,65 +753,53 @@ _BASE = _decode(b"X" + b"f" * 31)
 
 
 def ed25519_valid(public):
-    """Return whether `public` is a point of prime order: no torsion."""
+    """Return whether `public` is of prime order: no torsion."""
     A = _decode(public)
-    return A is not None and A[1] != 1 and _encode(_multiply((_L, A))) == b"\1" + bytes(31)
+    return A is not None and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
 
 
 def ed25519_expand(seed):
-    """Return the expanded secret key of a seed: 32 bytes of scalar, 32 of prefix."""
+    """Return a seed's expanded secret key: 32 bytes of scalar, 32 of prefix."""
     esk = sha512(seed)
     return _clamp(esk[:32]).to_bytes(32, "little") + esk[32:]
 
 
-def ed25519_public_expanded(esk):
-    return _encode(_multiply((_int(esk[:32]), _BASE)))
+def ed25519_public(esk):
+    return _multiply((_int(esk[:32]), _BASE))
 
 
-def ed25519_public(seed):
-    return ed25519_public_expanded(ed25519_expand(seed))
-
-
-def ed25519_sign_expanded(esk, public, message):
-    """Return the signature (64 bytes) of `message` by an expanded secret key."""
+def ed25519_sign(esk, public, message):
     r = _int(sha512(esk[32:] + message)) % _L
-    R = _encode(_multiply((r, _BASE)))
+    R = _multiply((r, _BASE))
     h = _int(sha512(R + public + message))
     return R + ((r + h * _int(esk[:32])) % _L).to_bytes(32, "little")
 
 
 def ed25519_verify(public, message, signature):
-    """Return whether `signature` over `message` is by the key `public`.
-
-    Without cofactor, as in tor; S beyond the group order and keys of low order are refused.
-    """
-    A = _decode(public)
-    s = _int(signature[32:])
+    """Verify without cofactor, as tor; keys of low order are refused."""
+    A, s = _decode(public), _int(signature[32:])
     if len(signature) != 64 or s >= _L or A is None:
         return False
-    # A key of order 1, 2, 4 or 8 has x = 0, y = 0 or x^2 = -y^2.
-    x, y = A[:2]
-    R = bytes(signature[:32])
+    # Of low order x = 0, y = 0 or x^2 = -y^2.
+    x, y, R = A[0], A[1], bytes(signature[:32])
     h = _int(sha512(R + public + message)) % _L
-    return x * y * (x * x + y * y) % _P != 0 and _encode(_multiply((s, _BASE), (-h, A))) == R
+    return x * y * (x * x + y * y) % _P != 0 and _multiply((s, _BASE), (-h, A)) == R
 
 
 def ed25519_blind_public(public, param):
-    """Blind the key `public` by `param` (32 bytes); ProtocolError if it is no point."""
     A = _decode(public)
     require(A, "Ed25519 key is no point")
-    return _encode(_multiply((_clamp(param), A)))
+    return _multiply((_clamp(param), A))
 
 
 def ed25519_blind_secret(esk, param):
-    """Blind an expanded secret key into another."""
     a = _clamp(param) * _int(esk[:32]) % _L
     prefix = sha512(b"Derive temporary signing key hash input" + esk[32:])[:32]
     return a.to_bytes(32, "little") + prefix
 
 
 def rsa_public_key(der):
-    """Return the modulus, 1024 or 2048 to 4096 bits, of an RSAPublicKey (RFC 8017, A.1.1)."""
+    """Return the modulus of an RSAPublicKey (RFC 8017, A.1.1) of 1024, or 2048 to 4096 bits."""
     size = len(der)
     require(size == 140 or 270 <= size <= 526, "bad RSA key")
     head = b"0\x81\x89\2\x81\x81\0"
@@ -859,13 +811,12 @@ def rsa_public_key(der):
 
 
 def rsa_verify(n, digest, signature):
-    """Return whether `signature` is PKCS#1 v1.5 by `n` over the bare `digest` (dir-spec 1.3)."""
-    size = len(n)
-    if len(signature) != size or signature >= n:
+    """Verify PKCS#1 v1.5 over the bare `digest` (dir-spec 1.3)."""
+    if len(signature) != len(n) or signature >= n:
         return False
-    block = b"\0\1" + b"\xff" * (size - 3 - len(digest)) + b"\0" + digest
     s = pow(int.from_bytes(signature, "big"), 65537, int.from_bytes(n, "big"))
-    return s.to_bytes(size, "big") == block
+    fill = b"\xff" * (len(n) - 3 - len(digest))
+    return s.to_bytes(len(n), "big") == b"\0\1" + fill + b"\0" + digest
 
 
 # === 6. Certificates and documents ==========================================
@@ -1372,7 +1323,7 @@ class RelayTable:
         pieces = [consensus.head, self.records] + self._columns + self._beside
         pieces = [bytes(piece) for piece in pieces]
         body = b"".join([struct.pack(">I", len(piece)) + piece for piece in pieces])
-        write_file(path, [sha256(_LAYOUT + network_id + body), body])
+        write_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
 def load_table(path, network_id):
@@ -1604,13 +1555,11 @@ def hs_mac(key, message):
     return sha3_256(len(key).to_bytes(8, "big") + key + message)
 
 
-def establish_intro(seed, auth_key, kh):
+def establish_intro(esk, auth_key, kh):
     """Return ESTABLISH_INTRO (3.1.1); `kh` is KH of the circuit's last hop."""
     data = _AUTH + auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\0\x40" + ed25519_sign_expanded(
-        ed25519_expand(seed), auth_key, b"Tor establish-intro cell v1" + data
-    )
+    return data + b"\0\x40" + ed25519_sign(esk, auth_key, b"Tor establish-intro cell v1" + data)
 
 
 def _intro_keys(exp, X, intro, subcred):
@@ -1805,7 +1754,7 @@ def revision_counter(esk, seconds):
 def make_ed_cert(kind, key, when, esk, public):
     """Return a certificate (cert-spec 2.1) of `kind` for `key`, good for 54 hours."""
     body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
-    return body + ed25519_sign_expanded(esk, public, body)
+    return body + ed25519_sign(esk, public, body)
 
 
 def _base64(data):
@@ -1855,8 +1804,8 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
     `esk`, `blinded`: the blinded keys; `intro_points`: Relays or Targets, with `auth_key`
     and `enc_key`; `when`: now; `flow`: the SENDME increment of congestion control, or 0.
     """
-    seed, secret = urandom(32), blinded + subcred + struct.pack(">Q", revision)
-    signer, public = ed25519_expand(seed), ed25519_public(seed)
+    secret, signer = blinded + subcred + struct.pack(">Q", revision), ed25519_expand(urandom(32))
+    public = ed25519_public(signer)
 
     def cert(kind, key, esk=signer, by=public):
         return _armour(b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
@@ -1880,7 +1829,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
         cert(8, public, esk, blinded)
     )
     text += b"revision-counter %d\nsuperencrypted\n%s\n" % (revision, _seal(outer, secret, _OUTER))
-    signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
+    signature = ed25519_sign(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
@@ -3967,7 +3916,7 @@ def load_service_key(key_dir):
         data = read_file(path + "secret_key") or b""
         if len(data) != 96 or data[:32] != head:
             raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
-        public = ed25519_public_expanded(data[32:])
+        public = ed25519_public(data[32:])
         write_file(path + "public_key", _KEY_HEAD % b"public" + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
@@ -4042,8 +3991,8 @@ class OnionService:
         used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
         i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
         intro = table.relay(i)
-        intro.seed = urandom(32)
-        intro.auth_key = ed25519_public(intro.seed)
+        intro.esk = ed25519_expand(urandom(32))
+        intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
         intro.ready, intro.cookies = False, set()
         intro.until = now() + 64800 + randbelow(21600)
@@ -4070,7 +4019,7 @@ class OnionService:
         circuit = await self.tor.circuit_to("service_intro", intro)
         try:
             circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-            message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
+            message = establish_intro(intro.esk, intro.auth_key, circuit.kh)
             answers = (RELAY_INTRO_ESTABLISHED,)
             await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
             intro.ready = True

@@ -24,7 +24,7 @@ class Thing:
 
 def fix_keypair(monkeypatch, secret):
     monkeypatch.setattr(
-        minitor, "x25519_keypair", lambda: (secret, minitor.x25519_public(secret))
+        minitor, "x25519_keypair", lambda: (secret, minitor.x25519(secret))
     )
 
 
@@ -303,7 +303,7 @@ def test_introduce2_of_c_tor(monkeypatch):
 
 
 def test_rendezvous2_of_c_tor():
-    state = (x, minitor.x25519_public(x), INTRO)
+    state = (x, minitor.x25519(x), INTRO)
     assert minitor.hs_ntor_client_finish(state, REPLY + bytes(84)) == hs_keys()
     for bad in (REPLY[:63], REPLY[:-1] + b"\0", bytes(64)):
         with pytest.raises(minitor.ProtocolError):
@@ -332,9 +332,9 @@ def test_introduce2_refused():
 
 
 def test_establish_intro():
-    seed, kh = b"s" * 32, b"k" * 20
-    auth = minitor.ed25519_public(seed)
-    body = minitor.establish_intro(seed, auth, kh)
+    esk, kh = minitor.ed25519_expand(b"s" * 32), b"k" * 20
+    auth = minitor.ed25519_public(esk)
+    body = minitor.establish_intro(esk, auth, kh)
     assert len(body) == 134 and body[:36] == H("02 0020") + auth + b"\0"
     assert body[36:68] == hashlib.sha3_256(struct.pack(">Q", 20) + kh + body[:36]).digest()
     assert body[68:70] == H("0040")

@@ -67,7 +67,7 @@ minitor.private_dir(folder + "/a/b")
 path = folder + "/a/b/file"
 assert minitor.read_file(path) is None
 minitor.write_file(path, b"first")
-minitor.write_file(path, [b"sec", b"ond"])
+minitor.write_file(path, b"second")
 assert minitor.read_file(path) == b"second" and os.listdir(folder + "/a/b") == ["file"]
 minitor.write_file(path, bytearray(b"third"))
 assert minitor.read_file(path) == b"third"

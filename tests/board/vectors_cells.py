@@ -21,7 +21,7 @@ def refused(function, *args):
 
 
 def keypair(secret):
-    return lambda: (secret, minitor.x25519_public(secret))
+    return lambda: (secret, minitor.x25519(secret))
 
 
 random_keypair = minitor.x25519_keypair
@@ -65,7 +65,7 @@ reply = H(
 )
 seed = H("4D0C72FE8AFF35559D95ECC18EB5A36883402B28CDFD48C8A530A5A3D7D578DB")
 keys = minitor.shake256(seed + b"tor-hs-ntor-curve25519-sha3-256-1:hs_key_expand", 128)
-state = (x, minitor.x25519_public(x), intro)
+state = (x, minitor.x25519(x), intro)
 assert minitor.hs_ntor_client_finish(state, reply) == keys
 assert refused(minitor.hs_ntor_client_finish, state, reply[:-1] + b"\0")
 
@@ -84,7 +84,8 @@ assert refused(minitor.hs_ntor_service, intro, b, [bytes(32)], body)
 assert refused(minitor.hs_ntor_service, intro, b, [b"s" * 32], body[:100])
 
 # Messages.
-assert len(minitor.establish_intro(b"s" * 32, minitor.ed25519_public(b"s" * 32), b"k" * 20)) == 134
+esk = minitor.ed25519_expand(b"s" * 32)
+assert len(minitor.establish_intro(esk, minitor.ed25519_public(esk), b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
 assert minitor.parse_begin(minitor.begin("a.b", 80, 1)) == ("a.b", 80)
 assert refused(minitor.parse_begin, b"a:99999\0")

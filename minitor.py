@@ -5,8 +5,7 @@ above it, and the upper half never touches the network.
 
     with minitor.Tor() as tor:
         print(tor.http_get("http://<56 characters>.onion/"))
-        service = tor.create_onion_service(80, target=8080)
-        print(service.address)
+        print(tor.create_onion_service(80, target=8080).address)
 
 MIT licence.
 """
@@ -51,7 +50,7 @@ else:
     _EPOCH = 0
     consteq = hmac.compare_digest
 
-    def ticks_ms():  # Of a clock that never goes back; compare with `ticks_diff`.
+    def ticks_ms():  # These never go back.
         return int(time.monotonic() * 1000)
 
     def ticks_diff(later, earlier):
@@ -72,7 +71,7 @@ _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 
 
 def b32encode(data):
-    """Return `data` (a multiple of 5 bytes) in lower-case base32."""
+    # Of a multiple of 5 bytes.
     n = int.from_bytes(data, "big")
     return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
 
@@ -106,7 +105,6 @@ def private_dir(path):
 
 
 def read_file(path):
-    """Return the bytes of a file, or None where there is none."""
     try:
         with open(path, "rb") as f:
             return f.read()
@@ -184,7 +182,7 @@ _tasks = set()
 
 
 def spawn(coroutine):
-    """Run `coroutine` as a task that is held on to, and return it; what it raises is logged."""
+    """Run `coroutine` as a task that is held on to; what it raises is logged."""
 
     async def run():
         try:
@@ -202,11 +200,8 @@ def spawn(coroutine):
 
 
 async def tls_connect(address, port, seconds):
-    """Connect to a relay's IP address; OSError, asyncio.TimeoutError.
-
-    Returns reader, writer, and a function for the SHA-256 of the relay's certificate, once
-    something was read: it is CERTS that proves the identity (tor-spec 4.2).
-    """
+    """Return reader, writer, and a function for the certificate's SHA-256, once data was read."""
+    # It is CERTS that proves the relay's identity (tor-spec 4.2).
     if MICROPYTHON:
         context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
 
@@ -335,7 +330,6 @@ class Reader:
 
 
 def b64encode(data):
-    """Return base64 as text without padding."""
     return binascii.b2a_base64(data).rstrip(b"=\n").decode()
 
 
@@ -355,7 +349,6 @@ def b64decode(text, size=None):
 
 
 def b32decode(text):
-    """Decode base32 of a multiple of 8 characters."""
     text = text.lower()
     require(len(text) % 8 == 0 and not text.strip(_BASE32), "bad base32")
     n = 0
@@ -365,8 +358,7 @@ def b32decode(text):
 
 
 # === 4. Hashes and ciphers ===
-# tor-spec 0.3.  Sha1, Sha3_256: update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data)
-# goes on in the key stream.
+# tor-spec 0.3.  Sha1, Sha3_256: update, copy, digest.  AesCtr(key[, iv]).crypt(data) goes on.
 
 _MASK = (1 << 64) - 1
 
@@ -521,8 +513,9 @@ class AesCtrCryptolib:
         return b"".join(out)
 
 
-# The portable AES works on many blocks at once; a row of all their states is one string.
-_BLOCKS = 512
+# The portable AES works on many blocks at once: all their first bytes are one string, and so on.
+_BLOCKS = 1024
+_ORDER = [p % 4 * 4 + p // 4 for p in range(16)]  # By rows.
 
 
 def _boxes():
@@ -541,8 +534,7 @@ _BOXES = _boxes()
 
 
 def _rows(blocks):
-    columns = [[blocks[r + c :: 16] for c in (0, 4, 8, 12)] for r in range(4)]
-    return [int.from_bytes(b"".join(row), "big") for row in columns]
+    return [int.from_bytes(blocks[p::16], "big") for p in _ORDER]
 
 
 class AesCtrPortable:
@@ -562,15 +554,13 @@ class AesCtrPortable:
         self._counter += _BLOCKS
         s = _rows(b"".join([(n & (1 << 128) - 1).to_bytes(16, "big") for n in counters]))
         for k in self._keys[:-1]:
-            s = [(x ^ y).to_bytes(4 * _BLOCKS, "big") for x, y in zip(s, k)]
-            s = [row[r * _BLOCKS :] + row[: r * _BLOCKS] for r, row in enumerate(s)]
-            a, b = [[int.from_bytes(row.translate(box), "big") for row in s] for box in _BOXES]
-            s = [b[r] ^ b[r - 3] ^ a[r - 3] ^ a[r - 2] ^ a[r - 1] for r in range(4)]
+            s = [(x ^ y).to_bytes(_BLOCKS, "big") for x, y in zip(s, k)]
+            s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]
+            a, b = [[int.from_bytes(x.translate(box), "big") for x in s] for box in _BOXES]
+            s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
         out = bytearray(16 * _BLOCKS)
-        for r in range(4):
-            row = (a[r] ^ self._keys[-1][r]).to_bytes(4 * _BLOCKS, "big")
-            for c in range(4):
-                out[4 * c + r :: 16] = row[c * _BLOCKS : (c + 1) * _BLOCKS]
+        for p, x, y in zip(_ORDER, a, self._keys[-1]):
+            out[p::16] = (x ^ y).to_bytes(_BLOCKS, "big")
         self._stream += out
 
     def crypt(self, data):
@@ -668,9 +658,8 @@ def _clamp(data):
 
 def x25519(k, u=b"\t" + bytes(31)):
     # What the secret key `k` and `u` share; without `u`, the public key.  RFC 7748, 5 and 6.1.
-    require(len(u) == 32, "X25519 key of %d bytes" % len(u))
-    p, k, u = _P, _clamp(k), _int(u) & (1 << 255) - 1
-    x2, z2, x3, z3 = 1, 0, u, 1
+    p, k, x1 = _P, _clamp(k), _int(u) & (1 << 255) - 1
+    x2, z2, x3, z3 = 1, 0, x1, 1
     # Swapped where a bit differs from the one above; at the end not, as bit 0 is 0.
     k ^= k >> 1
     for t in range(254, -1, -1):
@@ -679,12 +668,12 @@ def x25519(k, u=b"\t" + bytes(31)):
         a, b = x2 + z2, x2 - z2
         da, cb = (x3 - z3) * a, (x3 + z3) * b
         x3, z3 = (da + cb) % p, (da - cb) % p
-        x3, z3 = x3 * x3 % p, z3 * z3 % p * u % p
+        x3, z3 = x3 * x3 % p, z3 * z3 % p * x1 % p
         a, b = a * a % p, b * b % p
         c = a - b
         x2, z2 = a * b % p, (a + 121665 * c) * c % p
     x2 = x2 * pow(z2, p - 2, p) % p
-    require(x2, "X25519 key of low order")
+    require(x2 and len(u) == 32, "bad X25519 key")
     return x2.to_bytes(32, "little")
 
 
@@ -706,25 +695,23 @@ def _add(p, q):
 
 
 def _multiply(*terms):
-    # The sum of k * point over `terms`, encoded.  Each k, of either sign, becomes odd digits,
-    # four zeros or more between them; above 16, d means d - 32.
+    # The sum of k * point over `terms`, encoded.  Each k becomes odd digits, three zeros or more
+    # between them.
     added = {}
     for k, point in terms:
         twice, odd = _add(point, point), [point]
         for i in range(7):
             odd.append(_add(odd[i], twice))
-        odd += [(-x, y, z, -t) for x, y, z, t in odd[::-1]]
         i = 0
         while k:
             if k & 1:
-                d = k & 31
-                added.setdefault(i, []).append(odd[d >> 1])
-                k += 32 - d if d > 16 else -d
+                added.setdefault(i, []).append(odd[k >> 1 & 7])
+                k &= -16
             k >>= 1
             i += 1
     p = _P
     x, y, z, e, h = 0, 1, 1, 0, 1
-    for i in range(259, -1, -1):
+    for i in range(255, -1, -1):
         a, b = x * x % p, y * y % p
         e, g, h = -2 * x * y % p, a - b, a + b
         f = (2 * z * z + g) % p
@@ -759,7 +746,7 @@ def ed25519_valid(public):
 
 
 def ed25519_expand(seed):
-    """Return a seed's expanded secret key: 32 bytes of scalar, 32 of prefix."""
+    # 32 bytes of scalar, 32 of prefix.
     esk = sha512(seed)
     return _clamp(esk[:32]).to_bytes(32, "little") + esk[32:]
 
@@ -781,9 +768,10 @@ def ed25519_verify(public, message, signature):
     if len(signature) != 64 or s >= _L or A is None:
         return False
     # Of low order x = 0, y = 0 or x^2 = -y^2.
-    x, y, R = A[0], A[1], bytes(signature[:32])
+    x, y, _, t = A
+    R = bytes(signature[:32])
     h = _int(sha512(R + public + message)) % _L
-    return x * y * (x * x + y * y) % _P != 0 and _multiply((s, _BASE), (-h, A)) == R
+    return x * y * (x * x + y * y) % _P != 0 and _multiply((s, _BASE), (h, (-x, y, 1, -t))) == R
 
 
 def ed25519_blind_public(public, param):

@@ -493,8 +493,7 @@ class AesCtrCryptolib:
         self._at = int.from_bytes(iv, "big") << 4
 
     def crypt(self, data):
-        out = []
-        at = 0
+        out, at = [], 0
         while at < len(data):
             # Within 1 KB only the counter's last byte changes.
             piece = data[at : at + 1024 - (self._at & 1023)]
@@ -555,7 +554,7 @@ class AesCtrPortable:
         s = _rows(b"".join([(n & (1 << 128) - 1).to_bytes(16, "big") for n in counters]))
         for k in self._keys[:-1]:
             s = [(x ^ y).to_bytes(_BLOCKS, "big") for x, y in zip(s, k)]
-            s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]
+            s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]  # ShiftRows
             a, b = [[int.from_bytes(x.translate(box), "big") for x in s] for box in _BOXES]
             s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
         out = bytearray(16 * _BLOCKS)
@@ -601,8 +600,8 @@ if not MICROPYTHON:
         _ciphers = {16: _evp.EVP_aes_128_ctr, 32: _evp.EVP_aes_256_ctr}
         for _f in _evp.EVP_CIPHER_CTX_new, _ciphers[16], _ciphers[32]:
             _f.restype = ctypes.POINTER(ctypes.c_char)
-        good = AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4"
-        if good and not os.environ.get("MINITOR_PORTABLE_AES"):
+        _good = AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4"
+        if _good and not os.environ.get("MINITOR_PORTABLE_AES"):
             AesCtr = AesCtrOpenssl
     except Exception:  # Not here.
         pass

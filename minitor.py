@@ -1,14 +1,11 @@
 """Tor in one Python file: a client and an onion-service host, without dependencies.
 
-The same file runs on CPython (3.9 and later) and on MicroPython (1.24 and
-later).  It is read from top to bottom: each section uses only what stands
-above it; the upper half turns bytes into values and values into bytes, the
-lower half talks to the network.
+For CPython (3.9 and later) and MicroPython (1.24 and later).  Each section uses only what stands
+above it, and the upper half never touches the network.
 
     with minitor.Tor() as tor:
         print(tor.http_get("http://<56 characters>.onion/"))
-        service = tor.create_onion_service(80, target=8080)
-        print(service.address)
+        print(tor.create_onion_service(80, target=8080).address)
 
 MIT licence.
 """
@@ -16,8 +13,8 @@ MIT licence.
 __version__ = "0.1.0"
 __all__ = ("AsyncTor", "Tor", "TorError")
 
-# === 1. Platform ============================================================
-# Every difference between CPython and MicroPython, and nothing of it below.
+# === 1. Platform ===
+# Every difference between CPython and MicroPython.
 
 import asyncio
 import binascii
@@ -34,30 +31,18 @@ MICROPYTHON = sys.implementation.name == "micropython"
 if MICROPYTHON:
     import gc
     import tls
+    from cryptolib import aes
 
-    # Collected early, what lives long stays together, and large pieces find room.
+    # Early, so that what lives long stays together, and large pieces find room.
     gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
-    # MicroPython counts from 1970 on Unix and from 2000 on a chip.
+    # It counts from 1970 on Unix, from 2000 on a chip.
     _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
     print_exception = sys.print_exception
 
-    def consteq(a, b):
-        """Compare two byte strings in constant time."""
-        bits = len(a) ^ len(b)
-        for x, y in zip(a, b):
-            bits |= x ^ y
-        return bits == 0
+    def consteq(a, b):  # In constant time.
+        return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
-    def private_dir(path):
-        """Make the folder `path`, and those above it."""
-        at = ""
-        for part in path.split("/"):
-            at += part + "/"
-            try:
-                os.mkdir(at[:-1])
-            except OSError:
-                pass
 else:
     import hmac
     import ssl
@@ -65,61 +50,61 @@ else:
     _EPOCH = 0
     consteq = hmac.compare_digest
 
-    def ticks_ms():
-        """Return milliseconds of a clock that never goes back; compare with `ticks_diff`."""
+    def ticks_ms():  # These never go back.
         return int(time.monotonic() * 1000)
 
     def ticks_diff(later, earlier):
         return later - earlier
 
     def print_exception(error):
-        import traceback
+        sys.excepthook(type(error), error, error.__traceback__)
 
-        traceback.print_exception(type(error), error, error.__traceback__)
 
-    def private_dir(path):
-        """Make the folder `path`, and those above it, and let only its owner in."""
-        os.makedirs(path, 0o700, exist_ok=True)
-        os.chmod(path, 0o700)
+urandom = os.urandom
 
 
 def hexlify(data):
-    """Return `data` in hexadecimal, as text."""
     return binascii.hexlify(data).decode()
 
 
+_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
+
+
+def b32encode(data):
+    # Of a multiple of 5 bytes.
+    n = int.from_bytes(data, "big")
+    return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
+
+
 def now():
-    """Return the time in whole seconds since 1970."""
+    """Return whole seconds since 1970."""
     return int(time.time()) + _EPOCH
 
 
-def utc(seconds):
-    """Return `seconds` since 1970 as year, month, day, hour, minute, second."""
-    return time.gmtime(seconds - _EPOCH)[:6]
-
-
-def urandom(n):
-    return os.urandom(n)
-
-
 def randbelow(n):
-    """Return a uniform integer in [0, n), n at least 1, from the system's randomness."""
-    size, top = 1, 256
-    while top < n:
-        size, top = size + 1, top << 8
-    top -= top % n
-    while True:
-        x = int.from_bytes(os.urandom(size), "big")
-        if x < top:
-            return x % n
+    # Of 128 bits, so that the bias is nothing (n is 2^64 at most).
+    return int.from_bytes(urandom(16), "big") % n
 
 
 def sha256(data):
     return hashlib.sha256(data).digest()
 
 
+def private_dir(path):
+    """Make the folder `path`, and those above it, on a host for its owner alone."""
+    if MICROPYTHON:
+        if "/" in path:
+            private_dir(path.rpartition("/")[0])
+        try:
+            os.mkdir(path)
+        except OSError:
+            pass
+    else:
+        os.makedirs(path, 0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+
+
 def read_file(path):
-    """Return the bytes of the file `path`, or None where there is none."""
     try:
         with open(path, "rb") as f:
             return f.read()
@@ -127,18 +112,20 @@ def read_file(path):
         return None
 
 
-def write_file(path, data, mode=0o600):
-    """Replace the file `path` by `data` (bytes, or a list of bytes) in one step."""
-    # Two processes may share a folder.
-    partial = path + (".tmp" if MICROPYTHON else ".%d.tmp" % os.getpid())
-    opener = None if MICROPYTHON else lambda name, flags: os.open(name, flags, mode)
-    with open(partial, "wb") if MICROPYTHON else open(partial, "wb", opener=opener) as f:
-        for piece in data if isinstance(data, list) else (data,):
-            f.write(piece)
-        f.flush()
+def write_file(path, data):
+    """Replace the file `path` by `data` in one step."""
+    if MICROPYTHON:
+        partial, options, replace = path + ".tmp", {}, os.rename
+    else:
+        # Two processes may share a folder.
+        partial, replace = "%s.%d.tmp" % (path, os.getpid()), os.replace
+        options = {"opener": lambda name, flags: os.open(name, flags, 0o600)}
+    with open(partial, "wb", **options) as f:
+        f.write(data)
         if not MICROPYTHON:
+            f.flush()
             os.fsync(f.fileno())
-    (os.rename if MICROPYTHON else os.replace)(partial, path)
+    replace(partial, path)
 
 
 DEBUG, INFO, NOTICE, WARN, ERR = 0, 1, 2, 3, 4
@@ -157,7 +144,7 @@ def log(severity, text, *args):
         text = text % args if args else text
         if _log[1]:
             return _log[1](severity, text)
-        stamp = "%d-%02d-%02d %02d:%02d:%02d" % utc(now())
+        stamp = "%d-%02d-%02d %02d:%02d:%02d" % time.gmtime()[:6]
         print("%s [%s] %s" % (stamp, SEVERITIES[severity], text), file=sys.stderr)
 
 
@@ -172,7 +159,6 @@ class Promise:
         return self._event.is_set()
 
     def get(self):
-        """Return the value, None where there is none (yet)."""
         return self._value
 
     def set(self, value=None, error=None):
@@ -186,7 +172,6 @@ class Promise:
     async def wait(self, seconds=None):
         """Return the value or raise the exception; asyncio.TimeoutError after `seconds`."""
         if not self._event.is_set():
-            # `seconds` None is for ever.
             await asyncio.wait_for(self._event.wait(), seconds)
         if self._error is not None:
             raise self._error
@@ -197,16 +182,11 @@ _tasks = set()
 
 
 def spawn(coroutine):
-    """Run `coroutine` as a task that the module holds on to, and return the task.
-
-    An exception that gets out of it is a bug of ours: it is logged, and ends that task only.
-    """
+    """Run `coroutine` as a task that is held on to; what it raises is logged."""
 
     async def run():
         try:
             await coroutine
-        except asyncio.CancelledError:
-            raise
         except Exception as e:
             log(ERR, "bug: %s in a task: %s", type(e).__name__, e)
             if _log[0] == DEBUG:
@@ -220,17 +200,13 @@ def spawn(coroutine):
 
 
 async def tls_connect(address, port, seconds):
-    """Open a TLS connection to a relay; `address` is an IP address as text.
-
-    Returns reader, writer, and a function that gives the SHA-256 of the relay's certificate
-    once something was read: it is CERTS that proves the identity (tor-spec 4.2).  Raises
-    OSError, asyncio.TimeoutError.
-    """
+    """Return reader, writer, and a function for the certificate's SHA-256, once data was read."""
+    # It is CERTS that proves the relay's identity (tor-spec 4.2).
     if MICROPYTHON:
         context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
 
         def note(der, depth):
-            # `der` is a view on memory that is gone afterwards.
+            # `der` is memory that is gone afterwards.
             if depth == 0:
                 seen[0] = sha256(der)
             return 0
@@ -240,8 +216,8 @@ async def tls_connect(address, port, seconds):
         context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Shaped like a host name and random, as tor's are: a fixed one, or none, would stand out.
-    name = "www." + "".join(chr(97 + b % 26) for b in urandom(8 + randbelow(12))) + ".com"
+    # As tor's are: a fixed one, or none, would stand out.
+    name = "www.%s.com" % b32encode(urandom(20))[: 4 + randbelow(22)]
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
@@ -250,10 +226,10 @@ async def tls_connect(address, port, seconds):
 
 
 async def hang_up(writer):
-    """Close the connection at once, whatever is still unsent."""
+    """Close the connection, whatever is unsent."""
     try:
         if MICROPYTHON:
-            # `close` closes nothing there, `wait_closed` does.
+            # It is the latter that closes.
             writer.close()
             await writer.wait_closed()
         else:
@@ -262,21 +238,24 @@ async def hang_up(writer):
         pass
 
 
-# === 2. Errors ==============================================================
-# What a caller can meet.  Each message says what happened, to which relay,
-# address or file, and what to do about it.
+# === 2. Errors ===
+# A message says what happened, to which relay, address or file, and what to do.
 
 
 class TorError(Exception):
-    """The base of every error that minitor raises."""
+    """The base of minitor's errors; `reason`: tor's number for it, or 0."""
+
+    def __init__(self, text, reason=0):
+        super().__init__(text)
+        self.reason = reason
 
 
 class ConfigError(TorError):
-    """The caller asked for something that cannot be: an option, a file, an argument."""
+    """An option, file or argument of the caller's is wrong."""
 
 
 class AddressError(ConfigError):
-    """An onion address, host name or port that is not one."""
+    """What was given is no onion address, host name or port."""
 
 
 class ProtocolError(TorError):
@@ -284,7 +263,7 @@ class ProtocolError(TorError):
 
 
 class ClockError(TorError):
-    """The clock of this machine is wrong by more than Tor can bear."""
+    """This machine's clock is too wrong for Tor."""
 
 
 class DirectoryError(TorError):
@@ -296,19 +275,11 @@ class ChannelError(TorError):
 
 
 class CircuitError(TorError):
-    """A circuit could not be built, or was closed; `reason` is tor-spec 5.4's number."""
-
-    def __init__(self, text, reason=0):
-        super().__init__(text)
-        self.reason = reason
+    """A circuit could not be built, or was closed; `reason` as in tor-spec 5.4."""
 
 
 class StreamError(TorError):
-    """A stream could not be opened, or was reset; `reason` is tor-spec 6.3's number."""
-
-    def __init__(self, text, reason=1):
-        super().__init__(text)
-        self.reason = reason
+    """A stream could not be opened, or was reset; `reason` as in tor-spec 6.3."""
 
 
 class OnionError(TorError):
@@ -316,397 +287,324 @@ class OnionError(TorError):
 
 
 class DescriptorError(OnionError):
-    """An onion service's descriptor was not found, or is not to be trusted."""
+    """An onion service's descriptor was not found, or is false."""
 
 
 class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
-# === 3. Bytes ===============================================================
-# Readers and writers of binary structures, base32 and base64.
+# === 3. Bytes ===
+# Readers and writers of binary structures; all raise ProtocolError.
 
 
 def require(good, text):
-    """Raise ProtocolError(text) unless `good`."""
     if not good:
         raise ProtocolError(text)
 
 
 def decimal(text, least, most):
-    """Return the number in `text` (bytes); ProtocolError unless in [least, most]."""
+    """Return the number in `text` (bytes), in [least, most]."""
     digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
     require(digits and least <= int(text) <= most, "bad number")
     return int(text)
 
 
 class Reader:
-    """Take integers and byte strings, big-endian, from the front of `data`.
-
-    Raises ProtocolError, naming `what`, when `data` is too short.
-    """
+    """Takes what stands at the front of `data`; errors name `what`."""
 
     def __init__(self, data, what="structure"):
-        self.data = data
-        self.at = 0
-        self.what = what
+        self.data, self.at, self.what = data, 0, what
 
     def take(self, n):
-        end = self.at + n
-        if end > len(self.data):
+        if n > self.left():
             raise ProtocolError("%s is truncated at byte %d" % (self.what, len(self.data)))
-        piece = bytes(self.data[self.at : end])
-        self.at = end
-        return piece
+        self.at += n
+        return bytes(self.data[self.at - n : self.at])
 
     def uint(self, n):
-        """Take an integer of `n` bytes."""
         return int.from_bytes(self.take(n), "big")
 
     def left(self):
         return len(self.data) - self.at
 
-    def rest(self):
-        return self.take(self.left())
-
 
 def b64encode(data):
-    """Return `data` in base64, as text, without padding or line breaks."""
-    return binascii.b2a_base64(data).decode().strip().rstrip("=")
+    return binascii.b2a_base64(data).rstrip(b"=\n").decode()
 
 
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 def b64decode(text, size=None):
-    """Decode base64 (text or bytes, padded or not, without blanks) of `size` bytes, if given.
-
-    ProtocolError if it is not.  MicroPython's decoder takes garbage for something, so the
-    alphabet is checked first.
-    """
+    """Decode base64 (text or bytes, padded or not), of `size` bytes if given."""
     if isinstance(text, str):
         text = text.encode()
     text = text.rstrip(b"=")
-    if len(text) % 4 == 1 or text.strip(_BASE64):
-        raise ProtocolError("bad base64")
-    try:
-        data = binascii.a2b_base64(text + b"==="[: -len(text) % 4])
-    except ValueError:
-        raise ProtocolError("bad base64")
-    if size not in (None, len(data)):
-        raise ProtocolError("base64 of %d bytes, not %d" % (len(data), size))
+    # MicroPython's decoder takes garbage for something.
+    require(len(text) % 4 != 1 and not text.strip(_BASE64), "bad base64")
+    data = binascii.a2b_base64(text + b"==="[: -len(text) % 4])
+    require(size in (None, len(data)), "base64 of a wrong length")
     return data
 
 
-_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
-
-
-def b32encode(data):
-    """Return `data` (a multiple of 5 bytes) in lower-case base32."""
-    n = int.from_bytes(data, "big")
-    size = len(data) * 8 // 5
-    return "".join(_BASE32[n >> 5 * (size - 1 - i) & 31] for i in range(size))
-
-
 def b32decode(text):
-    """Decode lower- or upper-case base32 of a multiple of 8 characters; ProtocolError."""
-    n = len(text) % 8
-    if n:
-        raise ProtocolError("bad base32")
-    for c in text.lower():
-        v = _BASE32.find(c)
-        if v < 0:
-            raise ProtocolError("bad base32")
-        n = n << 5 | v
+    text = text.lower()
+    require(len(text) % 8 == 0 and not text.strip(_BASE32), "bad base32")
+    n = 0
+    for c in text:
+        n = n << 5 | _BASE32.index(c)
     return n.to_bytes(len(text) * 5 // 8, "big")
 
 
-# === 4. Hashes and ciphers ==================================================
-# SHA-1, SHA-2, SHA-3, HMAC, HKDF, AES in counter mode (tor-spec 0.3).  Sha1, Sha3_256:
-# update(data), copy(), digest(); AesCtr(key[, iv]): crypt(data) goes on in the key stream.
+# === 4. Hashes and ciphers ===
+# tor-spec 0.3.  Sha1, Sha3_256: update, copy, digest.  AesCtr(key[, iv]).crypt(data) goes on.
 
-if MICROPYTHON:
-    from cryptolib import aes
+_MASK = (1 << 64) - 1
 
-    _MASK = (1 << 64) - 1
 
-    class _Hash:
-        def __init__(self, data=b"", state=None):
-            self._state, self._length, self._rest = state or (self._start, 0, b"")
-            self.update(data)
+class _Hash:
+    def __init__(self, data=b"", state=None):
+        self._state, self._length, self._rest = state or (self._start, 0, b"")
+        self.update(data)
 
-        def copy(self):
-            return type(self)(b"", (self._state, self._length, self._rest))
+    def copy(self):
+        return type(self)(b"", (self._state, self._length, self._rest))
 
-        def update(self, data):
-            self._length += len(data)
-            data = memoryview(self._rest + bytes(data))
-            while len(data) >= self._size:
-                self._absorb(data[: self._size])
-                data = data[self._size :]
-            self._rest = bytes(data)
+    def update(self, data):
+        self._length += len(data)
+        data = memoryview(self._rest + bytes(data))
+        while len(data) >= self._size:
+            self._absorb(data[: self._size])
+            data = data[self._size :]
+        self._rest = bytes(data)
 
-        def digest(self):
-            end = self.copy()
-            n = self._size // 8
-            n += -(self._length + 1 + n) % self._size
-            end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
-            return struct.pack(self._format, *end._state)
+    def digest(self):
+        end = self.copy()
+        n = self._size // 8
+        n += -(self._length + 1 + n) % self._size
+        end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
+        return struct.pack(self._format, *end._state)
 
-    class Sha1(_Hash):
-        _size = 64
-        _format = ">5I"
-        _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
-        def _absorb(self, block):
-            mask = 0xFFFFFFFF
-            w = list(struct.unpack(">16I", block))
-            while len(w) < 80:
-                x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
-                w.append((x << 1 | x >> 31) & mask)
-            state = self._state
-            for i, x in enumerate(w):
-                a, b, c, d, e = state
-                x += (a << 5 | a >> 27) + e
-                if i < 20:
-                    x += (d ^ b & (c ^ d)) + 0x5A827999
-                elif 40 <= i < 60:
-                    x += (b & c | d & (b | c)) + 0x8F1BBCDC
-                else:
-                    x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
-                state = x & mask, a, (b << 30 | b >> 2) & mask, c, d
-            self._state = [(x + y) & mask for x, y in zip(self._state, state)]
+class _Sha1(_Hash):
+    _size = 64
+    _format = ">5I"
+    _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
-    def _roots(last, power):
-        # 64 bits after the point (FIPS 180-4 4.2.3).
-        for p in range(2, last + 1):
-            if all(p % q for q in range(2, p)):
-                x = 0
-                for i in range(66, -1, -1):
-                    x |= ((x | 1 << i) ** power <= p << 64 * power) << i
-                yield x & _MASK
+    def _absorb(self, block, mask=0xFFFFFFFF):
+        w = list(struct.unpack(">16I", block))
+        while len(w) < 80:
+            x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
+            w.append((x << 1 | x >> 31) & mask)
+        state = self._state
+        for i, x in enumerate(w):
+            a, b, c, d, e = state
+            x += (a << 5 | a >> 27) + e
+            if i < 20:
+                x += (d ^ b & (c ^ d)) + 0x5A827999
+            elif 40 <= i < 60:
+                x += (b & c | d & (b | c)) + 0x8F1BBCDC
+            else:
+                x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
+            state = x & mask, a, (b << 30 | b >> 2) & mask, c, d
+        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
 
-    class Sha512(_Hash):
-        _size = 128
-        _format = ">8Q"
-        _start = list(_roots(19, 2))
-        _k = list(_roots(409, 3))
 
-        def _absorb(self, block):
-            mask = _MASK
-
-            def turns(x, i, j, k):
-                x |= x << 64
-                return (x >> i ^ x >> j ^ x >> k) & mask
-
-            w = list(struct.unpack(">16Q", block))
-            while len(w) < 80:
-                x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
-                w.append(w[-16] + w[-7] + x & mask)
-            state = self._state
-            for k, w in zip(self._k, w):
-                a, b, c, d, e, f, g, h = state
-                x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
-                y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
-                state = y & mask, a, b, c, (d + x) & mask, e, f, g
-            self._state = [(x + y) & mask for x, y in zip(self._state, state)]
-
-    class Sha3_256(_Hash):
-        _size = 136
-        _start = (0,) * 25
-        _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
-
-        def _absorb(self, block):
-            mask = _MASK
-            block = struct.unpack("<17Q", block) + (0,) * 8
-            a = [x ^ y for x, y in zip(self._state, block)]
-            b = a[:]
-            for bits in self._bits:
-                c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
-                d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)]
-                b[0] = a[0] ^ d[0]
-                x, y, turn = 1, 0, 0
-                for i in range(1, 25):
-                    turn = turn + i & 63
-                    lane = a[x + 5 * y] ^ d[x]
-                    x, y = y, (2 * x + 3 * y) % 5
-                    b[x + 5 * y] = lane << turn & mask | lane >> 64 - turn
-                for i in range(0, 25, 5):
-                    c = b[i : i + 5] * 2
-                    a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
-                for j in range(7):
-                    a[0] ^= (bits >> j & 1) << (1 << j) - 1
-            self._state = a
-
-        def digest(self, n=32, suffix=6):
-            end = self.copy()
-            size = 136 - self._length % 136
-            end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
-            out = struct.pack("<17Q", *end._state[:17])
-            while len(out) < n:
-                end._absorb(bytes(136))
-                out += struct.pack("<17Q", *end._state[:17])
-            return out[:n]
-
-    class AesCtr:
-        # No cipher object is kept: 313 bytes.
-
-        def __init__(self, key, iv=bytes(16)):
-            self._key = key
-            self._at = int.from_bytes(iv, "big") << 4
-
-        def crypt(self, data):
-            out = []
-            at = 0
-            while at < len(data):
-                # To a multiple of 1 KB: only the counter's last byte changes.
-                piece = data[at : at + 1024 - (self._at & 1023)]
-                n = len(piece)
-                skip = self._at & 15
-                counter = (self._at >> 4 & (1 << 128) - 1).to_bytes(16, "big")
-                blocks = bytearray(counter * (skip + n + 15 >> 4))
-                for i in range(15, len(blocks), 16):
-                    blocks[i] += i >> 4
-                aes(self._key, 1).encrypt(blocks, blocks)
-                x = int.from_bytes(blocks[skip : skip + n], "big") ^ int.from_bytes(piece, "big")
-                out.append(x.to_bytes(n, "big"))
-                at += n
-                self._at += n
-            return b"".join(out)
-
-else:
-    Sha1, Sha3_256, Sha512 = hashlib.sha1, hashlib.sha3_256, hashlib.sha512
-
-    # The portable AES works on planes, integers with one bit for each block: moving bytes and
-    # doubling costs nothing.  A byte is eight planes, the highest bit first.
-    _BLOCKS = 2048
-    _ONES = (1 << _BLOCKS) - 1
-    _LOW_BITS = ((1 << 128 * _BLOCKS) - 1) // 255
-    _COUNT = [_ONES // ((1 << (1 << j)) + 1) << (1 << j) for j in range(10, -1, -1)]
-
-    def _planes(data):
-        return [_ONES * (x >> j & 1) for x in data for j in range(7, -1, -1)]
-
-    def _sum(a, b):
-        return [x ^ y for x, y in zip(a, b)]
-
-    def _times(p, q):
-        # GF(2^4) on the basis z, z^2, z^3, z^4, where z^5 = 1.
-        a, b, c, d = p
-        e, f, g, h = q
-        x = a & h ^ b & g ^ c & f ^ d & e
-        y = a & f ^ b & e ^ d & h ^ x
-        z = a & g ^ b & f ^ c & e ^ x
-        return b & h ^ c & g ^ d & f ^ x, a & e ^ c & h ^ d & g ^ x, y, z
-
-    def _sub_byte(a, b, c, d, e, f, g, h):
-        # The S-box less its 0x63, by way of GF(2^4)[y] / (y^2 + y + z): the inverse of
-        # p·y + q is (p·y + p + q)·s^7 where s = (z·p^2 + q·(p + q))^2.
-        x, y = f ^ h, a ^ c ^ g
-        q = x ^ e, x, c ^ h, y ^ b ^ h
-        p = a, b, c, d = b ^ c ^ d, y, a ^ b ^ d ^ e ^ f, y ^ e ^ f
-        r = _sum(p, q)
-        a, b, c, d = _sum(_times(q, r), (b, b ^ c, a ^ b, b ^ d))
-        s = t = c, a, d, b
-        for x in 0, 1:
-            t = _times((t[2], t[0], t[3], t[1]), s)
-        a, b, c, d = _times(r, t)
-        e, f, g, h = _times(p, t)
-        x = c ^ f ^ g ^ h
-        y = a ^ d ^ x
-        return [b ^ c ^ g, e ^ f ^ h, y ^ c, y, c ^ h, b ^ c ^ d, d, x]
-
-    def _round_keys(key):
-        # FIPS 197 5.2, as planes; the S-box's 0x63 is in all but the first.
-        s = _sub_byte(*_COUNT[3:])
-        box = [sum((s[j] >> x & 1) << 7 - j for j in range(8)) ^ 0x63 for x in range(256)]
-        size = len(key)
-        w = list(key)
-        for i in range(size, 4 * size + 112, 4):
-            t = w[-4:]
-            if i % size in (0, 16):
-                t = [box[x] for x in t]
-            if i % size == 0:
-                t = [t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]]
-            w += _sum(t, w[-size:])
-        return _planes([x ^ 0x63 * (i > 15) for i, x in enumerate(w)])
-
-    class AesCtrPortable:
-        def __init__(self, key, iv=bytes(16)):
-            self._keys = _round_keys(key)
-            self._stream = bytearray()
-            n = int.from_bytes(iv, "big")
-            self._counter = n & -_BLOCKS
-            self.crypt(bytes(n % _BLOCKS * 16))
-
-        def _extend(self):
-            keys = self._keys
-            s = _sum(_planes(self._counter.to_bytes(16, "big")), keys)
-            s[117:] = _sum(s[117:], _COUNT)
-            self._counter = (self._counter + _BLOCKS) % (1 << 128)
-            for at in range(128, len(keys), 128):
-                k = keys[at : at + 128]
-                t = []
-                s *= 5
-                for i in range(0, 640, 40):
-                    t += _sub_byte(*s[i : i + 8])
-                # MixColumns
-                n = [t[i & 96 | i + 8 & 31] for i in range(128)]
-                u = _sum(t, n)
-                s = [u[i & 120 | i + 1 & 7] ^ n[i] ^ u[i ^ 16] ^ k[i] for i in range(128)]
-                for i in range(0, 128, 8):
-                    for j in 3, 4, 6:
-                        s[i + j] ^= u[i]
-            t = _sum(t, k)
+def _roots(last, power):
+    # 64 bits after the point (FIPS 180-4 4.2.3).
+    for p in range(2, last + 1):
+        if all(p % q for q in range(2, p)):
             x = 0
-            for j in range(8):
-                # Digits, as characters, have their bit lowest.
-                digits = bytearray(16 * _BLOCKS)
-                for i in range(16):
-                    digits[15 - i :: 16] = bin(t[8 * i + j] | _ONES + 1)[3:].encode()
-                x = x << 1 | int.from_bytes(digits, "big") & _LOW_BITS
-            self._stream += x.to_bytes(16 * _BLOCKS, "little")
+            for i in range(66, -1, -1):
+                x |= ((x | 1 << i) ** power <= p << 64 * power) << i
+            yield x & _MASK
 
-        def crypt(self, data):
-            n = len(data)
-            while len(self._stream) < n:
-                self._extend()
-            x = int.from_bytes(data, "big") ^ int.from_bytes(self._stream[:n], "big")
-            del self._stream[:n]
-            return x.to_bytes(n, "big")
 
-    class AesCtrOpenssl:
-        def __init__(self, key, iv=bytes(16)):
-            self._context = c = _evp.EVP_CIPHER_CTX_new()
-            self._free = _evp.EVP_CIPHER_CTX_free
-            _evp.EVP_EncryptInit_ex(c, _ciphers[len(key)](), None, bytes(key), bytes(iv))
+class _Sha512(_Hash):
+    _size = 128
+    _format = ">8Q"
+    _start = list(_roots(19, 2))
+    _k = list(_roots(409, 3))
 
-        def __del__(self):
-            self._free(self._context)
+    def _absorb(self, block, mask=_MASK):
+        def turns(x, i, j, k):
+            x |= x << 64
+            return (x >> i ^ x >> j ^ x >> k) & mask
 
-        def crypt(self, data):
-            n = len(data)
-            # Filled in place; shorter ones are shared by all of Python.
-            out = bytes(n if n > 1 else 2)
-            _encrypt(self._context, out, _size, bytes(data), n)
-            return out[:n]
+        w = list(struct.unpack(">16Q", block))
+        while len(w) < 80:
+            x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
+            w.append(w[-16] + w[-7] + x & mask)
+        state = self._state
+        for k, w in zip(self._k, w):
+            a, b, c, d, e, f, g, h = state
+            x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
+            y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
+            state = y & mask, a, b, c, (d + x) & mask, e, f, g
+        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
 
-    AesCtr = AesCtrPortable
+
+class _Sha3(_Hash):
+    _size = 136
+    _start = (0,) * 25
+    _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
+
+    def _absorb(self, block, mask=_MASK):
+        block = struct.unpack("<17Q", block) + (0,) * 8
+        a = [x ^ y for x, y in zip(self._state, block)]
+        b = a[:]
+        for bits in self._bits:
+            c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
+            d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)]
+            b[0] = a[0] ^ d[0]
+            x, y, turn = 1, 0, 0
+            for i in range(1, 25):
+                turn = turn + i & 63
+                lane = a[x + 5 * y] ^ d[x]
+                x, y = y, (2 * x + 3 * y) % 5
+                b[x + 5 * y] = lane << turn & mask | lane >> 64 - turn
+            for i in range(0, 25, 5):
+                c = b[i : i + 5] * 2
+                a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
+            for j in range(7):
+                a[0] ^= (bits >> j & 1) << (1 << j) - 1
+        self._state = a
+
+    def digest(self, n=32, suffix=6):
+        end = self.copy()
+        size = 136 - self._length % 136
+        end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
+        out = struct.pack("<17Q", *end._state[:17])
+        while len(out) < n:
+            end._absorb(bytes(136))
+            out += struct.pack("<17Q", *end._state[:17])
+        return out[:n]
+
+
+Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
+Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
+Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
+
+
+class AesCtrCryptolib:
+    def __init__(self, key, iv=bytes(16)):
+        self._key = key
+        self._at = int.from_bytes(iv, "big") << 4
+
+    def crypt(self, data):
+        out, at = [], 0
+        while at < len(data):
+            # Within 1 KB only the counter's last byte changes.
+            piece = data[at : at + 1024 - (self._at & 1023)]
+            n = len(piece)
+            skip = self._at & 15
+            counter = (self._at >> 4 & (1 << 128) - 1).to_bytes(16, "big")
+            blocks = bytearray(counter * (skip + n + 15 >> 4))
+            for i in range(15, len(blocks), 16):
+                blocks[i] += i >> 4
+            # Not kept, being 313 bytes.
+            aes(self._key, 1).encrypt(blocks, blocks)
+            x = int.from_bytes(blocks[skip : skip + n], "big") ^ int.from_bytes(piece, "big")
+            out.append(x.to_bytes(n, "big"))
+            at += n
+            self._at += n
+        return b"".join(out)
+
+
+# The portable AES works on many blocks at once: all their first bytes are one string, and so on.
+_BLOCKS = 1024
+_ORDER = [p % 4 * 4 + p // 4 for p in range(16)]  # By rows.
+
+
+def _boxes():
+    # SubBytes (FIPS 197 5.1.1) by powers of 3, and twice that.
+    powers, box = [1], bytearray(b"c" * 256)
+    for i in range(254):
+        x = powers[i] ^ powers[i] << 1
+        powers.append(x ^ (x >> 8) * 0x11B)
+    for i, x in enumerate(powers):
+        y = powers[-i] * 257
+        box[x] ^= (y ^ y >> 4 ^ y >> 5 ^ y >> 6 ^ y >> 7) & 255
+    return box, bytes([2 * x ^ (x >> 7) * 0x11B for x in box])
+
+
+_BOXES = _boxes()
+
+
+def _rows(blocks):
+    return [int.from_bytes(blocks[p::16], "big") for p in _ORDER]
+
+
+class AesCtrPortable:
+    def __init__(self, key, iv=bytes(16)):
+        self._stream, self._counter = b"", int.from_bytes(iv, "big")
+        # FIPS 197 5.2.
+        size, w = len(key), bytes(key)
+        for i in range(size, 4 * size + 112, 4):
+            t = w[-4:].translate(_BOXES[0]) if i % size in (0, 16) else w[-4:]
+            if i % size == 0:
+                t = t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]
+            w += bytes([x ^ y for x, y in zip(t, w[-size:])])
+        self._keys = [_rows(w[i : i + 16] * _BLOCKS) for i in range(0, len(w), 16)]
+
+    def _extend(self):
+        counters = range(self._counter, self._counter + _BLOCKS)
+        self._counter += _BLOCKS
+        s = _rows(b"".join([(n & (1 << 128) - 1).to_bytes(16, "big") for n in counters]))
+        for k in self._keys[:-1]:
+            s = [(x ^ y).to_bytes(_BLOCKS, "big") for x, y in zip(s, k)]
+            s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]  # ShiftRows
+            a, b = [[int.from_bytes(x.translate(box), "big") for x in s] for box in _BOXES]
+            s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
+        out = bytearray(16 * _BLOCKS)
+        for p, x, y in zip(_ORDER, a, self._keys[-1]):
+            out[p::16] = (x ^ y).to_bytes(_BLOCKS, "big")
+        self._stream += out
+
+    def crypt(self, data):
+        n = len(data)
+        while len(self._stream) < n:
+            self._extend()
+        x = int.from_bytes(data, "big") ^ int.from_bytes(self._stream[:n], "big")
+        self._stream = self._stream[n:]
+        return x.to_bytes(n, "big")
+
+
+class AesCtrOpenssl:
+    def __init__(self, key, iv=bytes(16)):
+        self._context = c = _evp.EVP_CIPHER_CTX_new()
+        self._free = _evp.EVP_CIPHER_CTX_free
+        _evp.EVP_EncryptInit_ex(c, _ciphers[len(key)](), None, bytes(key), bytes(iv))
+
+    def __del__(self):
+        self._free(self._context)
+
+    def crypt(self, data):
+        n = len(data)
+        # Filled in place; shorter ones Python shares.
+        out = bytes(n if n > 1 else 2)
+        _encrypt(self._context, out, _size, bytes(data), n)
+        return out[:n]
+
+
+AesCtr = AesCtrCryptolib if MICROPYTHON else AesCtrPortable
+if not MICROPYTHON:
     try:
         import _ssl
         import ctypes
 
-        # The interpreter's own; calls are too short to let go of its lock.
+        # The interpreter's own.  Calls are too short to let go of its lock.
         _evp = ctypes.PyDLL(_ssl.__file__)
         _encrypt, _size = _evp.EVP_EncryptUpdate, ctypes.byref(ctypes.c_int())
         _ciphers = {16: _evp.EVP_aes_128_ctr, 32: _evp.EVP_aes_256_ctr}
         for _f in _evp.EVP_CIPHER_CTX_new, _ciphers[16], _ciphers[32]:
             _f.restype = ctypes.POINTER(ctypes.c_char)
-        if AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4":
-            if not os.environ.get("MINITOR_PORTABLE_AES"):
-                AesCtr = AesCtrOpenssl
-    except Exception:
-        pass  # Not here.
+        _good = AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4"
+        if _good and not os.environ.get("MINITOR_PORTABLE_AES"):
+            AesCtr = AesCtrOpenssl
+    except Exception:  # Not here.
+        pass
 
 
 def sha1(data):
@@ -718,10 +616,7 @@ def sha3_256(data):
 
 
 def shake256(data, n):
-    """Return `n` bytes of SHAKE-256 of `data`."""
-    if MICROPYTHON:
-        return Sha3_256(data).digest(n, 31)
-    return hashlib.shake_256(data).digest(n)
+    return Sha3_256(data).digest(n, 31) if MICROPYTHON else hashlib.shake_256(data).digest(n)
 
 
 def sha512(data):
@@ -735,23 +630,21 @@ def hmac_sha256(key, data):
 
 
 def hkdf_sha256(secret, salt, info, n):
-    """Return `n` bytes as RFC 5869 derives them."""
-    key = hmac_sha256(salt, secret)
-    out = block = b""
-    for i in range(1, (n + 63) // 32):
-        block = hmac_sha256(key, block + info + bytes((i,)))
+    # RFC 5869
+    key, out, block = hmac_sha256(salt, secret), b"", b""
+    while len(out) < n:
+        block = hmac_sha256(key, block + info + bytes((len(out) // 32 + 1,)))
         out += block
     return out[:n]
 
 
-# === 5. Curves and signatures ===============================================
-# X25519 (RFC 7748), Ed25519 (RFC 8032) with key blinding (rend-spec-v3, A.2),
-# RSA as directory authorities sign.  Python's integers are not constant-time.
+# === 5. Curves and signatures ===
+# RFC 7748, RFC 8032, key blinding (rend-spec-v3, A.2).  Python's integers take varying time.
 
 _P = (1 << 255) - 19
 _L = (1 << 252) + 27742317777372353535851937790883648493
-_D = 0x52036CEE2B6FFE738CC740797779E89800700A4D4141D8AB75EB4DCA135978A3
-_ROOT = 0x2B8324804FC1DF0B2B4D00993DFBD7A72F431806AD2FE478C4EE1B274A0EA0B0  # of -1
+_D = -121665 * pow(121666, _P - 2, _P) % _P
+_ROOT = pow(2, _P // 4, _P)  # of -1
 
 
 def _int(data):
@@ -762,52 +655,34 @@ def _clamp(data):
     return _int(data) & (1 << 254) - 8 | 1 << 254
 
 
-def x25519(k, u):
-    """Return the secret (32 bytes) that the secret key `k` and the public key `u` share.
-
-    Raises ProtocolError if `u` has low order (RFC 7748, 6.1) or not 32 bytes.
-    """
-    if len(u) != 32:
-        raise ProtocolError("X25519 key of %d bytes" % len(u))
-    p = _P
-    k = _clamp(k)
-    u = _int(u) & (1 << 255) - 1
-    x2, z2, x3, z3 = 1, 0, u, 1
-    swapped = 0
+def x25519(k, u=b"\t" + bytes(31)):
+    # What the secret key `k` and `u` share; without `u`, the public key.  RFC 7748, 5 and 6.1.
+    p, k, x1 = _P, _clamp(k), _int(u) & (1 << 255) - 1
+    x2, z2, x3, z3 = 1, 0, x1, 1
+    # Swapped where a bit differs from the one above; at the end not, as bit 0 is 0.
+    k ^= k >> 1
     for t in range(254, -1, -1):
-        bit = k >> t & 1
-        if bit != swapped:
+        if k >> t & 1:
             x2, z2, x3, z3 = x3, z3, x2, z2
-            swapped = bit
         a, b = x2 + z2, x2 - z2
         da, cb = (x3 - z3) * a, (x3 + z3) * b
         x3, z3 = (da + cb) % p, (da - cb) % p
-        x3, z3 = x3 * x3 % p, z3 * z3 % p * u % p
+        x3, z3 = x3 * x3 % p, z3 * z3 % p * x1 % p
         a, b = a * a % p, b * b % p
         c = a - b
         x2, z2 = a * b % p, (a + 121665 * c) * c % p
-    # Bit 0 of a clamped k is 0: no swap is left.
     x2 = x2 * pow(z2, p - 2, p) % p
-    if not x2:
-        raise ProtocolError("X25519 key of low order")
+    require(x2 and len(u) == 32, "bad X25519 key")
     return x2.to_bytes(32, "little")
 
 
-def x25519_public(x):
-    """Return the public key of the secret key `x`."""
-    return x25519(x, b"\t" + bytes(31))
-
-
 def x25519_keypair():
-    """Return a new secret key and its public key."""
     x = urandom(32)
-    return x, x25519_public(x)
-
-
-# Points are tuples X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032, section 5.1.4).
+    return x, x25519(x)
 
 
 def _add(p, q):
+    # Points are X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032, 5.1.4).
     x1, y1, z1, t1 = p
     x2, y2, z2, t2 = q
     a = (y1 - x1) * (y2 - x2) % _P
@@ -819,174 +694,116 @@ def _add(p, q):
 
 
 def _multiply(*terms):
-    """Return the sum of k * point over `terms`, pairs of k (of either sign) and point.
-
-    Each k becomes odd digits, four zeros or more between them; above 16, d means d - 32.
-    """
-    rows = []
+    # The sum of k * point over `terms`, encoded.  Each k becomes odd digits, three zeros or more
+    # between them.
+    added = {}
     for k, point in terms:
-        twice = _add(point, point)
-        odd = [point]
+        twice, odd = _add(point, point), [point]
         for i in range(7):
             odd.append(_add(odd[i], twice))
-        odd += [(-x, y, z, -t) for x, y, z, t in odd[::-1]]
-        digits = bytearray(260)
         i = 0
         while k:
             if k & 1:
-                digits[i] = d = k & 31
-                k += 32 - d if d > 16 else -d
+                added.setdefault(i, []).append(odd[k >> 1 & 7])
+                k &= -16
             k >>= 1
             i += 1
-        rows.append((digits, odd))
     p = _P
     x, y, z, e, h = 0, 1, 1, 0, 1
-    for i in range(259, -1, -1):
+    for i in range(255, -1, -1):
         a, b = x * x % p, y * y % p
         e, g, h = -2 * x * y % p, a - b, a + b
         f = (2 * z * z + g) % p
         x, y, z = e * f % p, g * h % p, f * g % p
         # Only an addition needs T = e * h.
-        for digits, odd in rows:
-            if digits[i]:
-                x, y, z, h = _add((x, y, z, e * h % p), odd[digits[i] >> 1])
-                e = 1
-    return x, y, z, e * h % p
-
-
-def _encode(point):
-    z = pow(point[2], _P - 2, _P)
-    return (point[1] * z % _P | (point[0] * z % _P & 1) << 255).to_bytes(32, "little")
+        for point in added.get(i, ()):
+            x, y, z, h = _add((x, y, z, e * h % p), point)
+            e = 1
+    z = pow(z, p - 2, p)
+    return (y * z % p | (x * z % p & 1) << 255).to_bytes(32, "little")
 
 
 def _decode(data):
-    # RFC 8032, 5.1.3.  None if `data` is not the one encoding of a point.
-    y = _int(data)
-    sign = y >> 255
-    y &= (1 << 255) - 1
-    if len(data) != 32 or y >= _P:
-        return None
-    v = (y * y * _D + 1) % _P
-    xx = (y * y - 1) * pow(v, _P - 2, _P) % _P
+    # None if `data` is not the one encoding of a point (5.1.3).
+    sign, y = divmod(_int(data), 1 << 255)
+    xx = (y * y - 1) * pow(y * y * _D + 1, _P - 2, _P) % _P
     x = pow(xx, (_P + 3) // 8, _P)
-    if x * x % _P != xx:
-        x = x * _ROOT % _P
-    if x * x % _P != xx or sign and not x:
-        return None
-    if x & 1 != sign:
-        x = _P - x
-    return x, y, 1, x * y % _P
+    for x in x, x * _ROOT % _P:
+        if x * x % _P == xx and (x or not sign) and y < _P and len(data) == 32:
+            x = x if x & 1 == sign else _P - x
+            return x, y, 1, x * y % _P
+    return None
 
 
 _BASE = _decode(b"X" + b"f" * 31)
 
 
 def ed25519_valid(public):
-    """Return whether `public` is a point of prime order: no torsion."""
+    """Return whether `public` is of prime order: no torsion."""
     A = _decode(public)
-    return A is not None and A[1] != 1 and _encode(_multiply((_L, A))) == b"\1" + bytes(31)
+    return A is not None and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
 
 
 def ed25519_expand(seed):
-    """Return the expanded secret key of a seed: 32 bytes of scalar, 32 of prefix."""
+    # 32 bytes of scalar, 32 of prefix.
     esk = sha512(seed)
     return _clamp(esk[:32]).to_bytes(32, "little") + esk[32:]
 
 
-def ed25519_public_expanded(esk):
-    """Return the public key of an expanded secret key."""
-    return _encode(_multiply((_int(esk[:32]), _BASE)))
+def ed25519_public(esk):
+    return _multiply((_int(esk[:32]), _BASE))
 
 
-def ed25519_public(seed):
-    """Return the public key of a seed."""
-    return ed25519_public_expanded(ed25519_expand(seed))
-
-
-def ed25519_sign_expanded(esk, public, message):
-    """Return the signature (64 bytes) of `message` by an expanded secret key."""
+def ed25519_sign(esk, public, message):
     r = _int(sha512(esk[32:] + message)) % _L
-    R = _encode(_multiply((r, _BASE)))
+    R = _multiply((r, _BASE))
     h = _int(sha512(R + public + message))
     return R + ((r + h * _int(esk[:32])) % _L).to_bytes(32, "little")
 
 
-def ed25519_sign(seed, message):
-    """Return the signature of `message` by the key of a seed."""
-    esk = ed25519_expand(seed)
-    return ed25519_sign_expanded(esk, ed25519_public_expanded(esk), message)
-
-
 def ed25519_verify(public, message, signature):
-    """Return whether `signature` over `message` is by the key `public`.
-
-    Without cofactor, as in tor; S beyond the group order and keys of low order are refused.
-    """
-    A = _decode(public)
-    s = _int(signature[32:])
+    """Verify without cofactor, as tor; keys of low order are refused."""
+    A, s = _decode(public), _int(signature[32:])
     if len(signature) != 64 or s >= _L or A is None:
         return False
-    eight = A
-    for i in range(3):
-        eight = _add(eight, eight)
-    if not eight[0]:
-        return False
+    # Of low order x = 0, y = 0 or x^2 = -y^2.
+    x, y, _, t = A
     R = bytes(signature[:32])
     h = _int(sha512(R + public + message)) % _L
-    return _encode(_multiply((s, _BASE), (-h, A))) == R
+    return x * y * (x * x + y * y) % _P != 0 and _multiply((s, _BASE), (h, (-x, y, 1, -t))) == R
 
 
 def ed25519_blind_public(public, param):
-    """Blind the key `public` by `param` (32 bytes); ProtocolError if it is no point."""
     A = _decode(public)
-    if A is None:
-        raise ProtocolError("Ed25519 key is no point")
-    return _encode(_multiply((_clamp(param), A)))
+    require(A, "Ed25519 key is no point")
+    return _multiply((_clamp(param), A))
 
 
 def ed25519_blind_secret(esk, param):
-    """Blind an expanded secret key into another."""
     a = _clamp(param) * _int(esk[:32]) % _L
     prefix = sha512(b"Derive temporary signing key hash input" + esk[32:])[:32]
     return a.to_bytes(32, "little") + prefix
 
 
-def der_take(reader, tag):
-    """Take a DER element of type `tag` from a Reader; return its content."""
-    found, n = reader.uint(1), reader.uint(1)
-    if n > 127:
-        size = n & 127
-        n = reader.uint(size) if 0 < size < 3 else 0
-        if n < 128 or size == 2 and n < 256:
-            found = None
-    if found != tag:
-        raise ProtocolError("bad DER in %s" % reader.what)
-    return reader.take(n)
-
-
 def rsa_public_key(der):
-    """Return (n, e) of an RSAPublicKey in DER (RFC 8017, A.1.1).
-
-    Raises ProtocolError unless n has 1024 to 4096 bits in whole bytes and e is 65537.
-    """
-    outer = Reader(der, "RSA key")
-    inner = Reader(der_take(outer, 0x30), "RSA key")
-    n, e = der_take(inner, 2), der_take(inner, 2)
-    whole = 129 <= len(n) <= 513 and not n[0] and n[1] > 127
-    if not whole or not n[-1] & 1 or e != b"\1\0\1" or inner.left() or outer.left():
-        raise ProtocolError("bad RSA key")
-    return int.from_bytes(n, "big"), 65537
+    """Return the modulus of an RSAPublicKey (RFC 8017, A.1.1) of 1024, or 2048 to 4096 bits."""
+    size = len(der)
+    require(size == 140 or 270 <= size <= 526, "bad RSA key")
+    head = b"0\x81\x89\2\x81\x81\0"
+    if size > 140:
+        head = struct.pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
+    n = der[len(head) : -5]
+    require(der == head + n + b"\2\3\1\0\1" and n[0] > 127 and n[-1] & 1, "bad RSA key")
+    return n
 
 
-def rsa_verify(key, digest, signature):
-    """Return whether `signature` is PKCS#1 v1.5 by (n, e) over the bare `digest` (dir-spec 1.3)."""
-    n, e = key
-    size = len(signature)
-    s = int.from_bytes(signature, "big")
-    if size < 128 or n >> 8 * size - 1 != 1 or s >= n:
+def rsa_verify(n, digest, signature):
+    """Verify PKCS#1 v1.5 over the bare `digest` (dir-spec 1.3)."""
+    if len(signature) != len(n) or signature >= n:
         return False
-    block = b"\0\1" + b"\xff" * (size - 3 - len(digest)) + b"\0" + digest
-    return pow(s, e, n) == int.from_bytes(block, "big")
+    s = pow(int.from_bytes(signature, "big"), 65537, int.from_bytes(n, "big"))
+    fill = b"\xff" * (len(n) - 3 - len(digest))
+    return s.to_bytes(len(n), "big") == b"\0\1" + fill + b"\0" + digest
 
 
 # === 6. Certificates and documents ==========================================
@@ -1403,7 +1220,7 @@ class RelayTable:
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
         body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
-        write_file(path, [sha256(_LAYOUT + network_id + body), body])
+        write_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
 def load_table(path, network_id):
@@ -1575,7 +1392,9 @@ def establish_intro(intro, kh):
     # 3.1.1; `kh`: KH of the circuit's last hop.
     data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\0\x40" + ed25519_sign(intro.seed, b"Tor establish-intro cell v1" + data)
+    return data + b"\0\x40" + ed25519_sign(
+        intro.esk, intro.auth_key, b"Tor establish-intro cell v1" + data
+    )
 
 
 def _intro_keys(exp, X, intro, subcred):
@@ -1720,7 +1539,7 @@ def revision_counter(esk, seconds):
 def make_ed_cert(kind, key, when, esk, public):
     # cert-spec 2.1, good for 54 hours.
     body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
-    return body + ed25519_sign_expanded(esk, public, body)
+    return body + ed25519_sign(esk, public, body)
 
 
 _base64 = binascii.b2a_base64  # ends the line
@@ -1764,7 +1583,7 @@ _SIGNED = b"Tor onion service descriptor sig v3"
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
     """Return a descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
     signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
-    public = ed25519_public_expanded(signer)
+    public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
         return _armour(keyword, b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
@@ -1785,7 +1604,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
     text = b"hs-descriptor 3\ndescriptor-lifetime 180\n"
     text += cert(b"descriptor-signing-key-cert", 8, public, esk, blinded)
     text += b"revision-counter %d\n" % revision + _seal(b"superencrypted", secret, outer)
-    signature = ed25519_sign_expanded(signer, public, _SIGNED + text)
+    signature = ed25519_sign(signer, public, _SIGNED + text)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
@@ -3622,7 +3441,7 @@ def load_service_key(key_dir):
         data = read_file(path + "secret_key") or b""
         if len(data) != 96 or data[:32] != head:
             raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
-        public = ed25519_public_expanded(data[32:])
+        public = ed25519_public(data[32:])
         write_file(path + "public_key", _KEY_HEAD % b"public" + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
@@ -3697,8 +3516,8 @@ class OnionService:
         used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
         i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
         intro = table.relay(i)
-        intro.seed = urandom(32)
-        intro.auth_key = ed25519_public(intro.seed)
+        intro.esk = ed25519_expand(urandom(32))
+        intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
         intro.ready, intro.cookies = False, set()
         intro.until = now() + 64800 + randbelow(21600)

@@ -18,6 +18,10 @@ REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "real"
 ERRORS = (minitor.ProtocolError, minitor.DirectoryError, minitor.ClockError)
 
 
+def ed_public(seed):
+    return minitor.ed25519_public(minitor.ed25519_expand(seed))
+
+
 @pytest.fixture(scope="module")
 def net():
     return FakeNet()
@@ -43,12 +47,13 @@ def ed_cert(seed, key, expires, extensions=(), kind=4, key_type=1, version=1):
     body += bytes([len(extensions)])
     for extension, flags, data in extensions:
         body += struct.pack(">HBB", len(data), extension, flags) + data
-    return body + minitor.ed25519_sign(seed, body)
+    esk = minitor.ed25519_expand(seed)
+    return body + minitor.ed25519_sign(esk, ed_public(seed), body)
 
 
 def test_ed_cert():
     seed, key, when = bytes(range(32)), bytes(32), 1_700_000_000
-    public = minitor.ed25519_public(seed)
+    public = ed_public(seed)
     data = ed_cert(seed, key, when + 3600, [(4, 0, public), (99, 0, b"unknown")])
     for by in (public, None):
         for at in (when, (when + 3600) // 3600 * 3600):
@@ -65,12 +70,12 @@ def test_ed_cert():
 
 def test_ed_cert_without_its_key():
     seed, when = bytes(range(32)), 1_700_000_000
-    data, public = ed_cert(seed, bytes(32), when + 7200), minitor.ed25519_public(seed)
+    data, public = ed_cert(seed, bytes(32), when + 7200), ed_public(seed)
     assert minitor.check_ed_cert(data, "certificate", 4, public, when) == (1, bytes(32), None)
     with pytest.raises(minitor.ProtocolError, match="another key"):
         minitor.check_ed_cert(data, "certificate", 4, None, when)
     with pytest.raises(minitor.ProtocolError, match="signature"):
-        minitor.check_ed_cert(data, "certificate", 4, minitor.ed25519_public(bytes(32)), when)
+        minitor.check_ed_cert(data, "certificate", 4, ed_public(bytes(32)), when)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +86,12 @@ def test_ed_cert_refused(extensions, version):
     seed, when = bytes(32), 1_700_000_000
     data = ed_cert(seed, bytes(32), when + 7200, extensions, version=version)
     with pytest.raises(minitor.ProtocolError, match="malformed"):
-        minitor.check_ed_cert(data, "certificate", 4, minitor.ed25519_public(seed), when)
+        minitor.check_ed_cert(data, "certificate", 4, ed_public(seed), when)
 
 
 def test_ed_cert_truncated_changed_or_longer():
     seed, when = bytes(range(32)), 1_700_000_000
-    public = minitor.ed25519_public(seed)
+    public = ed_public(seed)
     data = ed_cert(seed, bytes(32), when + 7200, [(4, 0, public)])
     bad = [data[:n] for n in range(len(data))] + [data + b"x"]
     for n in range(0, len(data), 5):

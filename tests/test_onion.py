@@ -18,6 +18,10 @@ H = bytes.fromhex
 NOW = 1732100000
 
 
+def ed_public(seed):
+    return minitor.ed25519_public(minitor.ed25519_expand(seed))
+
+
 class Consensus:
     def __init__(self, text, interval=3600, params=None, current=b"c" * 32, previous=b"p" * 32):
         date, clock = text.split(" ")
@@ -257,19 +261,19 @@ class Intro:
     def __init__(self, n):
         self.rsa_id, self.ed_id = bytes([n]) * 20, bytes([n]) * 32
         self.address, self.port = "127.%d.0.1" % n, 5000 + n
-        self.ntor_key = minitor.x25519_public(bytes([n]) * 32)
-        self.auth_key = minitor.ed25519_public(bytes([n]) * 32)
-        self.enc_key = minitor.x25519_public(bytes([n + 1]) * 32)
+        self.ntor_key = minitor.x25519(bytes([n]) * 32)
+        self.auth_key = ed_public(bytes([n]) * 32)
+        self.enc_key = minitor.x25519(bytes([n + 1]) * 32)
 
 
 @pytest.fixture(scope="module")
 def keys():
     esk = minitor.ed25519_expand(b"identity".ljust(32, b"."))
-    key = minitor.ed25519_public_expanded(esk)
+    key = minitor.ed25519_public(esk)
     param = minitor.blinding_param(key, (16903, 1440, b"", 0))
     blinded = minitor.ed25519_blind_public(key, param)
     blinded_esk = minitor.ed25519_blind_secret(esk, param)
-    assert minitor.ed25519_public_expanded(blinded_esk) == blinded
+    assert minitor.ed25519_public(blinded_esk) == blinded
     return blinded_esk, blinded, minitor.subcredential(key, blinded)
 
 
@@ -314,7 +318,7 @@ def test_descriptor_refused(keys):
     data = make(keys, [Intro(1), Intro(2)])
     refused(b"", keys)
     refused(data, keys, NOW + 55 * 3600, "expired")
-    refused(data, (0, minitor.ed25519_public(b"o" * 32), keys[2]), match="another key")
+    refused(data, (0, ed_public(b"o" * 32), keys[2]), match="another key")
     refused(data, (0, keys[1], bytes(32)), match="superencrypted")
     refused(data.replace(b"revision-counter 1", b"revision-counter 2"), keys, match="signature")
     for n in range(0, len(data), 397):
@@ -372,7 +376,7 @@ def test_descriptor_certificates(keys, monkeypatch):
                 if k == kind:
                     cert[at] = byte
                 cert = bytes(cert)
-                return cert + minitor.ed25519_sign_expanded(esk, public, cert)
+                return cert + minitor.ed25519_sign(esk, public, cert)
 
             monkeypatch.setattr(minitor, "make_ed_cert", changed)
             data = make(keys, [Intro(1)])
@@ -415,7 +419,7 @@ def test_descriptor_of_c_tor():
 
 def test_enc_key_form():
     for n in range(1, 5):
-        ed = minitor.ed25519_public(bytes([n]) * 32)
+        ed = ed_public(bytes([n]) * 32)
         scalar = minitor.ed25519_expand(bytes([n]) * 32)[:32]
-        u = minitor.x25519_public(scalar)
+        u = minitor.x25519(scalar)
         assert minitor._enc_key_ed(u) == ed[:31] + bytes([ed[31] & 127])

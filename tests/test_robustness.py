@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -25,6 +26,10 @@ WORDS = [
     b"-----BEGIN X-----\n", b"-----END X-----\n", b"[::1]:1", b"[fffff:1::]:1", b"256.1.1.1",
     b"\xd9\xa1", b"$", b"%s", b"a=b=c", b"Link=1-9999999", b"Link=5-1", b"accept", b"reject 1-",
 ]  # fmt: skip
+
+
+def ed_public(seed):
+    return minitor.ed25519_public(minitor.ed25519_expand(seed))
 
 
 class Mutator:
@@ -148,7 +153,7 @@ def key():
 
 
 def expanded(seed):
-    return minitor.ed25519_expand(seed), minitor.ed25519_public(seed)
+    return minitor.ed25519_expand(seed), ed_public(seed)
 
 
 def ed_cert(kind, certified, seed=b"s" * 32):
@@ -159,8 +164,8 @@ def ed_cert(kind, certified, seed=b"s" * 32):
 def certs(key):
     """A CERTS cell, and the digest of the TLS certificate it is for."""
     tls = minitor.sha256(b"TLS certificate")
-    signing = minitor.ed25519_public(b"t" * 32)
-    identity = minitor.ed25519_public(b"s" * 32)
+    signing = ed_public(b"t" * 32)
+    identity = ed_public(b"s" * 32)
     name = der(0x30, der(0x31, der(0x30, der(6, b"\x55\4\3"), der(12, b"relay"))))
     sha256_rsa = der(0x30, der(6, b"\x2a\x86\x48\x86\xf7\x0d\1\1\x0b"), der(5))
     rsa_key = der(0x30, der(6, b"\x2a\x86\x48\x86\xf7\x0d\1\1\1"), der(5))
@@ -181,7 +186,7 @@ def certs(key):
     cross += b"\x80" + key.sign(minitor.sha256(prefix + cross))
     link = bytearray(ed_cert(5, tls, b"t" * 32)[:-64])
     link[6] = 3  # kind of key: the digest of a TLS certificate
-    link = bytes(link) + minitor.ed25519_sign(b"t" * 32, bytes(link))
+    link = bytes(link) + minitor.ed25519_sign(*expanded(b"t" * 32), bytes(link))
     body = b"\4"
     for kind, cert in ((2, x509), (4, ed_cert(4, signing)), (5, link), (7, cross)):
         body += struct.pack(">BH", kind, len(cert)) + cert
@@ -250,9 +255,9 @@ class Intro:
     def __init__(self, n):
         self.rsa_id, self.ed_id = bytes([n]) * 20, bytes([n]) * 32
         self.address, self.port = "127.%d.0.1" % n, 5000 + n
-        self.ntor_key = minitor.x25519_public(bytes([n]) * 32)
-        self.auth_key = minitor.ed25519_public(bytes([n]) * 32)
-        self.enc_key = minitor.x25519_public(bytes([n + 1]) * 32)
+        self.ntor_key = minitor.x25519(bytes([n]) * 32)
+        self.auth_key = ed_public(bytes([n]) * 32)
+        self.enc_key = minitor.x25519(bytes([n + 1]) * 32)
 
 
 # ── sections 6 and 7 ──
@@ -261,7 +266,7 @@ class Intro:
 def test_ed25519_certificates(checks):
     def check_ed_cert(data):
         minitor.check_ed_cert(data, "certificate", 4, None, NOW)
-        minitor.check_ed_cert(data, "certificate", 4, minitor.ed25519_public(b"s" * 32), NOW)
+        minitor.check_ed_cert(data, "certificate", 4, ed_public(b"s" * 32), NOW)
 
     fuzz(check_ed_cert, ed_cert(4, b"k" * 32))
 
@@ -375,7 +380,7 @@ def test_relay_messages(name, valid):
 
 
 def test_handshake_replies(checks):
-    _, ntor_finish = minitor.ntor(bytes(20), minitor.x25519_public(b"b" * 32))
+    _, ntor_finish = minitor.ntor(bytes(20), minitor.x25519(b"b" * 32))
     _, hs_finish = minitor.hs_ntor_client(Intro(1), b"u" * 32, bytes(20), Intro(3))
 
     def finish(data):
@@ -390,14 +395,14 @@ def test_handshake_replies(checks):
                 pass
 
     for head in (b"", b"\0\x40"):
-        fuzz(finish, head + minitor.x25519_public(b"y" * 32) + bytes(32), ROUNDS // 2)
+        fuzz(finish, head + minitor.x25519(b"y" * 32) + bytes(32), ROUNDS // 2)
 
 
 def introduce2(plain, subcredential=b"u" * 32):
     """Return the body of an INTRODUCE2 for Intro(1) with the plaintext `plain`."""
     intro = Intro(1)
     x = b"x" * 32
-    X = minitor.x25519_public(x)
+    X = minitor.x25519(x)
     keys = minitor._intro_keys(minitor.x25519(x, intro.enc_key), X, intro, subcredential)
     body = bytes(20) + b"\2\0\x20" + intro.auth_key + b"\0" + X
     body += minitor.AesCtr(keys[:32]).crypt(plain)
@@ -483,7 +488,7 @@ def test_layers_of_a_descriptor(onion, descriptor, monkeypatch, depth):
 
 
 def test_onion_addresses():
-    valid = minitor.onion_address(minitor.ed25519_public(b"i" * 32))
+    valid = minitor.onion_address(ed_public(b"i" * 32))
 
     def parse_onion_address(data):
         minitor.parse_onion_address(data.decode("utf-8", "replace"))
@@ -496,8 +501,8 @@ def test_onion_addresses():
 
 
 def test_stored_guards(tmp_path, monkeypatch):
-    path, consensus = tmp_path / "guards.json", minitor.Consensus()
-    consensus.bandwidth_weights = consensus.params = {}
+    path = tmp_path / "guards.json"
+    consensus = SimpleNamespace(param=lambda name, usual, *_: usual, bandwidth_weights={})
     monkeypatch.setattr(minitor, "write_file", lambda *_: None)
     entry = '["%s", 1800000000, 1]' % minitor.b32encode(b"r" * 20)
 

@@ -9,6 +9,10 @@ import pytest
 import minitor
 
 
+def ed_public(seed):
+    return minitor.ed25519_public(minitor.ed25519_expand(seed))
+
+
 class Thing:
     def __init__(self, **fields):
         self.__dict__.update(fields)
@@ -84,9 +88,9 @@ def service(tmp_path):
     tor = fake_tor()
     service = minitor.OnionService(tor, str(tmp_path / "key"), {80: 8080})
     intro = Thing(cookies=set(), left=100, ready=True, rsa_id=b"i" * 20)
-    intro.auth_key = minitor.ed25519_public(b"a" * 32)
+    intro.auth_key = ed_public(b"a" * 32)
     intro.b = b"q" * 32
-    intro.enc_key = minitor.x25519_public(intro.b)
+    intro.enc_key = minitor.x25519(intro.b)
     service.intros.append(intro)
     service._periods = [((1, 1440, b"", 0), b"", b"", b"s" * 32, [], {})]
     service.built = []
@@ -101,7 +105,7 @@ def service(tmp_path):
 
 def introduce(service, cookie=b"c" * 20, address="11.22.33.44"):
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address=address, port=9001)
-    relay.ntor_key = minitor.x25519_public(b"n" * 32)
+    relay.ntor_key = minitor.x25519(b"n" * 32)
     return minitor.hs_ntor_client(service.intros[0], b"s" * 32, cookie, relay)
 
 
@@ -121,7 +125,7 @@ def test_new_key(tmp_path):
     for path in folder.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert minitor.load_service_key(str(folder)) == (esk, public)
-    signature = minitor.ed25519_sign_expanded(esk, public, b"m")
+    signature = minitor.ed25519_sign(esk, public, b"m")
     assert minitor.ed25519_verify(public, b"m", signature)
 
 
@@ -280,11 +284,11 @@ def test_ports(service, monkeypatch):
 
 def meet(answer, testing=False, private=False):
     """Run `_introduce` with that INTRODUCE_ACK: (rendezvous circuit, introduction circuit)."""
-    intro = Thing(auth_key=minitor.ed25519_public(b"a" * 32), private=private)
-    intro.b, intro.enc_key = b"q" * 32, minitor.x25519_public(b"q" * 32)
+    intro = Thing(auth_key=ed_public(b"a" * 32), private=private)
+    intro.b, intro.enc_key = b"q" * 32, minitor.x25519(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
-    relay.ntor_key = minitor.x25519_public(b"n" * 32)
+    relay.ntor_key = minitor.x25519(b"n" * 32)
     rend.path = [relay]
 
     async def circuit_to(purpose, target=None):
@@ -388,7 +392,7 @@ def test_descriptors_are_kept(monkeypatch):
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [1, 2, 3])
 
     async def main():
-        tor, key = fake_tor(), minitor.ed25519_public(b"k" * 32)
+        tor, key = fake_tor(), ed_public(b"k" * 32)
         tor.directory.table = Thing(relay=lambda i: i)
         first = await minitor._find_descriptor(tor, key)
         assert await minitor._find_descriptor(tor, key) is first and len(asked) == 1
@@ -398,11 +402,11 @@ def test_descriptors_are_kept(monkeypatch):
         assert asked[-1] == 3
         monkeypatch.setattr(minitor, "_MAX_DESCRIPTORS", 4)
         for n in range(9):
-            await minitor._find_descriptor(tor, minitor.ed25519_public(bytes([n]) * 32))
+            await minitor._find_descriptor(tor, ed_public(bytes([n]) * 32))
             assert len(tor.descriptors) <= 4
         broken.append(3)
         with pytest.raises(minitor.DescriptorError, match="404"):
-            await minitor._find_descriptor(tor, minitor.ed25519_public(b"u" * 32))
+            await minitor._find_descriptor(tor, ed_public(b"u" * 32))
 
     asyncio.run(main())
 
@@ -422,7 +426,7 @@ class Table:
         return -1 if rsa_id[0] in self.gone else rsa_id[0]
 
     def relay(self, i):
-        key = minitor.x25519_public(b"n" * 32)
+        key = minitor.x25519(b"n" * 32)
         return Thing(rsa_id=bytes([i]) * 20, index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
                      port=9001, ntor_key=key)
 

@@ -17,7 +17,7 @@ def refused(function, *args):
 # Reader.
 r = Reader(b"\1\2\3\4\5", "thing")
 assert r.uint(1) == 1 and r.uint(2) == 0x203 and r.left() == 2 and r.take(0) == b""
-assert refused(r.take, 3) and r.rest() == b"\4\5" and r.left() == 0 and refused(r.uint, 1)
+assert refused(r.take, 3) and r.take(2) == b"\4\5" and r.left() == 0 and refused(r.uint, 1)
 assert Reader(memoryview(b"abc")).take(2) == b"ab"
 
 # Base64 (RFC 4648, section 10), with and without padding, and what is none.
@@ -51,7 +51,6 @@ for text in ("mzxw6yt1", "mzxw6yt=", "mzxw6yt\xe9"):
 assert minitor.hexlify(b"\0\xff") == "00ff"
 assert minitor.consteq(b"ab", b"ab") and not minitor.consteq(b"ab", b"ac")
 assert not minitor.consteq(b"ab", b"abc")
-assert minitor.utc(1700000000) == (2023, 11, 14, 22, 13, 20)
 assert minitor.now() > 1700000000
 seen = [0] * 5
 for i in range(400):
@@ -68,7 +67,7 @@ minitor.private_dir(folder + "/a/b")
 path = folder + "/a/b/file"
 assert minitor.read_file(path) is None
 minitor.write_file(path, b"first")
-minitor.write_file(path, [b"sec", b"ond"])
+minitor.write_file(path, b"second")
 assert minitor.read_file(path) == b"second" and os.listdir(folder + "/a/b") == ["file"]
 minitor.write_file(path, bytearray(b"third"))
 assert minitor.read_file(path) == b"third"

@@ -21,7 +21,7 @@ def refused(function, *args):
 
 
 def keypair(secret):
-    return lambda: (secret, minitor.x25519_public(secret))
+    return lambda: (secret, minitor.x25519(secret))
 
 
 random_keypair = minitor.x25519_keypair
@@ -85,7 +85,7 @@ assert refused(minitor.hs_ntor_service, intro, [bytes(32)], body)
 assert refused(minitor.hs_ntor_service, intro, [b"s" * 32], body[:100])
 
 # Messages.
-intro.seed = b"s" * 32
+intro.esk = minitor.ed25519_expand(b"s" * 32)
 assert len(minitor.establish_intro(intro, b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
 assert minitor.parse_begin(b"a.b:80\0\0\0\0\1") == 80

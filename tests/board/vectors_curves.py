@@ -41,11 +41,11 @@ alice = b("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
 bob = b("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
 A = b("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
 B = b("de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f")
-assert minitor.x25519_public(alice) == A and minitor.x25519_public(bob) == B
+assert minitor.x25519(alice) == A and minitor.x25519(bob) == B
 shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
 assert hexlify(minitor.x25519(alice, B)) == hexlify(minitor.x25519(bob, A)) == shared
 x, X = minitor.x25519_keypair()
-assert len(x) == len(X) == 32 and minitor.x25519_public(x) == X
+assert len(x) == len(X) == 32 and minitor.x25519(x) == X
 k = u = b"\t" + bytes(31)
 for i in range(1 if minitor.MICROPYTHON else 1000):
     k, u = minitor.x25519(k, u), k
@@ -96,8 +96,10 @@ for seed, public, message, signature in (
         "09351fc9ac90b3ecfdfbc7c66431e0303dca179c138ac17ad9bef1177331a704",
     ),
 ):
-    assert hexlify(minitor.ed25519_public(b(seed))) == public
-    assert hexlify(minitor.ed25519_sign(b(seed), b(message))) == signature
+    assert hexlify(minitor.ed25519_public(minitor.ed25519_expand(b(seed)))) == public
+    assert hexlify(
+        minitor.ed25519_sign(minitor.ed25519_expand(b(seed)), b(public), b(message))
+    ) == signature
     assert minitor.ed25519_verify(b(public), b(message), b(signature))
 
 # Ed25519 with blinding: tor's vectors.
@@ -109,16 +111,16 @@ for i in range(len(tor["secret_keys"])):
         v[name] = b(tor[name][i])
     esk, public = v["expanded_secret_keys"], v["public_keys"]
     assert minitor.ed25519_expand(v["secret_keys"]) == esk
-    assert minitor.ed25519_public_expanded(esk) == public
-    signature = minitor.ed25519_sign_expanded(esk, public, public)
+    assert minitor.ed25519_public(esk) == public
+    signature = minitor.ed25519_sign(esk, public, public)
     assert signature == v["self_signatures"]
     assert minitor.ed25519_verify(public, public, signature)
     blind, blinded = v["blinded_secret_keys"], v["blinded_public_keys"]
     param = v["blinding_params"]
     assert minitor.ed25519_blind_secret(esk, param) == blind
     assert minitor.ed25519_blind_public(public, param) == blinded
-    assert minitor.ed25519_public_expanded(blind) == blinded
-signature = minitor.ed25519_sign_expanded(blind, blinded, b"message")
+    assert minitor.ed25519_public(blind) == blinded
+signature = minitor.ed25519_sign(blind, blinded, b"message")
 assert minitor.ed25519_verify(blinded, b"message", signature)
 
 # Ed25519: what is refused.
@@ -154,7 +156,7 @@ assert minitor.ed25519_valid(public) and minitor.ed25519_valid(blinded)
 # A key plus a point of order 8, 4, 2: no low order, but a torsion component.
 for y in (Y8, 0, P - 1):
     mixed = minitor._add(minitor._decode(public), minitor._decode(little(y)))
-    assert not minitor.ed25519_valid(minitor._encode(mixed)), y
+    assert not minitor.ed25519_valid(minitor._multiply((1, mixed))), y
 
 # RSA: a key of 1024 bits made for this test, and its signature over a bare digest.
 DER = b(
@@ -171,7 +173,7 @@ RSA_SIGNATURE = b(
 )
 digest = minitor.sha256(b"minitor")
 key = minitor.rsa_public_key(DER)
-assert key[1] == 65537 and key[0] >> 1023 == 1
+assert len(key) == 128 and key[0] == 0xB6
 assert minitor.rsa_verify(key, digest, RSA_SIGNATURE)
 assert not minitor.rsa_verify(key, digest[:20], RSA_SIGNATURE)
 assert not minitor.rsa_verify(key, minitor.sha256(b"else"), RSA_SIGNATURE)

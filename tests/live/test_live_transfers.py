@@ -102,7 +102,8 @@ def test_host_prints_the_page(tornet, tor_service, tmp_path):
 
 def test_get_of_what_is_not_there(tornet, tor_service, tmp_path):
     """No service, no page, no port: one line on standard error and a status."""
-    nobody = "http://" + module.onion_address(module.ed25519_public(bytes(32))) + "/"
+    key = module.ed25519_public(module.ed25519_expand(bytes(32)))
+    nobody = "http://" + module.onion_address(key) + "/"
     for url in (nobody, "http://%s/none" % tor_service.address,
                 "http://%s:99/" % tor_service.address):
         with minitor(tornet, tmp_path, "--get", url) as program:

@@ -2326,14 +2326,13 @@ class Channels:
 
 
 # === 11. Circuits and streams ===============================================
-# Relay encryption, extending, flow control, streams, teardown.  tor-spec 5–7.
+# Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # The most cells that are encrypted or queued in one go.
 BATCH = 8 if MICROPYTHON else 128
-CIRCUIT_WINDOW, CIRCUIT_INCREMENT = 1000, 100
+CIRCUIT_WINDOW, CIRCUIT_INCREMENT, STREAM_WINDOW, STREAM_INCREMENT = 1000, 100, 500, 50
 # A circuit with congestion control has no stream windows: its streams are stopped by XOFF.
-NO_WINDOW, XOFF_LIMIT = 1 << 30, 500 * 498
-STREAM_WINDOW, STREAM_INCREMENT = 500, 50
+NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # A stream whose reader lags behind by more than this sends no SENDME.
 READ_AHEAD = 16384 if MICROPYTHON else 1 << 18
 # How much `write` takes before `drain` waits; `pump` moves half of it at a time.
@@ -2341,26 +2340,18 @@ WRITE_AHEAD = 8192 if MICROPYTHON else 1 << 17
 
 
 class Layer:
-    """The relay encryption that one hop and we share; its key streams depend on position alone.
+    """Relay encryption shared with one hop (tor-spec 5.2; `onion`: rend-spec-v3 4.2.1).
 
-    `keys`: Df, Db, Kf, Kb in a row (ntor: SHA-1 and AES-128; onion hop: SHA3-256
-    and AES-256).  `service`: we are the service's end of an onion hop, so what
-    we send is "backward".  tor-spec 5.2, rend-spec-v3 4.2.1.
+    `keys`: Df, Db, Kf, Kb in a row; `service`: we are the service, and send "backward".
     """
 
     def __init__(self, keys, onion=False, service=False):
-        seed, size = (32, 32) if onion else (20, 16)
-        digest = Sha3_256 if onion else Sha1
-        ends = [
-            (
-                digest(keys[at * seed : at * seed + seed]),
-                AesCtr(keys[2 * seed + at * size : 2 * seed + at * size + size]),
-            )
-            for at in (0, 1)
-        ]
+        digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
+        Df, Db, Kf, Kb = struct.unpack_from(form, keys)
         if service:
-            ends.reverse()
-        (self.out_digest, self.out_cipher), (self.in_digest, self.in_cipher) = ends
+            Df, Db, Kf, Kb = Db, Df, Kb, Kf
+        self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
+        self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
 
     def sent(self, body):
         """Return whether this hop sent the decrypted cell, and if so, count it."""
@@ -2378,47 +2369,40 @@ def sendme_increment(param):
 
 
 class Vegas:
-    """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3).
-
-    `param`: Consensus.param; `sent`: when each cell was sent whose SENDME is still due.
-    """
+    """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3)."""
 
     def __init__(self, param):
         self.increment = sendme_increment(param)
         self.cwnd = param("cc_cwnd_init", 124, 31, 10000)
         self._least = param("cc_cwnd_min", 124, 31, 1000)
         self._cap = param("cc_sscap_onion", 475, 100, 10000)
-        self._alpha, self._beta, self._gamma, self._delta = [
-            param("cc_vegas_%s_onion" % name, 62 * n, 0, 1000)
-            for name, n in (("alpha", 3), ("beta", 6), ("gamma", 4), ("delta", 7))
-        ]
-        self.sent = []
-        self._rtt = self._least_rtt = self._acks = 0
+        marks = ("alpha", 186), ("beta", 372), ("gamma", 248), ("delta", 434)
+        self._marks = [param("cc_vegas_%s_onion" % name, n, 0, 1000) for name, n in marks]
+        self._rtt, self._least_rtt, self._acks = 0, NO_LIMIT, 0
         self._slow, self._full = True, False
 
-    def acked(self, inflight):
-        """Adapt to the SENDME for the oldest of `sent`; `inflight`: cells, with those acked."""
-        cwnd, increment, rtt = self.cwnd, self.increment, ticks_diff(ticks_ms(), self.sent.pop(0))
-        self._rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
-        if not self._least_rtt or self._rtt < self._least_rtt or (
-            cwnd == self._least and not self._slow
-        ):
-            self._least_rtt = self._rtt
-        bdp = int(cwnd * self._least_rtt / self._rtt)
+    def acked(self, inflight, rtt):
+        """Adapt `cwnd` to a SENDME after `rtt` ms; `inflight`: cells, with those acked."""
+        cwnd, increment = self.cwnd, self.increment
+        alpha, beta, gamma, delta = self._marks
+        self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
+        if rtt < self._least_rtt or cwnd == self._least and not self._slow:
+            self._least_rtt = rtt
+        bdp = int(cwnd * self._least_rtt / rtt)
         queue = cwnd - bdp
         if inflight + 4 * increment >= cwnd:
             self._full = True
         elif 4 * inflight < cwnd:
             self._full = False
         if not self._slow:
-            if queue > self._delta:
-                cwnd = bdp + self._delta - 1
-            elif queue > self._beta:
+            if queue > delta:
+                cwnd = bdp + delta - 1
+            elif queue > beta:
                 cwnd -= 1
-            elif self._full and queue < self._alpha:
+            elif self._full and queue < alpha:
                 cwnd += 1
-        elif queue >= self._gamma:
-            cwnd, self._slow = bdp + self._gamma, False
+        elif queue >= gamma:
+            cwnd, self._slow = bdp + gamma, False
         elif self._full:
             grow = increment
             if cwnd > self._cap:
@@ -2433,16 +2417,10 @@ class Vegas:
 
 def congestion_control(param, wanted):
     """Return a Vegas if the consensus (`param`) has congestion control and the peer `wanted` it."""
-    return None if MICROPYTHON else Vegas(param) if wanted and sendme_increment(param) else None
+    return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
-def padded(data):
-    """Fill relay `data` up with four zero bytes and then random ones (tor-spec 6.1)."""
-    gap = RELAY_DATA_MAX - len(data)
-    return data + bytes(min(gap, 4)) + urandom(gap - 4) if gap > 4 else data + bytes(gap)
-
-
-_TO_CLOSED = (RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON)
+_TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
 
 
 class Stream:
@@ -2452,127 +2430,110 @@ class Stream:
         self.circuit, self.stream_id = circuit, stream_id
         circuit.streams[stream_id] = self
         self.opened = Promise()
-        self.package = self._deliver = NO_WINDOW if circuit.vegas else STREAM_WINDOW
-        self._stopped = False
-        self.outgoing = b""
-        self._incoming = bytearray()
-        self._ended = self._error = None
-        self._closing = False
-        self._readable = asyncio.Event()
-        self._writable = asyncio.Event()
+        self.package = self._deliver = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        self.outgoing, self._incoming = b"", bytearray()
+        self._stopped = self._ended = self._closing = False
+        self._error = None
+        self._changed = asyncio.Event()
 
-    # ── Called by the circuit ──
+    # --- Called by the circuit ---
 
     def feed(self, data):
-        if self._ended or not (self.opened.done() or self.circuit.on_begin):
-            raise ProtocolError("DATA on stream %d, which is not open" % self.stream_id)
-        self._deliver -= 0 if self.circuit.vegas else 1
-        if self._deliver < 0:
-            raise ProtocolError("more DATA on stream %d than its window" % self.stream_id)
-        if len(self._incoming) > 16 * XOFF_LIMIT:
-            raise ProtocolError("stream %d does not heed XOFF" % self.stream_id)
+        self._deliver -= 1
+        early = not (self.opened.done() or self.circuit.on_begin)
+        if early or self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
+            raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
         if not self._closing:
             self._incoming.extend(data)
 
     def arrived(self):
-        self._readable.set()
-        self._acknowledge()
-
-    def _acknowledge(self):
-        if self.circuit.vegas:
-            # Stop the other side above the limit, and let it go on below half of it.
-            much = len(self._incoming) * (2 if self._stopped else 1) > XOFF_LIMIT
-            if much != self._stopped and not self._ended:
-                self._stopped = much
-                command, body = (RELAY_XOFF, b"\0") if much else (RELAY_XON, bytes(5))
-                self.circuit.send(command, self.stream_id, body)
-        elif len(self._incoming) < READ_AHEAD and not self._ended:
-            while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT:
-                self._deliver += STREAM_INCREMENT
-                self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+        """Wake the reader, and let the other side go on, or stop it."""
+        self._changed.set()
+        if self._ended:
+            return
+        waiting = len(self._incoming)
+        while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and waiting < READ_AHEAD:
+            self._deliver += STREAM_INCREMENT
+            self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+        # With congestion control: stopped above the limit, until below half of it.
+        stop = waiting * (2 if self._stopped else 1) > XOFF_LIMIT
+        if self.circuit.vegas and stop != self._stopped:
+            self._stopped = stop
+            command, body = (RELAY_XOFF, b"\0") if stop else (RELAY_XON, bytes(5))
+            self.circuit.send(command, self.stream_id, body)
 
     def message(self, command, data):
         if command == RELAY_END:
             reason = data[0] if data else 1
-            text = reason_text(END_REASONS, reason)
             self.circuit.streams.pop(self.stream_id, None)
-            self.end(StreamError("the stream was closed: %s" % text, reason))
+            text = "the stream was closed: " + reason_text(END_REASONS, reason)
+            self.end(StreamError(text, reason))
         elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
-            self.package = 0 if command == RELAY_XOFF else NO_WINDOW
-            self.circuit.flush(self)
-        elif command == RELAY_SENDME:
+            self.package = 0 if command == RELAY_XOFF else NO_LIMIT
+        elif command == RELAY_SENDME and self.package <= STREAM_WINDOW - STREAM_INCREMENT:
             self.package += STREAM_INCREMENT
-            if self.package > STREAM_WINDOW:
-                raise ProtocolError("a SENDME on stream %d too many" % self.stream_id)
-            self.circuit.flush(self)
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
+        self.circuit.flush(self)
 
     def end(self, error):
         """The other side, or the circuit, is gone; what arrived can still be read."""
         self._ended = True
         # Clients end with MISC whatever happened, so at a service it is no error.
-        if error.reason != 6 and not (error.reason == 1 and self.circuit.on_begin):
+        if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
         self.outgoing = b""
         self.opened.fail(error)
-        self._readable.set()
-        self._writable.set()
+        self._changed.set()
 
     def flushed(self):
-        self._writable.set()
+        self._changed.set()
         if self._closing and not self.outgoing:
-            self._send_end(6 if self.circuit.on_begin else 1)
+            self.send_end(END_DONE if self.circuit.on_begin else 1)
 
-    def _send_end(self, reason):
-        if not self._ended and self.circuit.streams.pop(self.stream_id, None):
+    def send_end(self, reason):
+        """End the stream now; BEGIN is refused by this."""
+        if not self._ended:
             self._ended = True
+            self.circuit.streams.pop(self.stream_id, None)
             self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
-            self._readable.set()
-            self._writable.set()
+            self._changed.set()
 
-    # ── At a service ──
-
-    async def accept(self):
-        """Answer BEGIN with CONNECTED."""
+    def accept(self):
+        """Answer BEGIN with CONNECTED, at a service."""
         if not self._ended:
             self.opened.set()
             self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
 
-    async def reject(self, reason):
-        """Answer BEGIN with END."""
-        self._send_end(reason)
-
-    # ── Reading ──
+    # --- Reading ---
 
     def _take(self, n):
-        if n >= len(self._incoming):
-            piece, self._incoming = bytes(self._incoming), bytearray()
-        else:
-            piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
-        self._acknowledge()
+        piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
+        self.arrived()
         return piece
 
+    async def _change(self):
+        self._changed.clear()
+        await self._changed.wait()
+
     async def _more(self):
-        """Wait for bytes; False at the end; StreamError where the stream broke."""
-        if self._ended or self._closing:
-            if self._error is not None:
-                raise self._error
-            return False
-        self._readable.clear()
-        await self._readable.wait()
-        return True
+        # Wait for bytes; False at the end; StreamError where the stream broke.
+        if not self._ended and not self._closing:
+            await self._change()
+            return True
+        if self._error:
+            raise self._error
+        return False
 
     async def read(self, n=-1):
         """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
-        if n < 0:
-            pieces = []
-            while True:
-                pieces.append(await self.read(65536))
-                if not pieces[-1]:
-                    return b"".join(pieces)
+        pieces = []
+        while n < 0:
+            pieces.append(await self.read(65536))
+            if not pieces[-1]:
+                return b"".join(pieces)
         while n and not self._incoming:
             if not await self._more():
                 return b""
@@ -2590,87 +2551,70 @@ class Stream:
 
     async def readuntil(self, separator=b"\n", limit=65536):
         """Return bytes up to and with `separator`; EOFError, or StreamError past `limit`."""
-        start = 0
-        while True:
-            at = self._incoming.find(separator, start)
-            if at >= 0:
-                return self._take(at + len(separator))
-            start = max(0, len(self._incoming) - len(separator) + 1)
-            if start > limit:
+        while (at := self._incoming.find(separator)) < 0:
+            if len(self._incoming) >= limit + len(separator):
                 raise StreamError("more than %d bytes without %r" % (limit, separator), 13)
             if not await self._more():
                 raise EOFError("the stream ended before %r" % separator)
+        return self._take(at + len(separator))
 
     async def readline(self):
         """Return a line with its end, or what is left where the stream ends."""
         try:
-            return await self.readuntil(b"\n")
+            return await self.readuntil()
         except EOFError:
             return self._take(len(self._incoming))
 
-    # ── Writing ──
+    # --- Writing ---
 
     def write(self, data):
         """Send `data`; follow with `await drain()`."""
         if self._ended or self._closing:
-            raise self._error or StreamError("the stream is closed", 6)
-        waiting = bool(self.outgoing)
-        self.outgoing = self.outgoing + bytes(data) if waiting else bytes(data)
-        if not waiting:
-            self.circuit.flush(self)
+            raise self._error or StreamError("the stream is closed", END_DONE)
+        self.outgoing += bytes(data)
+        self.circuit.flush(self)
 
     async def drain(self):
         """Wait until there is room for more; StreamError where the stream broke."""
         while len(self.outgoing) > WRITE_AHEAD and not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
-        if self._error is not None:
+            await self._change()
+        if self._error:
             raise self._error
 
     def close(self):
         """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
-        if not self._closing:
-            self._closing = True
-            self._readable.set()
-            if not self.outgoing:
-                self.flushed()
+        self._closing = True
+        self.flushed()
 
     def is_closing(self):
-        return self._closing or bool(self._ended)
+        return self._closing or self._ended
 
     async def wait_closed(self):
         while not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
+            await self._change()
 
     def get_extra_info(self, name, default=None):
-        return {"circuit": self.circuit}.get(name, default)
+        return self.circuit if name == "circuit" else default
 
 
 class Circuit:
     """A circuit over `channel`; `path` holds its relays, the nearest first.
 
     `on_control`: {relay command: function(body)} for messages that come unasked;
-    `on_begin`: coroutine function(stream, host, port) that answers BEGIN cells, at a
-    service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the
-    CircuitError when the circuit is gone.
+    `on_begin`: coroutine function(stream, host, port) for BEGIN, at a service;
+    `kh`: KH of the last hop; `closing`: a Promise, set to the CircuitError at the end.
     """
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel = channel
-        self.path = []
-        self.streams = {}
-        self.on_control = {}
-        self.on_begin = None
-        self.closing = Promise()
-        self.kh = None
-        self._layers = []
-        self._next_id = randbelow(65536)
-        self._awaited = None
-        self._window, self._inflight, self.vegas = window, 0, None
-        self._increment = CIRCUIT_INCREMENT
-        self._deliver = CIRCUIT_WINDOW
-        self._sent_tags = []
+        self.channel, self.closing = channel, Promise()
+        self.path, self.streams, self.on_control = [], {}, {}
+        self.on_begin = self.kh = self.vegas = None
+        # The message that is expected, and the Promise of its body.
+        self._awaited = None, Promise()
+        self._layers, self._last_id = [], randbelow(65536)
+        self._window, self._deliver, self._increment = window, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
+        # Of the cells in flight: their number, and tag and time of those that are due a SENDME.
+        self._inflight, self._due = 0, []
         self._short_after = randbelow(CIRCUIT_INCREMENT)
         self.circ_id = channel.adopt(self)
 
@@ -2681,28 +2625,27 @@ class Circuit:
     def closed(self):
         return self.closing.done()
 
-    # ── Building ──
+    # --- Building ---
 
     async def create_fast(self, seconds):
         """Make the only hop of a directory circuit, by CREATE_FAST (tor-spec 5.1.3)."""
         x = urandom(20)
-        reply = self.expect((CREATED_FAST,))
-        self.channel.send(cell(self.circ_id, CREATE_FAST, x))
-        self._add_hop(None, fast_finish, x, (await self._answer(reply, seconds))[1])
+        finish = lambda body: fast_finish(x, body)
+        await self._add_hop(None, CREATE_FAST, x, CREATED_FAST, finish, seconds)
 
     async def extend(self, relay, seconds):
         """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
         state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
+        finish = lambda body: ntor_finish(state, parse_created2(body))
+        asked = CREATE2, create2(onionskin), CREATED2
         if self.path:
-            asking = self.ask(RELAY_EXTEND2, extend2(relay, onionskin), (RELAY_EXTENDED2,), seconds)
-        else:
-            asking = self._answer(self.expect((CREATED2,)), seconds)
-            self.channel.send(cell(self.circ_id, CREATE2, create2(onionskin)))
-        self._add_hop(relay, ntor_finish, state, (await asking)[1])
+            asked = RELAY_EXTEND2, extend2(relay, onionskin), RELAY_EXTENDED2
+        await self._add_hop(relay, *asked, finish, seconds)
 
-    def _add_hop(self, relay, finish, state, reply):
+    async def _add_hop(self, relay, command, body, answer, finish, seconds):
+        body = await self.ask(command, body, answer, seconds)
         try:
-            keys = finish(state, reply if finish is fast_finish else parse_created2(reply))
+            keys = finish(body)
         except ProtocolError as e:
             raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
         self._layers.append(Layer(keys))
@@ -2710,63 +2653,58 @@ class Circuit:
         self.path.append(relay)
 
     def add_onion_hop(self, keys, service=False, vegas=None):
-        """Add the virtual hop of a rendezvous, `keys` 128 bytes (rend-spec-v3 4.2.1).
-
-        `vegas`: the Vegas that both ends agreed on, if they did.
-        """
+        """Add the virtual hop of a rendezvous; `vegas`: what congestion_control returned."""
         self._layers.append(Layer(keys, True, service))
         if vegas:
-            self.vegas, self._increment = vegas, vegas.increment
+            self.vegas, self._increment, self._window = vegas, vegas.increment, vegas.cwnd
 
-    # ── Control messages ──
+    # --- Control messages ---
 
-    def expect(self, commands):
-        """Return a Promise for the next message of `commands`, as (command, body).
-
-        A message that nobody expects closes the circuit.
-        """
-        self._awaited = (commands, Promise())
+    def expect(self, command):
+        """Return a Promise of the body of the next message, which must be a `command`."""
+        self._awaited = command, Promise()
         return self._awaited[1]
 
-    async def ask(self, command, body, answers, seconds):
-        """Send a message to the last hop and wait for one of `answers`: (command, body)."""
-        promise = self.expect(answers)
-        self.send(command, 0, body)
-        return await self._answer(promise, seconds)
-
-    async def _answer(self, promise, seconds):
+    async def ask(self, command, body, answer, seconds):
+        """Send a message to the last hop (or CREATE), return the body of the `answer` to it."""
+        promise = self.expect(answer)
+        if self._layers:
+            self.send(command, 0, body)
+        else:
+            self.channel.send(cell(self.circ_id, command, body))
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
             raise self.fail(CircuitError("%s: no answer within %d s" % (self, seconds), 10))
 
-    # ── Streams ──
+    # --- Streams ---
 
-    async def open_stream(self, host, port, seconds, flags=1):
+    def open_stream(self, host, port, seconds, flags=1):
         """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return (await self._open(RELAY_BEGIN, begin(host, port, flags), seconds))[0]
+        return self._open(RELAY_BEGIN, begin(host, port, flags), seconds)
 
-    async def open_directory_stream(self, seconds):
+    def open_directory_stream(self, seconds):
         """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
-        return (await self._open(RELAY_BEGIN_DIR, b"", seconds))[0]
+        return self._open(RELAY_BEGIN_DIR, b"", seconds)
 
-    async def resolve(self, host, seconds=30):
+    async def resolve(self, host):
         """Resolve `host` at the exit: what `parse_resolved` returns (tor-spec 6.4)."""
-        stream, body = await self._open(RELAY_RESOLVE, host.encode() + b"\0", seconds)
+        stream = await self._open(RELAY_RESOLVE, host.encode() + b"\0", 30)
         self.streams.pop(stream.stream_id, None)
-        return parse_resolved(body)
+        return parse_resolved(stream.opened.get())
 
     async def _open(self, command, body, seconds):
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
-        while not self._next_id or self._next_id in self.streams:
-            self._next_id = (self._next_id + 1) & 0xFFFF
-        stream = Stream(self, self._next_id)
-        # Not used again soon: the END of a stream that was closed here may still be on its way.
-        self._next_id = (self._next_id + 1) & 0xFFFF
+        # In turn: the END of a stream that was closed here may still be on its way.
+        self._last_id = self._last_id % 65535 + 1
+        while self._last_id in self.streams:
+            self._last_id = self._last_id % 65535 + 1
+        stream = Stream(self, self._last_id)
         self.send(command, stream.stream_id, body)
         try:
-            return stream, await stream.opened.wait(seconds)
+            await stream.opened.wait(seconds)
+            return stream
         except asyncio.TimeoutError:
             stream.close()
             raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
@@ -2774,72 +2712,58 @@ class Circuit:
             stream.close()
             raise
 
-    # ── Sending ──
+    # --- Sending ---
 
-    def send(self, command, stream_id, data):
-        """Send a relay message to the last hop; CircuitError on a closed circuit."""
-        if self.closing.done():
+    def send(self, command, stream_id, *pieces):
+        """Send relay messages to the last hop, all at once; CircuitError on a closed circuit."""
+        if self.closed:
             raise self.closing.get()
-        # At most eight, of which no path here has more than four (tor-spec 5.6).
-        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
-        self._seal(kind, [(command, stream_id, len(data), padded(data))])
-
-    def _seal(self, kind, messages):
-        """Encrypt relay cells to the last hop, all at once, and queue them."""
-        layer, pieces = self._layers[-1], []
-        digest = layer.out_digest
-        for command, stream_id, size, data in messages:
+        digest, cells = self._layers[-1].out_digest, []
+        for data in pieces:
+            size = len(data)
+            if size < RELAY_DATA_MAX:
+                # Four zero bytes, then random ones (tor-spec 6.1).
+                data += bytes(min(RELAY_DATA_MAX - size, 4))
+                data += urandom(RELAY_DATA_MAX - len(data))
             digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
-            pieces.append(struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size))
-            pieces.append(data)
+            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == RELAY_DATA:
                 self._inflight += 1
                 if self._inflight % self._increment == 0:
-                    self._sent_tags.append(tag[:20])
-                    if self.vegas:
-                        self.vegas.sent.append(ticks_ms())
-        data = b"".join(pieces)
+                    self._due.append((tag[:20], ticks_ms()))
+        data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        head = struct.pack(">IB", self.circ_id, kind)
-        if len(data) == 509:
-            self.channel.send(head + data)
-        else:
-            pieces = []
-            for at in range(0, len(data), 509):
-                pieces.append(head)
-                pieces.append(data[at : at + 509])
-            self.channel.send(b"".join(pieces))
+        # At most eight are early, of which no path here has more than four (tor-spec 5.6).
+        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
+        cells = [data[at : at + 509] for at in range(0, len(data), 509)]
+        self.channel.send(struct.pack(">IB", self.circ_id, kind).join([b""] + cells))
 
     def flush(self, stream):
         """Send what `stream` has to send, as far as windows and the channel's queue allow."""
-        while stream.outgoing and not self.closing.done():
+        while stream.outgoing and not self.closed:
             room = self.channel.room()
-            window = self.vegas.cwnd if self.vegas else self._window
-            count = min(BATCH, room, window - self._inflight, stream.package)
+            count = min(BATCH, room, self._window - self._inflight, stream.package)
             if count <= 0:
                 if room <= 0:
                     self.channel.when_room(self._resume)
                 return
-            # The tags in SENDMEs must not be known before the cells arrive: at least one
-            # cell in each window carries randomness (tor-spec 7.4, "sendme").
-            messages, at, data = [], 0, memoryview(stream.outgoing)
-            while at < len(data) and len(messages) < count:
-                piece = bytes(data[at : at + RELAY_DATA_MAX])
+            pieces, at = [], 0
+            while at < len(stream.outgoing) and len(pieces) < count:
+                size = RELAY_DATA_MAX
+                # The tags in SENDMEs must not be known before the cells arrive: at least one
+                # cell in each window carries randomness (tor-spec 7.4, "sendme").
                 self._short_after -= 1
                 if self._short_after < 0:
-                    piece = piece[: RELAY_DATA_MAX - 20]
-                    self._short_after = CIRCUIT_INCREMENT // 2 + randbelow(CIRCUIT_INCREMENT // 2)
-                size = len(piece)
+                    size -= 20
+                    self._short_after = 50 + randbelow(50)
+                pieces.append(stream.outgoing[at : at + size])
                 at += size
-                messages.append((RELAY_DATA, stream.stream_id, size, padded(piece)))
-            data = None
             stream.outgoing = stream.outgoing[at:]
-            if not self.vegas:
-                stream.package -= len(messages)
-            self._seal(RELAY, messages)
+            stream.package -= len(pieces)
+            self.send(RELAY_DATA, stream.stream_id, *pieces)
         stream.flushed()
 
     def _resume(self):
@@ -2847,11 +2771,11 @@ class Circuit:
             if stream.outgoing:
                 self.flush(stream)
 
-    # ── Receiving ──
+    # --- Receiving ---
 
     def created(self, command, body):
         """Take a CREATED cell."""
-        if not self._answers(command, bytes(body)):
+        if not self._answers(command, body):
             self.fail(CircuitError("%s: CREATED out of place" % self, 1))
 
     def destroyed(self, reason):
@@ -2861,8 +2785,7 @@ class Circuit:
     def receive(self, data):
         """Decrypt and dispatch relay cells (509 bytes each) that came in a row."""
         try:
-            if not self._layers:
-                raise ProtocolError("a relay cell before the first hop")
+            require(self._layers, "a relay cell before the first hop")
             for layer in self._layers[:-1]:
                 data, at = layer.in_cipher.crypt(data), 0
                 while at < len(data):
@@ -2882,102 +2805,83 @@ class Circuit:
     def _from_middle(self, command, reason):
         if command == RELAY_TRUNCATED:
             raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        if command != RELAY_DROP:
-            raise ProtocolError("relay command %d out of place" % command)
+        require(command == RELAY_DROP, "relay command %d out of place" % command)
 
     def _from_last(self, digest, cells):
-        view, touched = memoryview(cells), None
+        view, touched = memoryview(cells), set()
         for at in range(0, len(cells), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
             view[at + 5 : at + 9] = b"\0\0\0\0"
             digest.update(view[at : at + 509])
             found = digest.digest()
-            if recognised or found[:4] != tag:
-                raise ProtocolError("a relay cell that no hop recognises")
-            if size > RELAY_DATA_MAX:
-                raise ProtocolError("a relay cell of %d bytes" % size)
+            if recognised or found[:4] != tag or size > RELAY_DATA_MAX:
+                raise ProtocolError("a relay cell that no hop recognises, or of %d bytes" % size)
             data = view[at + 11 : at + 11 + size]
-            if command == RELAY_DATA:
-                self._deliver -= 1
-                if self._deliver < 0 or not stream_id:
-                    raise ProtocolError("more DATA than the window allows")
-                stream = self.streams.get(stream_id)
-                if touched is not None and stream is not touched:
-                    touched.arrived()
-                touched = stream
-                if stream is not None:
-                    stream.feed(data)
-                if self._deliver <= CIRCUIT_WINDOW - self._increment:
-                    self._deliver += self._increment
-                    self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
-            else:
-                if touched is not None:
-                    touched.arrived()
-                    touched = None
+            if command != RELAY_DATA:
                 self._message(command, stream_id, bytes(data))
-                if self.closing.done():
+                if self.closed:
                     return
-        if touched is not None:
-            touched.arrived()
+                continue
+            self._deliver -= 1
+            if self._deliver < 0 or not stream_id:
+                raise ProtocolError("more DATA than the window allows")
+            stream = self.streams.get(stream_id)
+            if stream:
+                stream.feed(data)
+                touched.add(stream)
+            if self._deliver <= CIRCUIT_WINDOW - self._increment:
+                self._deliver += self._increment
+                self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
+        for stream in touched:
+            stream.arrived()
 
     def _answers(self, command, body):
-        if self._awaited is None or command not in self._awaited[0]:
-            return False
-        promise, self._awaited = self._awaited[1], None
-        promise.set((command, body))
-        return True
+        awaited, promise = self._awaited
+        if command == awaited:
+            self._awaited = None, promise
+            promise.set(body)
+        return command == awaited
 
     def _message(self, command, stream_id, data):
-        if stream_id:
-            if command == RELAY_BEGIN and self.on_begin is not None:
-                return self._begin(stream_id, data)
-            stream = self.streams.get(stream_id)
-            if stream is not None:
-                stream.message(command, data)
+        stream = self.streams.get(stream_id)
+        if stream:
+            stream.message(command, data)
+        elif stream_id and command == RELAY_BEGIN and self.on_begin:
+            spawn(self.on_begin(Stream(self, stream_id), *parse_begin(data)))
+        elif stream_id:
             # A stream that was closed here may still be spoken to.
-            elif command not in _TO_CLOSED:
-                raise ProtocolError("relay command %d for stream %d" % (command, stream_id))
+            require(command in _TO_CLOSED, "relay command %d for no stream" % command)
         elif command == RELAY_SENDME:
-            self._sendme(data)
+            # Version 1: the tag of the cell that made it due (tor-spec 7.3).
+            tag, then = self._due.pop(0) if self._due else (b"", 0)
+            good = tag and data[:1] == b"\1" and consteq(tag, data[3:23])
+            require(good, "a SENDME that was not due, or for other cells")
+            if self.vegas:
+                self.vegas.acked(self._inflight, ticks_diff(ticks_ms(), then))
+                self._window = self.vegas.cwnd
+            self._inflight -= self._increment
+            self._resume()
         elif command in self.on_control:
             self.on_control[command](data)
         elif not self._answers(command, data):
             self._from_middle(command, data[0] if data else 0)
 
-    def _sendme(self, data):
-        # Version 1: the tag of the cell that made it due (tor-spec 7.3).
-        if not self._sent_tags or len(data) < 23 or data[0] != 1:
-            raise ProtocolError("a SENDME that was not due")
-        if not consteq(self._sent_tags.pop(0), data[3:23]):
-            raise ProtocolError("a SENDME for cells that were not sent")
-        if self.vegas:
-            self.vegas.acked(self._inflight)
-        self._inflight -= self._increment
-        self._resume()
+    # --- Closing ---
 
-    def _begin(self, stream_id, data):
-        if stream_id in self.streams:
-            raise ProtocolError("BEGIN for stream %d, which is open" % stream_id)
-        host, port = parse_begin(data)
-        stream = Stream(self, stream_id)
-        spawn(self.on_begin(stream, host, port))
-
-    # ── Closing ──
-
-    def close(self, reason=0):
-        """Close the circuit; its streams end.  Clients tell no reason (tor-spec 5.4)."""
-        self.fail(CircuitError("%s was closed here" % self, reason))
+    def close(self):
+        """Close the circuit; its streams end."""
+        self.fail(CircuitError("%s was closed here" % self))
 
     def fail(self, error, tell=True):
-        """Close the circuit because of `error`, and return it."""
-        if not self.closing.done():
+        """Close the circuit because of `error`, and return it (the first).  tor-spec 5.4."""
+        if not self.closed:
             self.closing.set(error)
             self.channel.forget(self.circ_id)
             if tell and not self.channel.closing.done():
-                self.channel.send(cell(self.circ_id, DESTROY, b"\0"))
+                # Clients tell no reason.
+                self.channel.send(cell(self.circ_id, DESTROY))
             log(INFO, "%s", error)
-            if self._awaited is not None:
-                self._awaited[1].fail(error)
+            self._awaited[1].fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
             self.streams = {}
@@ -2989,13 +2893,10 @@ async def pump(stream, reader, writer):
 
     async def move(source, sink):
         try:
-            while True:
-                data = await source.read(WRITE_AHEAD // 2)
-                if not data:
-                    break
+            while data := await source.read(WRITE_AHEAD // 2):
                 sink.write(data)
                 await sink.drain()
-        except (OSError, EOFError, TorError):
+        except (OSError, TorError):
             pass
         stream.close()
 
@@ -3982,8 +3883,8 @@ async def _find_descriptor(tor, key):
 
 async def _rendezvous_point(tor, cookie):
     circuit = await tor.circuit_to("rendezvous")
-    answers = (RELAY_RENDEZVOUS_ESTABLISHED,)
-    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answers, _ANSWER_SECONDS)
+    answer = RELAY_RENDEZVOUS_ESTABLISHED
+    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answer, _ANSWER_SECONDS)
     return circuit
 
 
@@ -4007,13 +3908,13 @@ async def _introduce(tor, descriptor, intro):
         vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
         state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
-        joined = rend.expect((RELAY_RENDEZVOUS2,))
-        answers = (RELAY_INTRODUCE_ACK,)
-        _, ack = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
+        joined = rend.expect(RELAY_RENDEZVOUS2)
+        answer = RELAY_INTRODUCE_ACK
+        ack = await introducing.ask(RELAY_INTRODUCE1, body, answer, _ANSWER_SECONDS)
         status = Reader(ack, "INTRODUCE_ACK").uint(2)
         if status:
             raise OnionError("an introduction point refused: status %d" % status)
-        _, reply = await joined.wait(_REND_SECONDS)
+        reply = await joined.wait(_REND_SECONDS)
         rend.add_onion_hop(hs_ntor_client_finish(state, reply), False, vegas)
         met = rend
         return rend
@@ -4190,8 +4091,8 @@ class OnionService:
         try:
             circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
             message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
-            answers = (RELAY_INTRO_ESTABLISHED,)
-            await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
+            answer = RELAY_INTRO_ESTABLISHED
+            await circuit.ask(RELAY_ESTABLISH_INTRO, message, answer, _ANSWER_SECONDS)
             intro.ready = True
             # When its time is over, it stays until the descriptor names another.
             while not circuit.closed and (intro.auth_key in self._shown or not self._over(intro)):
@@ -4316,14 +4217,14 @@ class OnionService:
             # As if it had closed, and no second guess on this circuit.  DESTROY waits: at a
             # relay it would overtake END.
             circuit.on_begin = _ignore
-            await stream.reject(END_DONE)
+            stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
         if len(circuit.streams) > _MAX_STREAMS:
-            return await stream.reject(END_RESOURCELIMIT)
+            return stream.send_end(END_RESOURCELIMIT)
         try:
             if callable(target):
-                await stream.accept()
+                stream.accept()
                 await target(stream, stream)
                 return stream.close()
             if isinstance(target, str):
@@ -4334,8 +4235,8 @@ class OnionService:
         except Exception as e:
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
             log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
-            return await stream.reject(END_CONNECTREFUSED)
-        await stream.accept()
+            return stream.send_end(END_CONNECTREFUSED)
+        stream.accept()
         await pump(stream, reader, writer)
 
 

@@ -2423,14 +2423,15 @@ class Stream:
         self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
         circuit.streams[stream_id] = self
         self.opened, self._changed = Promise(), asyncio.Event()
-        self.package = self._deliver = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        self.package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        # None for DATA before CONNECTED.
+        self._deliver = self.package if circuit.on_begin else 0
 
     # --- Called by the circuit ---
 
     def feed(self, data):
         self._deliver -= 1
-        early = not (self.opened.done() or self.circuit.on_begin)
-        if early or self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
+        if self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
             raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
         if not self._closing:
             self._incoming.extend(data)
@@ -2461,6 +2462,7 @@ class Stream:
         elif command == RELAY_SENDME and self.package <= STREAM_WINDOW - STREAM_INCREMENT:
             self.package += STREAM_INCREMENT
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
+            self._deliver = NO_LIMIT if self.circuit.vegas else STREAM_WINDOW
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
@@ -2689,41 +2691,40 @@ class Circuit:
         """Send relay messages to the last hop, all at once; CircuitError on a closed circuit."""
         if self.closed:
             raise self.closing.get()
-        digest, cells = self._layers[-1].out_digest, bytearray(509 * len(pieces))
-        view = memoryview(cells)
-        for at, data in zip(range(0, len(cells), 509), pieces):
+        digest, cells = self._layers[-1].out_digest, []
+        for data in pieces:
             size = len(data)
             if size < RELAY_DATA_MAX:
-                data += bytes(4) + urandom(RELAY_DATA_MAX - size)
-            struct.pack_into(">BHHIH498s", cells, at, command, 0, stream_id, 0, size, data)
-            digest.update(view[at : at + 509])
-            tag = digest.digest()[:20]
-            view[at + 5 : at + 9] = tag[:4]
+                data = (data + bytes(4) + urandom(RELAY_DATA_MAX - size))[:RELAY_DATA_MAX]
+            digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
+            digest.update(data)
+            tag = digest.digest()
+            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == RELAY_DATA:
                 self._inflight += 1
                 if self._inflight % self._increment == 0:
-                    self._due.append((tag, ticks_ms()))
+                    self._due.append((tag[:20], ticks_ms()))
+        data = b"".join(cells)
         for layer in reversed(self._layers):
-            cells = layer.out_cipher.crypt(cells)
+            data = layer.out_cipher.crypt(data)
         # At most eight are early, of which no path here has more than four (tor-spec 5.6).
         kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
-        cells = [cells[at : at + 509] for at in range(0, len(cells), 509)]
+        cells = [data[at : at + 509] for at in range(0, len(data), 509)]
         self.channel.send(struct.pack(">IB", self.circ_id, kind).join([b""] + cells))
 
     def flush(self, stream):
         """Send what `stream` has to send, as far as windows and the channel's queue allow."""
         while stream.outgoing and not self.closed:
             room = self.channel.room()
+            if room <= 0:
+                return self.channel.when_room(self._resume)
             count = min(BATCH, room, self._window - self._inflight, stream.package)
             if count <= 0:
-                if room <= 0:
-                    self.channel.when_room(self._resume)
                 return
             pieces, at = [], 0
             while at < len(stream.outgoing) and len(pieces) < count:
                 size = RELAY_DATA_MAX
-                # A SENDME's tag must not be known before its cell: at least one in each window
-                # has room for random bytes (tor-spec 7.4).
+                # In each window a cell with random bytes: no SENDME before its time (7.4).
                 self._short_after -= 1
                 if self._short_after < 0:
                     size, self._short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
@@ -2757,15 +2758,15 @@ class Circuit:
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
         for layer in self._layers[:-1]:
-            data, at = layer.in_cipher.crypt(data), 0
-            while at < len(data):
+            data, ours = layer.in_cipher.crypt(data), []
+            for at in range(0, len(data), 509):
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
-                    # The layers behind never saw it: their key streams go on without it.
-                    data = data[:at] + data[at + 509 :]
-                else:
-                    at += 509
-        layer, touched = self._layers[-1], set()
+                    ours.insert(0, at)
+            # The layers behind never saw these: their key streams go on without.
+            for at in ours:
+                data = data[:at] + data[at + 509 :]
+        layer, touched = self._layers[-1], {}
         digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
         for at in range(0, len(view), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
@@ -2786,11 +2787,11 @@ class Circuit:
             stream = self.streams.get(stream_id)
             if stream:
                 stream.feed(data)
-                touched.add(stream)
+                touched[stream_id] = stream
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
                 self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
-        for stream in touched:
+        for stream in touched.values():
             stream.arrived()
 
     def _answers(self, command, body):

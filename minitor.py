@@ -2325,19 +2325,19 @@ class Channels:
 # === 11. Circuits and streams ===============================================
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# The most cells that are encrypted in one go.
+# Cells that are encrypted in one go.
 BATCH = 8 if MICROPYTHON else 128
 CIRCUIT_WINDOW, CIRCUIT_INCREMENT, STREAM_WINDOW, STREAM_INCREMENT = 1000, 100, 500, 50
 # With congestion control, XOFF takes the place of stream windows.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
-# With so much unread a stream sends no SENDME; with so much unsent `drain` waits.
+# So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
 READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
 
 
 class Layer:
-    """Relay encryption shared with one hop (tor-spec 5.2; `onion`: rend-spec-v3 4.2.1).
+    """Relay encryption with one hop (tor-spec 5.2); `service`: we are the far end of it.
 
-    `keys`: Df, Db, Kf, Kb in a row; `service`: we are the service, and send "backward".
+    `keys`: Df, Db, Kf, Kb in a row; of an `onion` hop of 32 bytes each (rend-spec-v3 4.2.1).
     """
 
     def __init__(self, keys, onion=False, service=False):
@@ -2349,7 +2349,7 @@ class Layer:
         self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
 
     def sent(self, body):
-        """Return whether this hop sent the decrypted cell, and if so, count it."""
+        """Tell whether this hop sent the decrypted cell, and if so, count it."""
         trial = self.in_digest.copy()
         trial.update(body[:5] + bytes(4) + body[9:])
         if trial.digest()[:4] != body[5:9]:
@@ -2359,7 +2359,7 @@ class Layer:
 
 
 def sendme_increment(param):
-    """Return after how many cells congestion control sends a SENDME; 0 where it is not used."""
+    """Return how many cells a SENDME of congestion control stands for; 0: it is not used."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
@@ -2377,7 +2377,7 @@ class Vegas:
         self._slow, self._full = True, False
 
     def acked(self, inflight, rtt):
-        """Adapt to a SENDME after `rtt` ms; `inflight`: cells, with those acknowledged."""
+        """Adapt to a SENDME after `rtt` ms; `inflight`: cells, with those it is for."""
         cwnd, increment = self.cwnd, self.increment
         alpha, beta, gamma, delta = self._marks
         self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
@@ -2397,9 +2397,8 @@ class Vegas:
         elif queue >= gamma:
             cwnd, self._slow = bdp + gamma, False
         elif self._full:
-            grow = increment
-            if cwnd > self._cap:
-                grow = max((increment * self._cap + cwnd) // (2 * cwnd), 1)
+            past = cwnd > self._cap
+            grow = max((increment * self._cap + cwnd) // (2 * cwnd), 1) if past else increment
             self._slow = grow * cwnd > increment * increment and cwnd < 5000
             cwnd += grow
         self.cwnd = max(cwnd, self._least)
@@ -2409,7 +2408,7 @@ class Vegas:
 
 
 def congestion_control(param, wanted):
-    """Return a Vegas if the consensus (`param`) has congestion control and the peer `wanted` it."""
+    """Return a Vegas, or None, by what the consensus (its `param`) and the peer `wanted`."""
     return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
@@ -2423,11 +2422,9 @@ class Stream:
         self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
         circuit.streams[stream_id] = self
         self.opened, self._changed = Promise(), asyncio.Event()
-        self.package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        self._package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
         # None for DATA before CONNECTED.
-        self._deliver = self.package if circuit.on_begin else 0
-
-    # --- Called by the circuit ---
+        self._deliver = self._package if circuit.on_begin else 0
 
     def feed(self, data):
         self._deliver -= 1
@@ -2437,7 +2434,7 @@ class Stream:
             self._incoming.extend(data)
 
     def arrived(self):
-        """Wake the reader, and let the other side go on, or stop it."""
+        # Wake the reader, and let the other side go on, or stop it.
         self._changed.set()
         unread = len(self._incoming)
         if self._ended:
@@ -2445,42 +2442,60 @@ class Stream:
         while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
             self._deliver += STREAM_INCREMENT
             self.circuit.send(RELAY_SENDME, self.stream_id, b"")
-        # With congestion control: XON when half is read.
+        # XON comes when half is read.
         stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
-            self._stopped = stop
-            command, body = (RELAY_XOFF, bytes(1)) if stop else (RELAY_XON, bytes(5))
-            self.circuit.send(command, self.stream_id, body)
+            self._stopped, command = stop, RELAY_XOFF if stop else RELAY_XON
+            self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
 
     def message(self, command, data):
         if command == RELAY_END:
             reason = data[0] if data else 1
-            text = "the stream was closed: " + reason_text(END_REASONS, reason)
-            self.end(StreamError(text, reason))
+            self.end(StreamError("the stream ended: " + reason_text(END_REASONS, reason), reason))
         elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
-            self.package = 0 if command == RELAY_XOFF else NO_LIMIT
-        elif command == RELAY_SENDME and self.package <= STREAM_WINDOW - STREAM_INCREMENT:
-            self.package += STREAM_INCREMENT
+            self._package = 0 if command == RELAY_XOFF else NO_LIMIT
+        elif command == RELAY_SENDME and self._package <= STREAM_WINDOW - STREAM_INCREMENT:
+            self._package += STREAM_INCREMENT
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
             self._deliver = NO_LIMIT if self.circuit.vegas else STREAM_WINDOW
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
-        self.circuit.flush(self)
+        self.flush()
 
-    def flushed(self):
+    def flush(self):
+        # Send what windows and the channel's queue allow.
+        circuit = self.circuit
+        while self.outgoing:
+            room = circuit.channel.room()
+            if room <= 0:
+                return circuit.channel.when_room(circuit.resume)
+            count = min(BATCH, room, circuit.window - circuit.inflight, self._package)
+            if count <= 0:
+                return
+            pieces, at = [], 0
+            while at < len(self.outgoing) and len(pieces) < count:
+                size = RELAY_DATA_MAX
+                # In each window a cell with random bytes: no SENDME before its time (7.4).
+                circuit.short_after -= 1
+                if circuit.short_after < 0:
+                    size, circuit.short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
+                pieces.append(self.outgoing[at : at + size])
+                at += size
+            self.outgoing = self.outgoing[at:]
+            self._package -= len(pieces)
+            circuit.send(RELAY_DATA, self.stream_id, *pieces)
         self._changed.set()
-        if self._closing and not self.outgoing:
-            self.send_end(END_DONE if self.circuit.on_begin else 1)
+        if self._closing:
+            self.send_end(END_DONE if circuit.on_begin else 1)
 
     def send_end(self, reason):
-        """End the stream, or refuse it."""
         if not self._ended:
             self.end(StreamError("closed here", END_DONE))
             self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
 
     def end(self, error):
-        self._ended, self.outgoing = True, b""
+        self._closing, self._ended, self.outgoing = True, True, b""
         # Clients end with MISC whatever happened, so at a service it is no error.
         if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
@@ -2489,7 +2504,7 @@ class Stream:
         self._changed.set()
 
     def accept(self):
-        """Answer BEGIN, at a service."""
+        """Answer BEGIN."""
         if not self._ended:
             self.opened.set()
             self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
@@ -2507,13 +2522,12 @@ class Stream:
         await self._changed.wait()
 
     async def _more(self):
-        # Wait for bytes; False at the end; StreamError where the stream broke.
-        over = self.is_closing()
-        if not over:
-            await self._change()
-        elif self._error:
+        # Wait for bytes; None: that was all.
+        if self._error:
             raise self._error
-        return not over
+        if not self._closing:
+            await self._change()
+            return True
 
     async def read(self, n=-1):
         """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
@@ -2522,9 +2536,8 @@ class Stream:
             pieces.append(await self.read(65536))
             if not pieces[-1]:
                 return b"".join(pieces)
-        while n and not self._incoming:
-            if not await self._more():
-                return b""
+        while n and not self._incoming and await self._more():
+            pass
         return self._take(n)
 
     async def readexactly(self, n):
@@ -2533,7 +2546,7 @@ class Stream:
         while len(data) < n:
             piece = await self.read(n - len(data))
             if not piece:
-                raise EOFError("the stream ended %d bytes early" % (n - len(data)))
+                raise EOFError("the stream ended after %d of %d bytes" % (len(data), n))
             data += piece
         return data
 
@@ -2551,16 +2564,16 @@ class Stream:
         try:
             return await self.readuntil()
         except EOFError:
-            return self._take(len(self._incoming))
+            return await self.read(65536)
 
     # --- Writing ---
 
     def write(self, data):
         """Send `data`; follow with `await drain()`."""
-        if self.is_closing():
+        if self._closing:
             raise self._error or StreamError("the stream is closed", END_DONE)
         self.outgoing += bytes(data)
-        self.circuit.flush(self)
+        self.flush()
 
     async def drain(self):
         """Wait until there is room for more; StreamError where the stream broke."""
@@ -2570,43 +2583,41 @@ class Stream:
             raise self._error
 
     def close(self):
-        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
+        """End the stream, both ways (tor-spec 6.3), when all is sent."""
         self._closing = True
-        self.flushed()
+        self._changed.set()
+        self.flush()
 
     def is_closing(self):
-        return self._closing or self._ended
+        return self._closing
 
     async def wait_closed(self):
         while not self._ended:
             await self._change()
 
     def get_extra_info(self, name, default=None):
-        return self.circuit if name == "circuit" else default
+        return default
 
 
 _TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
 
 
 class Circuit:
-    """A circuit over `channel`; `path` holds its relays, the nearest first.
+    """A circuit; `path`: its relays, the nearest first; `kh`: KH of the last hop.
 
-    `on_control`: {relay command: function(body)} for what comes unasked; `on_begin`: at a
-    service, coroutine function(stream, host, port); `kh`: KH of the last hop; `closing`: a
-    Promise, set to the CircuitError at the end.
+    `on_control`: {relay command: function(body)} for what comes unasked; `on_begin`: a service's
+    coroutine function(stream, host, port); `closing`: a Promise, set to the CircuitError.
     """
 
     on_begin = kh = vegas = None
-    _inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
+    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel, self.closing, self._window = channel, Promise(), window
+        self.channel, self.closing, self.window = channel, Promise(), window
         self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
-        # What is expected, and the Promise of its body.
-        self._awaited = None, Promise()
-        self._last_id, self._short_after = randbelow(65536), randbelow(50)
-        # Tag and time of the cells that are due a SENDME.
-        self._due = []
+        self._last_id, self.short_after = randbelow(65536), randbelow(50)
+        # (tag, time) of the cells that are due a SENDME.
+        self._expected, self._answer, self._due = None, Promise(), []
         self.circ_id = channel.adopt(self)
 
     def __str__(self):
@@ -2616,10 +2627,8 @@ class Circuit:
     def closed(self):
         return self.closing.done()
 
-    # --- Building ---
-
     async def extend(self, relay, seconds):
-        """Add `relay` by ntor (tor-spec 5.1); None: the only hop, by CREATE_FAST.  CircuitError."""
+        """Add `relay` (tor-spec 5.1), or the only hop by CREATE_FAST: None; CircuitError."""
         if relay:
             finish, (state, onionskin) = ntor_finish, ntor_start(relay.rsa_id, relay.ntor_key)
             asked = CREATE2, create2(onionskin), CREATED2
@@ -2638,18 +2647,18 @@ class Circuit:
         self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
-        """Add the virtual hop of a rendezvous; `vegas`: what congestion_control returned."""
+        """Add the virtual hop of a rendezvous; `vegas`: from congestion_control."""
         self._layers.append(Layer(keys, True, service))
         if vegas:
-            self.vegas, self._increment, self._window = vegas, vegas.increment, vegas.cwnd
+            self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
     def expect(self, command):
-        """Return a Promise of the body of the next message, which must be a `command`."""
-        self._awaited = command, Promise()
-        return self._awaited[1]
+        """Return a Promise of the next message's body; it must be a `command`."""
+        self._expected, self._answer = command, Promise()
+        return self._answer
 
     async def ask(self, command, body, answer, seconds):
-        """Send a message to the last hop, or a CREATE cell; return the body of the `answer`."""
+        """Send a message, or a CREATE cell; return the body of the `answer`; CircuitError."""
         promise = self.expect(answer)
         if self._layers:
             self.send(command, 0, body)
@@ -2661,10 +2670,10 @@ class Circuit:
             raise self.fail("no answer within %d s" % seconds, 10)
 
     async def open_stream(self, command, body, seconds):
-        """Open a stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
+        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
-        # In turn: the END of a stream that was closed here may still be on its way.
+        # In turn: an END for one that was closed here may still be on its way.
         self._last_id = self._last_id % 65535 + 1
         while self._last_id in self.streams:
             self._last_id = self._last_id % 65535 + 1
@@ -2688,7 +2697,7 @@ class Circuit:
     # --- Sending ---
 
     def send(self, command, stream_id, *pieces):
-        """Send relay messages to the last hop, all at once; CircuitError on a closed circuit."""
+        """Send relay messages of one kind to the last hop; CircuitError on a closed circuit."""
         if self.closed:
             raise self.closing.get()
         digest, cells = self._layers[-1].out_digest, []
@@ -2701,55 +2710,31 @@ class Circuit:
             tag = digest.digest()
             cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == RELAY_DATA:
-                self._inflight += 1
-                if self._inflight % self._increment == 0:
+                self.inflight += 1
+                if self.inflight % self._increment == 0:
                     self._due.append((tag[:20], ticks_ms()))
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        # At most eight are early, of which no path here has more than four (tor-spec 5.6).
+        # Eight may be early (tor-spec 5.6); no path here has so many hops.
         kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
         cells = [data[at : at + 509] for at in range(0, len(data), 509)]
         self.channel.send(struct.pack(">IB", self.circ_id, kind).join([b""] + cells))
 
-    def flush(self, stream):
-        """Send what `stream` has to send, as far as windows and the channel's queue allow."""
-        while stream.outgoing and not self.closed:
-            room = self.channel.room()
-            if room <= 0:
-                return self.channel.when_room(self._resume)
-            count = min(BATCH, room, self._window - self._inflight, stream.package)
-            if count <= 0:
-                return
-            pieces, at = [], 0
-            while at < len(stream.outgoing) and len(pieces) < count:
-                size = RELAY_DATA_MAX
-                # In each window a cell with random bytes: no SENDME before its time (7.4).
-                self._short_after -= 1
-                if self._short_after < 0:
-                    size, self._short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
-                pieces.append(stream.outgoing[at : at + size])
-                at += size
-            stream.outgoing = stream.outgoing[at:]
-            stream.package -= len(pieces)
-            self.send(RELAY_DATA, stream.stream_id, *pieces)
-        stream.flushed()
-
-    def _resume(self):
+    def resume(self):
         for stream in list(self.streams.values()):
             if stream.outgoing:
-                self.flush(stream)
+                stream.flush()
 
     # --- Receiving ---
 
     def receive(self, data, command=RELAY):
-        """Take the body of a cell, or those of relay cells (509 bytes each) in a row."""
+        """Take a cell's body, or those of relay cells (509 bytes each) in a row."""
         try:
             if command == RELAY:
                 self._decrypt(data)
             elif command == DESTROY:
-                text = "closed by a relay: " + reason_text(DESTROY_REASONS, data[0])
-                self.fail(text, data[0], False)
+                self.fail("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
                 require(self._answers(command, data), "CREATED out of place")
         except (ProtocolError, MemoryError) as e:
@@ -2795,11 +2780,11 @@ class Circuit:
             stream.arrived()
 
     def _answers(self, command, body):
-        awaited, promise = self._awaited
-        if command == awaited:
-            self._awaited = None, promise
-            promise.set(body)
-        return command == awaited
+        good = command == self._expected
+        if good:
+            self._expected = None
+            self._answer.set(body)
+        return good
 
     def _unasked(self, command, reason):
         if command == RELAY_TRUNCATED:
@@ -2813,18 +2798,18 @@ class Circuit:
         elif stream_id and command == RELAY_BEGIN and self.on_begin:
             spawn(self.on_begin(Stream(self, stream_id), *parse_begin(data)))
         elif stream_id:
-            # One that was closed here may still be spoken to.
+            # It may have been closed here.
             require(command in _TO_CLOSED, "relay command %d for no stream" % command)
         elif command == RELAY_SENDME:
-            # Version 1: the tag of the cell that made it due (tor-spec 7.3).
+            # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
             require(good, "a SENDME that was not due, or for other cells")
             rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
             if self.vegas:
-                self.vegas.acked(self._inflight, rtt)
-                self._window = self.vegas.cwnd
-            self._inflight -= self._increment
-            self._resume()
+                self.vegas.acked(self.inflight, rtt)
+                self.window = self.vegas.cwnd
+            self.inflight -= self._increment
+            self.resume()
         elif command in self.on_control:
             self.on_control[command](data)
         elif not self._answers(command, data):
@@ -2834,23 +2819,22 @@ class Circuit:
         self.fail("closed here")
 
     def fail(self, text, reason=0, tell=True):
-        """Close the circuit and its streams (tor-spec 5.4); return the first such CircuitError."""
+        """Close the circuit (tor-spec 5.4), and return the CircuitError, the first one's."""
         if not self.closed:
             error = CircuitError("%s: %s" % (self, text), reason)
             log(INFO, "%s", error)
             self.closing.set(error)
             self.channel.forget(self.circ_id)
-            if tell:
-                # Clients give no reason.
+            if tell:  # no reason, as tor
                 self.channel.send(cell(self.circ_id, DESTROY))
-            self._awaited[1].fail(error)
+            self._answer.fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
         return self.closing.get()
 
 
 async def pump(stream, reader, writer):
-    """Move bytes both ways between a Tor stream and a local connection until one ends."""
+    """Move bytes between a Tor stream and a local connection until one ends."""
 
     async def move(source, sink):
         try:

@@ -367,7 +367,7 @@ async def controlled():
     """Return a Far and a stream of a circuit with congestion control."""
     far = Far()
     vegas = far.circuit.vegas = minitor.Vegas(defaults)
-    far.circuit._increment, far.circuit._window = vegas.increment, vegas.cwnd
+    far.circuit._increment, far.circuit.window = vegas.increment, vegas.cwnd
     return far, await far.stream()
 
 

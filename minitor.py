@@ -2408,7 +2408,7 @@ class Vegas:
 
 
 def congestion_control(param, wanted):
-    """Return a Vegas, or None, by what the consensus (its `param`) and the peer `wanted`."""
+    """Return a Vegas, or None, as the consensus (its `param`) and the peer have `wanted`."""
     return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
@@ -2617,7 +2617,7 @@ class Circuit:
         self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
         self._last_id, self.short_after = randbelow(65536), randbelow(50)
         # (tag, time) of the cells that are due a SENDME.
-        self._expected, self._answer, self._due = None, Promise(), []
+        self._answer, self._due = Promise(), []
         self.circ_id = channel.adopt(self)
 
     def __str__(self):
@@ -2654,8 +2654,14 @@ class Circuit:
 
     def expect(self, command):
         """Return a Promise of the next message's body; it must be a `command`."""
-        self._expected, self._answer = command, Promise()
-        return self._answer
+
+        def answered(body):
+            del self.on_control[command]
+            promise.set(body)
+
+        self._answer = promise = Promise()
+        self.on_control[command] = answered
+        return promise
 
     async def ask(self, command, body, answer, seconds):
         """Send a message, or a CREATE cell; return the body of the `answer`; CircuitError."""
@@ -2687,12 +2693,6 @@ class Circuit:
             if isinstance(e, asyncio.TimeoutError):
                 raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
             raise
-
-    async def resolve(self, host):
-        """Resolve `host` at the exit: what `parse_resolved` returns."""
-        stream = await self.open_stream(RELAY_RESOLVE, host.encode() + b"\0", 30)
-        self.streams.pop(stream.stream_id, None)
-        return parse_resolved(stream.opened.get())
 
     # --- Sending ---
 
@@ -2736,7 +2736,7 @@ class Circuit:
             elif command == DESTROY:
                 self.fail("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
-                require(self._answers(command, data), "CREATED out of place")
+                self._message(command, 0, data)
         except (ProtocolError, MemoryError) as e:
             self.fail(str(e) or "out of memory", 1)
 
@@ -2779,17 +2779,10 @@ class Circuit:
         for stream in touched.values():
             stream.arrived()
 
-    def _answers(self, command, body):
-        good = command == self._expected
-        if good:
-            self._expected = None
-            self._answer.set(body)
-        return good
-
     def _unasked(self, command, reason):
         if command == RELAY_TRUNCATED:
             raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        require(command == RELAY_DROP, "relay command %d out of place" % command)
+        require(command == RELAY_DROP, "message %d out of place" % command)
 
     def _message(self, command, stream_id, data):
         stream = self.streams.get(stream_id)
@@ -2812,7 +2805,7 @@ class Circuit:
             self.resume()
         elif command in self.on_control:
             self.on_control[command](data)
-        elif not self._answers(command, data):
+        else:
             self._unasked(command, data[0] if data else 0)
 
     def close(self):
@@ -4255,8 +4248,7 @@ class AsyncTor(TorCore):
         if host.lower().endswith(".onion"):
             opening = connect_onion(self, parse_onion_address(host), port)
         else:
-            asked = RELAY_BEGIN, begin(host, port, 1), 20
-            opening = self._at_exit(port, lambda circuit: circuit.open_stream(*asked))
+            opening = self._at_exit(port, RELAY_BEGIN, begin(host, port, 1), 20)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -4268,17 +4260,19 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        answers = await self._at_exit(443, lambda circuit: circuit.resolve(host))
+        stream = await self._at_exit(443, RELAY_RESOLVE, host.encode() + b"\0", 30)
+        stream.circuit.streams.pop(stream.stream_id, None)
+        answers = parse_resolved(stream.opened.get())
         addresses = [value for kind, value in answers if kind in (4, 6)]
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _at_exit(self, port, ask):
+    async def _at_exit(self, port, *asked):
         for left in (2, 1, 0):
             circuit = await self.circuit_to("exit", port)
             try:
-                return await ask(circuit)
+                return await circuit.open_stream(*asked)
             except (CircuitError, StreamError) as e:
                 if not left or not circuit.closed and e.reason not in _ASK_ANOTHER_EXIT:
                     raise

@@ -2335,10 +2335,7 @@ READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
 
 
 class Layer:
-    """Relay encryption with one hop (tor-spec 5.2); `service`: we are the far end of it.
-
-    `keys`: Df, Db, Kf, Kb in a row; of an `onion` hop of 32 bytes each (rend-spec-v3 4.2.1).
-    """
+    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it."""
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
@@ -2352,14 +2349,14 @@ class Layer:
         """Tell whether this hop sent the decrypted cell, and if so, count it."""
         trial = self.in_digest.copy()
         trial.update(body[:5] + bytes(4) + body[9:])
-        if trial.digest()[:4] != body[5:9]:
-            return False
-        self.in_digest = trial
-        return True
+        good = trial.digest()[:4] == body[5:9]
+        if good:
+            self.in_digest = trial
+        return good
 
 
 def sendme_increment(param):
-    """Return how many cells a SENDME of congestion control stands for; 0: it is not used."""
+    """Return for how many cells a SENDME of congestion control is; 0: there is none."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
@@ -2377,7 +2374,7 @@ class Vegas:
         self._slow, self._full = True, False
 
     def acked(self, inflight, rtt):
-        """Adapt to a SENDME after `rtt` ms; `inflight`: cells, with those it is for."""
+        """Adapt to a SENDME after `rtt` ms; `inflight`: with the cells it is for."""
         cwnd, increment = self.cwnd, self.increment
         alpha, beta, gamma, delta = self._marks
         self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
@@ -2408,7 +2405,7 @@ class Vegas:
 
 
 def congestion_control(param, wanted):
-    """Return a Vegas, or None, as the consensus (its `param`) and the peer have `wanted`."""
+    """Return a Vegas if consensus and peer want it."""
     return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
@@ -2457,14 +2454,13 @@ class Stream:
         elif command == RELAY_SENDME and self._package <= STREAM_WINDOW - STREAM_INCREMENT:
             self._package += STREAM_INCREMENT
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
-            self._deliver = NO_LIMIT if self.circuit.vegas else STREAM_WINDOW
+            self._deliver = self._package
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
         self.flush()
 
     def flush(self):
-        # Send what windows and the channel's queue allow.
         circuit = self.circuit
         while self.outgoing:
             room = circuit.channel.room()
@@ -2504,12 +2500,9 @@ class Stream:
         self._changed.set()
 
     def accept(self):
-        """Answer BEGIN."""
         if not self._ended:
             self.opened.set()
             self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
-
-    # --- Reading ---
 
     def _take(self, n):
         piece = bytes(memoryview(self._incoming)[:n])
@@ -2543,11 +2536,12 @@ class Stream:
     async def readexactly(self, n):
         """Return `n` bytes; EOFError when the stream ends before."""
         data = b""
-        while len(data) < n:
-            piece = await self.read(n - len(data))
+        while n > 0:
+            piece = await self.read(n)
             if not piece:
-                raise EOFError("the stream ended after %d of %d bytes" % (len(data), n))
+                raise EOFError("the stream ended %d bytes early" % n)
             data += piece
+            n -= len(piece)
         return data
 
     async def readuntil(self, separator=b"\n", limit=65536):
@@ -2565,8 +2559,6 @@ class Stream:
             return await self.readuntil()
         except EOFError:
             return await self.read(65536)
-
-    # --- Writing ---
 
     def write(self, data):
         """Send `data`; follow with `await drain()`."""
@@ -2603,10 +2595,9 @@ _TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOF
 
 
 class Circuit:
-    """A circuit; `path`: its relays, the nearest first; `kh`: KH of the last hop.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of the error.
 
-    `on_control`: {relay command: function(body)} for what comes unasked; `on_begin`: a service's
-    coroutine function(stream, host, port); `closing`: a Promise, set to the CircuitError.
+    `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, host, port).
     """
 
     on_begin = kh = vegas = None
@@ -2616,7 +2607,7 @@ class Circuit:
         self.channel, self.closing, self.window = channel, Promise(), window
         self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
         self._last_id, self.short_after = randbelow(65536), randbelow(50)
-        # (tag, time) of the cells that are due a SENDME.
+        # (tag, time) of cells that are due a SENDME.
         self._answer, self._due = Promise(), []
         self.circ_id = channel.adopt(self)
 
@@ -2629,17 +2620,16 @@ class Circuit:
 
     async def extend(self, relay, seconds):
         """Add `relay` (tor-spec 5.1), or the only hop by CREATE_FAST: None; CircuitError."""
+        state = urandom(20)
+        asked = CREATE_FAST, state, CREATED_FAST
         if relay:
-            finish, (state, onionskin) = ntor_finish, ntor_start(relay.rsa_id, relay.ntor_key)
+            state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
             asked = CREATE2, create2(onionskin), CREATED2
             if self.path:
                 asked = RELAY_EXTEND2, extend2(relay, onionskin), RELAY_EXTENDED2
-        else:
-            finish, state = fast_finish, urandom(20)
-            asked = CREATE_FAST, state, CREATED_FAST
         reply = await self.ask(*asked, seconds)
         try:
-            keys = finish(state, parse_created2(reply) if relay else reply)
+            keys = ntor_finish(state, parse_created2(reply)) if relay else fast_finish(state, reply)
         except ProtocolError as e:
             raise self.fail("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
@@ -2647,13 +2637,13 @@ class Circuit:
         self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
-        """Add the virtual hop of a rendezvous; `vegas`: from congestion_control."""
+        """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._layers.append(Layer(keys, True, service))
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
     def expect(self, command):
-        """Return a Promise of the next message's body; it must be a `command`."""
+        """Return a Promise of the body of the next `command`, which comes once."""
 
         def answered(body):
             del self.on_control[command]
@@ -2664,7 +2654,7 @@ class Circuit:
         return promise
 
     async def ask(self, command, body, answer, seconds):
-        """Send a message, or a CREATE cell; return the body of the `answer`; CircuitError."""
+        """Send a message, or CREATE; return the body of the `answer`; CircuitError."""
         promise = self.expect(answer)
         if self._layers:
             self.send(command, 0, body)
@@ -2679,12 +2669,12 @@ class Circuit:
         """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
-        # In turn: an END for one that was closed here may still be on its way.
+        # In turn: an END for one closed here may still be on its way.
         self._last_id = self._last_id % 65535 + 1
         while self._last_id in self.streams:
             self._last_id = self._last_id % 65535 + 1
         stream = Stream(self, self._last_id)
-        self.send(command, stream.stream_id, body)
+        self.send(command, self._last_id, body)
         try:
             await stream.opened.wait(seconds)
             return stream
@@ -2694,10 +2684,8 @@ class Circuit:
                 raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
             raise
 
-    # --- Sending ---
-
     def send(self, command, stream_id, *pieces):
-        """Send relay messages of one kind to the last hop; CircuitError on a closed circuit."""
+        """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
             raise self.closing.get()
         digest, cells = self._layers[-1].out_digest, []
@@ -2716,7 +2704,7 @@ class Circuit:
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        # Eight may be early (tor-spec 5.6); no path here has so many hops.
+        # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
         cells = [data[at : at + 509] for at in range(0, len(data), 509)]
         self.channel.send(struct.pack(">IB", self.circ_id, kind).join([b""] + cells))
@@ -2726,10 +2714,8 @@ class Circuit:
             if stream.outgoing:
                 stream.flush()
 
-    # --- Receiving ---
-
     def receive(self, data, command=RELAY):
-        """Take a cell's body, or those of relay cells (509 bytes each) in a row."""
+        """Take the body of a cell, or of relay cells in a row."""
         try:
             if command == RELAY:
                 self._decrypt(data)
@@ -2759,7 +2745,7 @@ class Circuit:
             digest.update(view[at : at + 509])
             found = digest.digest()
             if recognised or found[:4] != tag or size > RELAY_DATA_MAX:
-                raise ProtocolError("a relay cell that no hop recognises, or of %d bytes" % size)
+                raise ProtocolError("a relay cell that no hop recognises")
             data = view[at + 11 : at + 11 + size]
             if command != RELAY_DATA:
                 self._message(command, stream_id, bytes(data))
@@ -2812,7 +2798,7 @@ class Circuit:
         self.fail("closed here")
 
     def fail(self, text, reason=0, tell=True):
-        """Close the circuit (tor-spec 5.4), and return the CircuitError, the first one's."""
+        """Close the circuit (tor-spec 5.4); return the first CircuitError of it."""
         if not self.closed:
             error = CircuitError("%s: %s" % (self, text), reason)
             log(INFO, "%s", error)

@@ -2327,7 +2327,7 @@ class Channels:
 
 # Cells that are encrypted in one go.
 BATCH = 8 if MICROPYTHON else 128
-CIRCUIT_WINDOW, CIRCUIT_INCREMENT, STREAM_WINDOW, STREAM_INCREMENT = 1000, 100, 500, 50
+CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control, XOFF takes the place of stream windows.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
@@ -2346,7 +2346,7 @@ class Layer:
         self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
 
     def sent(self, body):
-        """Tell whether this hop sent the decrypted cell, and if so, count it."""
+        """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
         trial.update(body[:5] + bytes(4) + body[9:])
         good = trial.digest()[:4] == body[5:9]
@@ -2374,7 +2374,7 @@ class Vegas:
         self._slow, self._full = True, False
 
     def acked(self, inflight, rtt):
-        """Adapt to a SENDME after `rtt` ms; `inflight`: with the cells it is for."""
+        """Return `cwnd` after a SENDME; `inflight`: with the cells it is for; `rtt`: in ms."""
         cwnd, increment = self.cwnd, self.increment
         alpha, beta, gamma, delta = self._marks
         self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
@@ -2402,6 +2402,7 @@ class Vegas:
         self._acks += 1
         if self._acks * increment >= self.cwnd:
             self._acks, self._full = 0, False
+        return self.cwnd
 
 
 def congestion_control(param, wanted):
@@ -2601,7 +2602,7 @@ class Circuit:
     """
 
     on_begin = kh = vegas = None
-    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
+    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
         self.channel, self.closing, self.window = channel, Promise(), window
@@ -2669,7 +2670,7 @@ class Circuit:
         """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
-        # In turn: an END for one closed here may still be on its way.
+        # In turn: an END for one closed here may be on its way.
         self._last_id = self._last_id % 65535 + 1
         while self._last_id in self.streams:
             self._last_id = self._last_id % 65535 + 1
@@ -2706,8 +2707,8 @@ class Circuit:
             data = layer.out_cipher.crypt(data)
         # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
-        cells = [data[at : at + 509] for at in range(0, len(data), 509)]
-        self.channel.send(struct.pack(">IB", self.circ_id, kind).join([b""] + cells))
+        head = struct.pack(">IB", self.circ_id, kind)
+        self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -2782,11 +2783,10 @@ class Circuit:
         elif command == RELAY_SENDME:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
-            require(good, "a SENDME that was not due, or for other cells")
+            require(good, "a SENDME that was not due")
             rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
             if self.vegas:
-                self.vegas.acked(self.inflight, rtt)
-                self.window = self.vegas.cwnd
+                self.window = self.vegas.acked(self.inflight, rtt)
             self.inflight -= self._increment
             self.resume()
         elif command in self.on_control:

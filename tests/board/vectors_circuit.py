@@ -59,6 +59,8 @@ async def main():
         if port == 81:
             return stream.send_end(m.END_CONNECTREFUSED)
         stream.accept()
+        if port == 82:
+            return None
         line = await stream.readline()
         size = int(line)
         stream.write(line)
@@ -113,7 +115,7 @@ async def main():
     answer = client.expect(m.RELAY_RENDEZVOUS2)
     service.send(m.RELAY_RENDEZVOUS2, 0, b"met")
     assert await answer.wait(5) == b"met" and not client.closed
-    waiting = await client.open_stream(m.RELAY_BEGIN, m.begin("", 80, 0), 5)
+    waiting = await client.open_stream(m.RELAY_BEGIN, m.begin("", 82, 0), 5)
     service.send(m.RELAY_RENDEZVOUS2, 0, b"again")
     error = await client.closing.wait(5)
     assert "out of place" in str(error) and client.closed

@@ -1357,6 +1357,11 @@ def fast_finish(x, reply):
     return k[20:92] + k[:20]
 
 
+def begin(host, port):
+    """Return the body of BEGIN to host:port ("" for an onion service); IPv6 will do (6.2)."""
+    return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
+
+
 def parse_begin(body):
     """Return the port (tor-spec 6.2)."""
     text, end, _ = body.partition(b"\0")
@@ -1764,10 +1769,8 @@ class Channel:
                     at += 514
                 if circuit:
                     circuit.receive(b"".join(cells))
-            elif circuit and command in (CREATED2, CREATED_FAST):
-                circuit.created(command, data[body:at])
-            elif circuit and command == DESTROY:
-                circuit.destroyed(data[body])
+            elif circuit:
+                circuit.receive(data[body:at], command)
         return at
 
     def _handshake(self, command, body):
@@ -1810,7 +1813,7 @@ class Channel:
             self.closing.set(why)
             self.opened.fail(ChannelError(why))
             for circuit in list(self.circuits.values()):
-                circuit.fail(CircuitError(why, 8))
+                circuit.fail(why, 8)
             self._wake.set()
 
 
@@ -1832,352 +1835,291 @@ class Channels:
 
 
 # === 11. Circuits and streams ===============================================
-# Relay encryption, extending, flow control, streams, teardown.  tor-spec 5–7.
+# Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# The most cells that are encrypted or queued in one go.
+# Cells that are encrypted in one go.
 BATCH = 8 if MICROPYTHON else 128
-CIRCUIT_WINDOW, CIRCUIT_INCREMENT = 1000, 100
-# A circuit with congestion control has no stream windows: its streams are stopped by XOFF.
-NO_WINDOW, XOFF_LIMIT = 1 << 30, 500 * 498
-STREAM_WINDOW, STREAM_INCREMENT = 500, 50
-# A stream whose reader lags behind by more than this sends no SENDME.
-READ_AHEAD = 16384 if MICROPYTHON else 1 << 18
-# How much `write` takes before `drain` waits; `pump` moves half of it at a time.
-WRITE_AHEAD = 8192 if MICROPYTHON else 1 << 17
+CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
+# With congestion control, XOFF takes the place of stream windows.
+NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
+# So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
+READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
 
 
 class Layer:
-    """The relay encryption that one hop and we share; its key streams depend on position alone.
-
-    `keys`: Df, Db, Kf, Kb in a row (ntor: SHA-1 and AES-128; onion hop: SHA3-256
-    and AES-256).  `service`: we are the service's end of an onion hop, so what
-    we send is "backward".  tor-spec 5.2, rend-spec-v3 4.2.1.
-    """
+    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it."""
 
     def __init__(self, keys, onion=False, service=False):
-        seed, size = (32, 32) if onion else (20, 16)
-        digest = Sha3_256 if onion else Sha1
-        ends = [
-            (
-                digest(keys[at * seed : at * seed + seed]),
-                AesCtr(keys[2 * seed + at * size : 2 * seed + at * size + size]),
-            )
-            for at in (0, 1)
-        ]
+        digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
+        Df, Db, Kf, Kb = struct.unpack_from(form, keys)
         if service:
-            ends.reverse()
-        (self.out_digest, self.out_cipher), (self.in_digest, self.in_cipher) = ends
+            Df, Db, Kf, Kb = Db, Df, Kb, Kf
+        self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
+        self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
 
     def sent(self, body):
-        """Return whether this hop sent the decrypted cell, and if so, count it."""
+        """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
-        trial.update(body[:5] + b"\0\0\0\0" + body[9:])
-        if trial.digest()[:4] != body[5:9]:
-            return False
-        self.in_digest = trial
-        return True
+        trial.update(body[:5] + bytes(4) + body[9:])
+        good = trial.digest()[:4] == body[5:9]
+        if good:
+            self.in_digest = trial
+        return good
 
 
 def sendme_increment(param):
-    """Return after how many cells congestion control sends a SENDME; 0 where it is not used."""
+    """Return for how many cells a SENDME of congestion control is; 0: there is none."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
 class Vegas:
-    """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3).
-
-    `param`: Consensus.param; `sent`: when each cell was sent whose SENDME is still due.
-    """
+    """The congestion window `cwnd`, in cells, of an onion circuit (proposal 324, 3.3)."""
 
     def __init__(self, param):
         self.increment = sendme_increment(param)
         self.cwnd = param("cc_cwnd_init", 124, 31, 10000)
         self._least = param("cc_cwnd_min", 124, 31, 1000)
         self._cap = param("cc_sscap_onion", 475, 100, 10000)
-        self._alpha, self._beta, self._gamma, self._delta = [
-            param("cc_vegas_%s_onion" % name, 62 * n, 0, 1000)
-            for name, n in (("alpha", 3), ("beta", 6), ("gamma", 4), ("delta", 7))
-        ]
-        self.sent = []
-        self._rtt = self._least_rtt = self._acks = 0
+        marks = ("alpha", 186), ("beta", 372), ("gamma", 248), ("delta", 434)
+        self._marks = [param("cc_vegas_%s_onion" % name, n, 0, 1000) for name, n in marks]
+        self._rtt, self._least_rtt, self._acks = 0, NO_LIMIT, 0
         self._slow, self._full = True, False
 
-    def acked(self, inflight):
-        """Adapt to the SENDME for the oldest of `sent`; `inflight`: cells, with those acked."""
-        cwnd, increment, rtt = self.cwnd, self.increment, ticks_diff(ticks_ms(), self.sent.pop(0))
-        self._rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
-        if not self._least_rtt or self._rtt < self._least_rtt or (
-            cwnd == self._least and not self._slow
-        ):
-            self._least_rtt = self._rtt
-        bdp = int(cwnd * self._least_rtt / self._rtt)
+    def acked(self, inflight, rtt):
+        """Return `cwnd` after a SENDME; `inflight`: with the cells it is for; `rtt`: in ms."""
+        cwnd, increment = self.cwnd, self.increment
+        alpha, beta, gamma, delta = self._marks
+        self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
+        if rtt < self._least_rtt or cwnd == self._least and not self._slow:
+            self._least_rtt = rtt
+        bdp = int(cwnd * self._least_rtt / rtt)
         queue = cwnd - bdp
-        if inflight + 4 * increment >= cwnd:
-            self._full = True
-        elif 4 * inflight < cwnd:
-            self._full = False
+        if not self._full or 4 * inflight < cwnd:
+            self._full = inflight + 4 * increment >= cwnd
         if not self._slow:
-            if queue > self._delta:
-                cwnd = bdp + self._delta - 1
-            elif queue > self._beta:
+            if queue > delta:
+                cwnd = bdp + delta - 1
+            elif queue > beta:
                 cwnd -= 1
-            elif self._full and queue < self._alpha:
+            elif self._full and queue < alpha:
                 cwnd += 1
-        elif queue >= self._gamma:
-            cwnd, self._slow = bdp + self._gamma, False
+        elif queue >= gamma:
+            cwnd, self._slow = bdp + gamma, False
         elif self._full:
-            grow = increment
-            if cwnd > self._cap:
-                grow = max((increment * self._cap + cwnd) // (2 * cwnd), 1)
+            past = cwnd > self._cap
+            grow = max((increment * self._cap + cwnd) // (2 * cwnd), 1) if past else increment
             self._slow = grow * cwnd > increment * increment and cwnd < 5000
             cwnd += grow
         self.cwnd = max(cwnd, self._least)
         self._acks += 1
         if self._acks * increment >= self.cwnd:
             self._acks, self._full = 0, False
+        return self.cwnd
 
 
 def congestion_control(param, wanted):
-    """Return a Vegas if the consensus (`param`) has congestion control and the peer `wanted` it."""
-    return None if MICROPYTHON else Vegas(param) if wanted and sendme_increment(param) else None
-
-
-def padded(data):
-    """Fill relay `data` up with four zero bytes and then random ones (tor-spec 6.1)."""
-    gap = RELAY_DATA_MAX - len(data)
-    return data + bytes(min(gap, 4)) + urandom(gap - 4) if gap > 4 else data + bytes(gap)
-
-
-_TO_CLOSED = (RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON)
+    """Return a Vegas if consensus and peer want it."""
+    return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
 class Stream:
     """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
 
-    def __init__(self, circuit, stream_id):
-        self.circuit, self.stream_id = circuit, stream_id
-        circuit.streams[stream_id] = self
-        self.opened = Promise()
-        self.package = self._deliver = NO_WINDOW if circuit.vegas else STREAM_WINDOW
-        self._stopped = False
-        self.outgoing = b""
-        self._incoming = bytearray()
-        self._ended = self._error = None
-        self._closing = False
-        self._readable = asyncio.Event()
-        self._writable = asyncio.Event()
+    outgoing, _error = b"", None
+    _stopped = _ended = _closing = False
 
-    # ── Called by the circuit ──
+    def __init__(self, circuit, stream_id):
+        self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
+        circuit.streams[stream_id] = self
+        self.opened, self._changed = Promise(), asyncio.Event()
+        self._package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        # None for DATA before CONNECTED.
+        self._deliver = self._package if circuit.on_begin else 0
 
     def feed(self, data):
-        if self._ended or not (self.opened.done() or self.circuit.on_begin):
-            raise ProtocolError("DATA on stream %d, which is not open" % self.stream_id)
-        self._deliver -= 0 if self.circuit.vegas else 1
-        if self._deliver < 0:
-            raise ProtocolError("more DATA on stream %d than its window" % self.stream_id)
-        if len(self._incoming) > 16 * XOFF_LIMIT:
-            raise ProtocolError("stream %d does not heed XOFF" % self.stream_id)
+        self._deliver -= 1
+        if self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
+            raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
         if not self._closing:
             self._incoming.extend(data)
 
     def arrived(self):
-        self._readable.set()
-        self._acknowledge()
-
-    def _acknowledge(self):
-        if self.circuit.vegas:
-            # Stop the other side above the limit, and let it go on below half of it.
-            much = len(self._incoming) * (2 if self._stopped else 1) > XOFF_LIMIT
-            if much != self._stopped and not self._ended:
-                self._stopped = much
-                command, body = (RELAY_XOFF, b"\0") if much else (RELAY_XON, bytes(5))
-                self.circuit.send(command, self.stream_id, body)
-        elif len(self._incoming) < READ_AHEAD and not self._ended:
-            while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT:
-                self._deliver += STREAM_INCREMENT
-                self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+        # Wake the reader, and let the other side go on, or stop it.
+        self._changed.set()
+        unread = len(self._incoming)
+        if self._ended:
+            return
+        while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
+            self._deliver += STREAM_INCREMENT
+            self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+        # XON comes when half is read.
+        stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
+        if self.circuit.vegas and stop != self._stopped:
+            self._stopped, command = stop, RELAY_XOFF if stop else RELAY_XON
+            self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
 
     def message(self, command, data):
         if command == RELAY_END:
             reason = data[0] if data else 1
-            text = reason_text(END_REASONS, reason)
-            self.circuit.streams.pop(self.stream_id, None)
-            self.end(StreamError("the stream was closed: %s" % text, reason))
+            self.end(StreamError("the stream ended: " + reason_text(END_REASONS, reason), reason))
         elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
-            self.package = 0 if command == RELAY_XOFF else NO_WINDOW
-            self.circuit.flush(self)
-        elif command == RELAY_SENDME:
-            self.package += STREAM_INCREMENT
-            if self.package > STREAM_WINDOW:
-                raise ProtocolError("a SENDME on stream %d too many" % self.stream_id)
-            self.circuit.flush(self)
+            self._package = 0 if command == RELAY_XOFF else NO_LIMIT
+        elif command == RELAY_SENDME and self._package <= STREAM_WINDOW - STREAM_INCREMENT:
+            self._package += STREAM_INCREMENT
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
+            self._deliver = self._package
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
+        self.flush()
+
+    def flush(self):
+        circuit = self.circuit
+        while self.outgoing:
+            window = circuit.window - circuit.inflight
+            count = min(BATCH, circuit.channel.room(), window, self._package)
+            if count <= 0:
+                return
+            pieces, at = [], 0
+            while at < len(self.outgoing) and len(pieces) < count:
+                size = RELAY_DATA_MAX
+                # In each window a cell with random bytes: no SENDME before its time (7.4).
+                circuit.short_after -= 1
+                if circuit.short_after < 0:
+                    size, circuit.short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
+                pieces.append(self.outgoing[at : at + size])
+                at += size
+            self.outgoing = self.outgoing[at:]
+            self._package -= len(pieces)
+            circuit.send(RELAY_DATA, self.stream_id, *pieces)
+        self._changed.set()
+        if self._closing:
+            self.send_end(END_DONE if circuit.on_begin else 1)
+
+    def send_end(self, reason):
+        if not self._ended:
+            self.end(StreamError("closed here", END_DONE))
+            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
 
     def end(self, error):
-        """The other side, or the circuit, is gone; what arrived can still be read."""
-        self._ended = True
+        self._closing, self._ended, self.outgoing = True, True, b""
         # Clients end with MISC whatever happened, so at a service it is no error.
-        if error.reason != 6 and not (error.reason == 1 and self.circuit.on_begin):
+        if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
-        self.outgoing = b""
+        self.circuit.streams.pop(self.stream_id, None)
         self.opened.fail(error)
-        self._readable.set()
-        self._writable.set()
+        self._changed.set()
 
-    def flushed(self):
-        self._writable.set()
-        if self._closing and not self.outgoing:
-            self._send_end(6 if self.circuit.on_begin else 1)
-
-    def _send_end(self, reason):
-        if not self._ended and self.circuit.streams.pop(self.stream_id, None):
-            self._ended = True
-            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
-            self._readable.set()
-            self._writable.set()
-
-    # ── At a service ──
-
-    async def accept(self):
-        """Answer BEGIN with CONNECTED."""
+    def accept(self):
         if not self._ended:
             self.opened.set()
             self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
 
-    async def reject(self, reason):
-        """Answer BEGIN with END."""
-        self._send_end(reason)
-
-    # ── Reading ──
-
     def _take(self, n):
-        if n >= len(self._incoming):
-            piece, self._incoming = bytes(self._incoming), bytearray()
-        else:
-            piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
-        self._acknowledge()
+        piece = bytes(memoryview(self._incoming)[:n])
+        self._incoming = self._incoming[n:]
+        self.arrived()
         return piece
 
+    async def _change(self):
+        self._changed.clear()
+        await self._changed.wait()
+
     async def _more(self):
-        """Wait for bytes; False at the end; StreamError where the stream broke."""
-        if self._ended or self._closing:
-            if self._error is not None:
-                raise self._error
-            return False
-        self._readable.clear()
-        await self._readable.wait()
-        return True
+        # Wait for bytes; None: that was all.
+        if self._error:
+            raise self._error
+        if not self._closing:
+            await self._change()
+            return True
 
     async def read(self, n=-1):
         """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
-        if n < 0:
-            pieces = []
-            while True:
-                pieces.append(await self.read(65536))
-                if not pieces[-1]:
-                    return b"".join(pieces)
-        while n and not self._incoming:
-            if not await self._more():
-                return b""
+        pieces = []
+        while n < 0:
+            pieces.append(await self.read(65536))
+            if not pieces[-1]:
+                return b"".join(pieces)
+        while n and not self._incoming and await self._more():
+            pass
         return self._take(n)
 
     async def readexactly(self, n):
         """Return `n` bytes; EOFError when the stream ends before."""
         data = b""
-        while len(data) < n:
-            piece = await self.read(n - len(data))
+        while n > 0:
+            piece = await self.read(n)
             if not piece:
-                raise EOFError("the stream ended %d bytes early" % (n - len(data)))
+                raise EOFError("the stream ended %d bytes early" % n)
             data += piece
+            n -= len(piece)
         return data
 
     async def readuntil(self, separator=b"\n", limit=65536):
         """Return bytes up to and with `separator`; EOFError, or StreamError past `limit`."""
-        start = 0
-        while True:
-            at = self._incoming.find(separator, start)
-            if at >= 0:
-                return self._take(at + len(separator))
-            start = max(0, len(self._incoming) - len(separator) + 1)
-            if start > limit:
+        while (at := self._incoming.find(separator)) < 0:
+            if len(self._incoming) >= limit + len(separator):
                 raise StreamError("more than %d bytes without %r" % (limit, separator), 13)
             if not await self._more():
                 raise EOFError("the stream ended before %r" % separator)
+        return self._take(at + len(separator))
 
     async def readline(self):
-        """Return a line with its end, or what is left where the stream ends."""
+        """Return a line with its end, or what is left at the end."""
         try:
-            return await self.readuntil(b"\n")
+            return await self.readuntil()
         except EOFError:
-            return self._take(len(self._incoming))
-
-    # ── Writing ──
+            return await self.read(65536)
 
     def write(self, data):
         """Send `data`; follow with `await drain()`."""
-        if self._ended or self._closing:
-            raise self._error or StreamError("the stream is closed", 6)
-        waiting = bool(self.outgoing)
-        self.outgoing = self.outgoing + bytes(data) if waiting else bytes(data)
-        if not waiting:
-            self.circuit.flush(self)
+        if self._closing:
+            raise self._error or StreamError("the stream is closed", END_DONE)
+        self.outgoing += bytes(data)
+        self.flush()
 
     async def drain(self):
         """Wait until there is room for more; StreamError where the stream broke."""
-        while len(self.outgoing) > WRITE_AHEAD and not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
-        if self._error is not None:
+        while len(self.outgoing) > WRITE_AHEAD:
+            await self._change()
+        if self._error:
             raise self._error
 
     def close(self):
-        """End the stream when all is sent.  Tor has no half-closed streams (tor-spec 6.3)."""
-        if not self._closing:
-            self._closing = True
-            self._readable.set()
-            if not self.outgoing:
-                self.flushed()
+        """End the stream, both ways (tor-spec 6.3), when all is sent."""
+        self._closing = True
+        self._changed.set()
+        self.flush()
 
     def is_closing(self):
-        return self._closing or bool(self._ended)
+        return self._closing
 
     async def wait_closed(self):
         while not self._ended:
-            self._writable.clear()
-            await self._writable.wait()
+            await self._change()
 
     def get_extra_info(self, name, default=None):
-        return {"circuit": self.circuit}.get(name, default)
+        return default
+
+
+_TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
 
 
 class Circuit:
-    """A circuit over `channel`; `path` holds its relays, the nearest first.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of the error.
 
-    `on_control`: {relay command: function(body)} for messages that come unasked;
-    `on_begin`: coroutine function(stream, port) that answers BEGIN cells, at a
-    service; `kh`: KH of the last hop (20 bytes); `closing`: a Promise that is set to the
-    CircuitError when the circuit is gone.
+    `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, port).
     """
 
+    on_begin = kh = vegas = None
+    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
+
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel = channel
-        self.path = []
-        self.streams = {}
-        self.on_control = {}
-        self.on_begin = None
-        self.closing = Promise()
-        self.kh = None
-        self._layers = []
-        self._next_id = randbelow(65536)
-        self._awaited = None
-        self._window, self._inflight, self.vegas = window, 0, None
-        self._increment = CIRCUIT_INCREMENT
-        self._deliver = CIRCUIT_WINDOW
-        self._sent_tags = []
-        self._short_after = randbelow(CIRCUIT_INCREMENT)
+        self.channel, self.closing, self.window = channel, Promise(), window
+        self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
+        self._last_id, self.short_after = randbelow(65536), randbelow(50)
+        # (tag, time) of cells that are due a SENDME.
+        self._answer, self._due = Promise(), []
         self.circ_id = channel.adopt(self)
 
     def __str__(self):
@@ -2187,321 +2129,208 @@ class Circuit:
     def closed(self):
         return self.closing.done()
 
-    # ── Building ──
-
-    async def create_fast(self, seconds):
-        """Make the only hop of a directory circuit, by CREATE_FAST (tor-spec 5.1.3)."""
-        x = urandom(20)
-        reply = self.expect((CREATED_FAST,))
-        self.channel.send(cell(self.circ_id, CREATE_FAST, x))
-        _, body = await self._answer(reply, seconds)
-        self._add_hop(None, lambda reply: fast_finish(x, reply), body)
-
     async def extend(self, relay, seconds):
-        """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
-        create2, finish = ntor(relay.rsa_id, relay.ntor_key)
-        if self.path:
-            extend2 = link_specifiers(relay) + create2
-            asking = self.ask(RELAY_EXTEND2, extend2, (RELAY_EXTENDED2,), seconds)
-        else:
-            asking = self._answer(self.expect((CREATED2,)), seconds)
-            self.channel.send(cell(self.circ_id, CREATE2, create2))
-        self._add_hop(relay, finish, (await asking)[1])
-
-    def _add_hop(self, relay, finish, reply):
+        """Add `relay` (tor-spec 5.1), or the only hop by CREATE_FAST: None; CircuitError."""
+        x = urandom(20)
+        asked, finish = (CREATE_FAST, x, CREATED_FAST), lambda Y: fast_finish(x, Y)
+        if relay:
+            create2, finish = ntor(relay.rsa_id, relay.ntor_key)
+            asked = CREATE2, create2, CREATED2
+            if self.path:
+                asked = RELAY_EXTEND2, link_specifiers(relay) + create2, RELAY_EXTENDED2
+        reply = await self.ask(*asked, seconds)
         try:
             keys = finish(reply)
         except ProtocolError as e:
-            raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
-        self._layers.append(Layer(keys))
-        self.kh = keys[72:92]
+            raise self.fail("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
+        self._layers.append(Layer(keys))
+        self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
-        """Add the virtual hop of a rendezvous, `keys` 128 bytes (rend-spec-v3 4.2.1).
-
-        `vegas`: the Vegas that both ends agreed on, if they did.
-        """
+        """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._layers.append(Layer(keys, True, service))
         if vegas:
-            self.vegas, self._increment = vegas, vegas.increment
+            self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
-    # ── Control messages ──
+    def expect(self, command):
+        """Return a Promise of the body of the next `command`, which comes once."""
 
-    def expect(self, commands):
-        """Return a Promise for the next message of `commands`, as (command, body).
+        def answered(body):
+            del self.on_control[command]
+            promise.set(body)
 
-        A message that nobody expects closes the circuit.
-        """
-        self._awaited = (commands, Promise())
-        return self._awaited[1]
+        self._answer = promise = Promise()
+        self.on_control[command] = answered
+        return promise
 
-    async def ask(self, command, body, answers, seconds):
-        """Send a message to the last hop and wait for one of `answers`: (command, body)."""
-        promise = self.expect(answers)
-        self.send(command, 0, body)
-        return await self._answer(promise, seconds)
-
-    async def _answer(self, promise, seconds):
+    async def ask(self, command, body, answer, seconds):
+        """Send a message, or CREATE; return the body of the `answer`; CircuitError."""
+        promise = self.expect(answer)
+        if self._layers:
+            self.send(command, 0, body)
+        else:
+            self.channel.send(cell(self.circ_id, command, body))
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
-            raise self.fail(CircuitError("%s: no answer within %d s" % (self, seconds), 10))
+            raise self.fail("no answer within %d s" % seconds, 10)
 
-    # ── Streams ──
-
-    async def open_stream(self, host, port, seconds):
-        """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        # An exit may use IPv6 (tor-spec 6.2).
-        begin = b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
-        return (await self._open(RELAY_BEGIN, begin, seconds))[0]
-
-    async def open_directory_stream(self, seconds):
-        """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
-        return (await self._open(RELAY_BEGIN_DIR, b"", seconds))[0]
-
-    async def resolve(self, host, seconds=30):
-        """Resolve `host` at the exit: what `parse_resolved` returns (tor-spec 6.4)."""
-        stream, body = await self._open(RELAY_RESOLVE, host.encode() + b"\0", seconds)
-        self.streams.pop(stream.stream_id, None)
-        return parse_resolved(body)
-
-    async def _open(self, command, body, seconds):
+    async def open_stream(self, command, body, seconds):
+        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
-        while not self._next_id or self._next_id in self.streams:
-            self._next_id = (self._next_id + 1) & 0xFFFF
-        stream = Stream(self, self._next_id)
-        # Not used again soon: the END of a stream that was closed here may still be on its way.
-        self._next_id = (self._next_id + 1) & 0xFFFF
-        self.send(command, stream.stream_id, body)
+        # In turn: an END for one closed here may be on its way.
+        self._last_id = self._last_id % 65535 + 1
+        while self._last_id in self.streams:
+            self._last_id = self._last_id % 65535 + 1
+        stream = Stream(self, self._last_id)
+        self.send(command, self._last_id, body)
         try:
-            return stream, await stream.opened.wait(seconds)
-        except asyncio.TimeoutError:
+            await stream.opened.wait(seconds)
+            return stream
+        except BaseException as e:
             stream.close()
-            raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
-        except asyncio.CancelledError:
-            stream.close()
+            if isinstance(e, asyncio.TimeoutError):
+                raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
             raise
 
-    # ── Sending ──
-
-    def send(self, command, stream_id, data):
-        """Send a relay message to the last hop; CircuitError on a closed circuit."""
-        if self.closing.done():
+    def send(self, command, stream_id, *pieces):
+        """Send relay messages of one kind to the last hop; CircuitError."""
+        if self.closed:
             raise self.closing.get()
-        # At most eight, of which no path here has more than four (tor-spec 5.6).
-        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
-        self._seal(kind, [(command, stream_id, len(data), padded(data))])
-
-    def _seal(self, kind, messages):
-        """Encrypt relay cells to the last hop, all at once, and queue them."""
-        layer, pieces = self._layers[-1], []
-        digest = layer.out_digest
-        for command, stream_id, size, data in messages:
+        digest, cells = self._layers[-1].out_digest, []
+        for data in pieces:
+            size = len(data)
+            if size < RELAY_DATA_MAX:
+                data = (data + bytes(4) + urandom(RELAY_DATA_MAX - size))[:RELAY_DATA_MAX]
             digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
-            pieces.append(struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size))
-            pieces.append(data)
+            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == RELAY_DATA:
-                self._inflight += 1
-                if self._inflight % self._increment == 0:
-                    self._sent_tags.append(tag[:20])
-                    if self.vegas:
-                        self.vegas.sent.append(ticks_ms())
-        data = b"".join(pieces)
+                self.inflight += 1
+                if self.inflight % self._increment == 0:
+                    self._due.append((tag[:20], ticks_ms()))
+        data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
+        # Up to eight may be early (tor-spec 5.6); no path is so long.
+        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
         head = struct.pack(">IB", self.circ_id, kind)
-        if len(data) == 509:
-            self.channel.send(head + data)
-        else:
-            pieces = []
-            for at in range(0, len(data), 509):
-                pieces.append(head)
-                pieces.append(data[at : at + 509])
-            self.channel.send(b"".join(pieces))
-
-    def flush(self, stream):
-        """Send what `stream` has to send, as far as windows and the channel's queue allow."""
-        while stream.outgoing and not self.closing.done():
-            window = self.vegas.cwnd if self.vegas else self._window
-            count = min(BATCH, self.channel.room(), window - self._inflight, stream.package)
-            if count <= 0:
-                return
-            # The tags in SENDMEs must not be known before the cells arrive: at least one
-            # cell in each window carries randomness (tor-spec 7.4, "sendme").
-            messages, at, data = [], 0, memoryview(stream.outgoing)
-            while at < len(data) and len(messages) < count:
-                piece = bytes(data[at : at + RELAY_DATA_MAX])
-                self._short_after -= 1
-                if self._short_after < 0:
-                    piece = piece[: RELAY_DATA_MAX - 20]
-                    self._short_after = CIRCUIT_INCREMENT // 2 + randbelow(CIRCUIT_INCREMENT // 2)
-                size = len(piece)
-                at += size
-                messages.append((RELAY_DATA, stream.stream_id, size, padded(piece)))
-            data = None
-            stream.outgoing = stream.outgoing[at:]
-            if not self.vegas:
-                stream.package -= len(messages)
-            self._seal(RELAY, messages)
-        stream.flushed()
+        self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def resume(self):
         for stream in list(self.streams.values()):
             if stream.outgoing:
-                self.flush(stream)
+                stream.flush()
 
-    # ── Receiving ──
-
-    def created(self, command, body):
-        """Take a CREATED cell."""
-        if not self._answers(command, bytes(body)):
-            self.fail(CircuitError("%s: CREATED out of place" % self, 1))
-
-    def destroyed(self, reason):
-        text = reason_text(DESTROY_REASONS, reason)
-        self.fail(CircuitError("%s was closed by a relay: %s" % (self, text), reason), False)
-
-    def receive(self, data):
-        """Decrypt and dispatch relay cells (509 bytes each) that came in a row."""
+    def receive(self, data, command=RELAY):
+        """Take the body of a cell, or of relay cells in a row."""
         try:
-            if not self._layers:
-                raise ProtocolError("a relay cell before the first hop")
-            for layer in self._layers[:-1]:
-                data, at = layer.in_cipher.crypt(data), 0
-                while at < len(data):
-                    if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
-                        self._from_middle(data[at], data[at + 11])
-                        # The layers behind never saw it: their key streams go on without it.
-                        data = data[:at] + data[at + 509 :]
-                    else:
-                        at += 509
-            layer = self._layers[-1]
-            self._from_last(layer.in_digest, bytearray(layer.in_cipher.crypt(data)))
-        except ProtocolError as e:
-            self.fail(CircuitError("%s: %s" % (self, e), 1))
-        except MemoryError:
-            self.fail(CircuitError("%s: out of memory" % self, 5))
+            if command == RELAY:
+                self._decrypt(data)
+            elif command == DESTROY:
+                self.fail("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
+            elif command in (CREATED2, CREATED_FAST):
+                self._message(command, 0, data)
+        except (ProtocolError, MemoryError) as e:
+            self.fail(str(e) or "out of memory", 1)
 
-    def _from_middle(self, command, reason):
-        if command == RELAY_TRUNCATED:
-            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        if command != RELAY_DROP:
-            raise ProtocolError("relay command %d out of place" % command)
-
-    def _from_last(self, digest, cells):
-        view, touched = memoryview(cells), None
-        for at in range(0, len(cells), 509):
+    def _decrypt(self, data):
+        require(self._layers, "a relay cell before the first hop")
+        for layer in self._layers[:-1]:
+            data, ours = layer.in_cipher.crypt(data), []
+            for at in range(0, len(data), 509):
+                if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
+                    self._unasked(data[at], data[at + 11])
+                    ours.insert(0, at)
+            # The layers behind never saw these: their key streams go on without.
+            for at in ours:
+                data = data[:at] + data[at + 509 :]
+        layer, touched = self._layers[-1], {}
+        digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
+        for at in range(0, len(view), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
             view[at + 5 : at + 9] = b"\0\0\0\0"
             digest.update(view[at : at + 509])
             found = digest.digest()
-            if recognised or found[:4] != tag:
+            if recognised or found[:4] != tag or size > RELAY_DATA_MAX:
                 raise ProtocolError("a relay cell that no hop recognises")
-            if size > RELAY_DATA_MAX:
-                raise ProtocolError("a relay cell of %d bytes" % size)
             data = view[at + 11 : at + 11 + size]
-            if command == RELAY_DATA:
-                self._deliver -= 1
-                if self._deliver < 0 or not stream_id:
-                    raise ProtocolError("more DATA than the window allows")
-                stream = self.streams.get(stream_id)
-                if touched is not None and stream is not touched:
-                    touched.arrived()
-                touched = stream
-                if stream is not None:
-                    stream.feed(data)
-                if self._deliver <= CIRCUIT_WINDOW - self._increment:
-                    self._deliver += self._increment
-                    self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
-            else:
-                if touched is not None:
-                    touched.arrived()
-                    touched = None
+            if command != RELAY_DATA:
                 self._message(command, stream_id, bytes(data))
-                if self.closing.done():
+                if self.closed:
                     return
-        if touched is not None:
-            touched.arrived()
+                continue
+            self._deliver -= 1
+            if self._deliver < 0 or not stream_id:
+                raise ProtocolError("more DATA than the window allows")
+            stream = self.streams.get(stream_id)
+            if stream:
+                stream.feed(data)
+                touched[stream_id] = stream
+            if self._deliver <= CIRCUIT_WINDOW - self._increment:
+                self._deliver += self._increment
+                self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
+        for stream in touched.values():
+            stream.arrived()
 
-    def _answers(self, command, body):
-        if self._awaited is None or command not in self._awaited[0]:
-            return False
-        promise, self._awaited = self._awaited[1], None
-        promise.set((command, body))
-        return True
+    def _unasked(self, command, reason):
+        if command == RELAY_TRUNCATED:
+            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
+        require(command == RELAY_DROP, "message %d out of place" % command)
 
     def _message(self, command, stream_id, data):
-        if stream_id:
-            if command == RELAY_BEGIN and self.on_begin is not None:
-                return self._begin(stream_id, data)
-            stream = self.streams.get(stream_id)
-            if stream is not None:
-                stream.message(command, data)
-            # A stream that was closed here may still be spoken to.
-            elif command not in _TO_CLOSED:
-                raise ProtocolError("relay command %d for stream %d" % (command, stream_id))
+        stream = self.streams.get(stream_id)
+        if stream:
+            stream.message(command, data)
+        elif stream_id and command == RELAY_BEGIN and self.on_begin:
+            spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
+        elif stream_id:
+            # It may have been closed here.
+            require(command in _TO_CLOSED, "relay command %d for no stream" % command)
         elif command == RELAY_SENDME:
-            self._sendme(data)
+            # Version 1, and the tag (tor-spec 7.3).
+            good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
+            require(good, "a SENDME that was not due")
+            rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
+            if self.vegas:
+                self.window = self.vegas.acked(self.inflight, rtt)
+            self.inflight -= self._increment
+            self.resume()
         elif command in self.on_control:
             self.on_control[command](data)
-        elif not self._answers(command, data):
-            self._from_middle(command, data[0] if data else 0)
+        else:
+            self._unasked(command, data[0] if data else 0)
 
-    def _sendme(self, data):
-        # Version 1: the tag of the cell that made it due (tor-spec 7.3).
-        if not self._sent_tags or len(data) < 23 or data[0] != 1:
-            raise ProtocolError("a SENDME that was not due")
-        if not consteq(self._sent_tags.pop(0), data[3:23]):
-            raise ProtocolError("a SENDME for cells that were not sent")
-        if self.vegas:
-            self.vegas.acked(self._inflight)
-        self._inflight -= self._increment
-        self.resume()
+    def close(self):
+        self.fail("closed here")
 
-    def _begin(self, stream_id, data):
-        if stream_id in self.streams:
-            raise ProtocolError("BEGIN for stream %d, which is open" % stream_id)
-        port = parse_begin(data)
-        spawn(self.on_begin(Stream(self, stream_id), port))
-
-    # ── Closing ──
-
-    def close(self, reason=0):
-        """Close the circuit; its streams end.  Clients tell no reason (tor-spec 5.4)."""
-        self.fail(CircuitError("%s was closed here" % self, reason))
-
-    def fail(self, error, tell=True):
-        """Close the circuit because of `error`, and return it."""
-        if not self.closing.done():
+    def fail(self, text, reason=0, tell=True):
+        """Close the circuit (tor-spec 5.4); return the first CircuitError of it."""
+        if not self.closed:
+            error = CircuitError("%s: %s" % (self, text), reason)
+            log(INFO, "%s", error)
             self.closing.set(error)
             self.channel.circuits.pop(self.circ_id, None)
-            if tell and not self.channel.closing.done():
-                self.channel.send(cell(self.circ_id, DESTROY, b"\0"))
-            log(INFO, "%s", error)
-            if self._awaited is not None:
-                self._awaited[1].fail(error)
+            if tell:  # no reason, as tor
+                self.channel.send(cell(self.circ_id, DESTROY))
+            self._answer.fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
-            self.streams = {}
         return self.closing.get()
 
 
 async def pump(stream, reader, writer):
-    """Move bytes both ways between a Tor stream and a local connection until one ends."""
+    """Move bytes between a Tor stream and a local connection until one ends."""
 
     async def move(source, sink):
         try:
-            while True:
-                data = await source.read(WRITE_AHEAD // 2)
-                if not data:
-                    break
+            while data := await source.read(WRITE_AHEAD // 2):
                 sink.write(data)
                 await sink.drain()
-        except (OSError, EOFError, TorError):
+        except (OSError, TorError):
             pass
         stream.close()
 
@@ -2922,7 +2751,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
 
 async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
     """Return http_request's answer from the directory at the end of `circuit`."""
-    stream = await circuit.open_directory_stream(30)
+    stream = await circuit.open_stream(RELAY_BEGIN_DIR, b"", 30)
     try:
         asking = http_request(stream, path, limit, sink, body)
         return await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
@@ -3011,7 +2840,7 @@ class Directory:
         seconds = _CONNECT_SECONDS + self._failures
         try:
             circuit = Circuit(await self._channels.get(*place, seconds=seconds))
-            await circuit.create_fast(seconds)
+            await circuit.extend(None, seconds)
             return circuit
         except TorError:
             if self.paths:
@@ -3337,8 +3166,8 @@ async def _find_descriptor(tor, key):
 
 async def _rendezvous_point(tor, cookie):
     circuit = await tor.circuit_to("rendezvous")
-    answers = (RELAY_RENDEZVOUS_ESTABLISHED,)
-    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answers, _ANSWER_SECONDS)
+    answer = RELAY_RENDEZVOUS_ESTABLISHED
+    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answer, _ANSWER_SECONDS)
     return circuit
 
 
@@ -3671,14 +3500,14 @@ class OnionService:
             # As if it had closed, and no second guess on this circuit.  DESTROY waits: at a
             # relay it would overtake END.
             circuit.on_begin = _ignore
-            await stream.reject(END_DONE)
+            stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
         if len(circuit.streams) > _MAX_STREAMS:
-            return await stream.reject(END_RESOURCELIMIT)
+            return stream.send_end(END_RESOURCELIMIT)
         try:
             if callable(target):
-                await stream.accept()
+                stream.accept()
                 await target(stream, stream)
                 return stream.close()
             if isinstance(target, str):
@@ -3689,8 +3518,8 @@ class OnionService:
         except Exception as e:
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
             log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
-            return await stream.reject(END_CONNECTREFUSED)
-        await stream.accept()
+            return stream.send_end(END_CONNECTREFUSED)
+        stream.accept()
         await pump(stream, reader, writer)
 
 
@@ -3756,7 +3585,7 @@ class AsyncTor(TorCore):
         if host.lower().endswith(".onion"):
             opening = connect_onion(self, parse_onion_address(host), port)
         else:
-            opening = self._at_exit(port, lambda circuit: circuit.open_stream(host, port, 20))
+            opening = self._at_exit(port, RELAY_BEGIN, begin(host, port, 1), 20)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -3768,19 +3597,21 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        addresses = await self._at_exit(443, lambda circuit: circuit.resolve(host))
+        stream = await self._at_exit(443, RELAY_RESOLVE, host.encode() + b"\0", 30)
+        stream.circuit.streams.pop(stream.stream_id, None)
+        addresses = parse_resolved(stream.opened.get())
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _at_exit(self, port, ask):
-        for last in (False, False, True):
+    async def _at_exit(self, port, *asked):
+        for left in (2, 1, 0):
             circuit = await self.circuit_to("exit", port)
             try:
-                return await ask(circuit)
+                return await circuit.open_stream(*asked)
             except (CircuitError, StreamError) as e:
                 # As tor, another exit after these END reasons (tor-spec 6.3).
-                if last or not circuit.closed and e.reason not in (1, 2, 4, 5, 7, 8, 9, 11):
+                if not left or not circuit.closed and e.reason not in (1, 2, 4, 5, 7, 8, 9, 11):
                     raise
                 self.retire(circuit)
 

@@ -96,7 +96,8 @@ class Far:
         return found
 
     async def stream(self, host="example.com"):
-        opening = asyncio.ensure_future(self.circuit.open_stream(host, 80, 5))
+        body = minitor.begin(host, 80)
+        opening = asyncio.ensure_future(self.circuit.open_stream(BEGIN, body, 5))
         await asyncio.sleep(0)
         ((command, stream_id, data),) = self.received()
         flags = b"\0\0\0\1" if host else b""
@@ -295,7 +296,7 @@ def test_begin_to_an_onion_service():
 def test_a_refused_stream_says_why():
     async def test():
         far = Far()
-        opening = asyncio.ensure_future(far.circuit.open_stream("example.com", 80, 5))
+        opening = asyncio.ensure_future(far.circuit.open_stream(BEGIN, b"example.com:80\0", 5))
         await asyncio.sleep(0)
         ((_, stream_id, _),) = far.received()
         far.circuit.receive(far.cell(END, stream_id, b"\4" + bytes(8)))
@@ -310,11 +311,11 @@ def test_destroy_ends_streams_with_its_reason():
     async def test():
         far = Far()
         stream = await far.stream()
-        far.circuit.destroyed(5)
+        far.circuit.receive(b"\5", minitor.DESTROY)
         with pytest.raises(minitor.StreamError, match="resources"):
             await stream.read(1)
         with pytest.raises(minitor.CircuitError):
-            await far.circuit.open_stream("example.com", 80, 5)
+            await far.circuit.open_stream(BEGIN, b"example.com:80\0", 5)
 
     run(test)
 
@@ -343,7 +344,7 @@ def test_a_service_reads_early_data_and_ends_streams_as_done():
 
         async def on_begin(stream, port):
             begun.append(port)
-            await stream.accept()
+            stream.accept()
             stream.write(await stream.readline())
             stream.close()
 
@@ -368,8 +369,8 @@ def defaults(name, default, low=0, high=1 << 31):
 async def controlled():
     """Return a Far and a stream of a circuit with congestion control."""
     far = Far()
-    far.circuit.vegas = minitor.Vegas(defaults)
-    far.circuit._increment = 31
+    vegas = far.circuit.vegas = minitor.Vegas(defaults)
+    far.circuit._increment, far.circuit.window = vegas.increment, vegas.cwnd
     return far, await far.stream()
 
 
@@ -390,17 +391,10 @@ def test_congestion_control_opens_its_window_as_sendmes_come():
 
 def test_congestion_control_backs_off_from_queues():
     vegas = minitor.Vegas(defaults)
-    clock, sent = [0], 0
-    before, minitor.ticks_ms = minitor.ticks_ms, lambda: clock[0]
-    try:
-        sizes = []
-        for rtt in [20] * 40 + [200] * 60 + [20] * 60:
-            vegas.sent.append(clock[0])
-            clock[0] += rtt
-            vegas.acked(vegas.cwnd)
-            sizes.append(vegas.cwnd)
-    finally:
-        minitor.ticks_ms = before
+    sizes = []
+    for rtt in [20] * 40 + [200] * 60 + [20] * 60:
+        vegas.acked(vegas.cwnd, rtt)
+        sizes.append(vegas.cwnd)
     assert 124 < sizes[39] <= 5000
     assert sizes[99] < sizes[39] // 2 and min(sizes) >= 124
     assert sizes[-1] > sizes[99]

@@ -40,18 +40,18 @@ class Circuit:
     def closed(self):
         return self.closing.done()
 
-    def close(self, reason=0):
+    def close(self):
         self.closing.set()
 
-    async def ask(self, command, body, answers, seconds):
+    async def ask(self, command, body, expected, seconds):
         self.sent.append((command, body))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answers[0], answer
+        return answer
 
-    def expect(self, commands):
-        self.promises.append((commands, minitor.Promise()))
+    def expect(self, command):
+        self.promises.append((command, minitor.Promise()))
         return self.promises[-1][1]
 
     def send(self, command, stream_id, body):
@@ -65,10 +65,10 @@ class Stream:
     def __init__(self, circuit):
         self.circuit, self.log = circuit, []
 
-    async def accept(self):
+    def accept(self):
         self.log.append("accept")
 
-    async def reject(self, reason):
+    def send_end(self, reason):
         self.log.append(reason)
 
     def close(self):
@@ -304,7 +304,7 @@ def meet(answer, testing=False, private=False):
             target, cookie, reply, _ = minitor.hs_ntor_service(intro, [b"s" * 32], body)
             assert target.flow
             assert rend.sent == [(minitor.RELAY_ESTABLISH_RENDEZVOUS, cookie)]
-            rend.promises[0][1].set((minitor.RELAY_RENDEZVOUS2, reply[20:]))
+            rend.promises[0][1].set(reply[20:])
         return await task
 
     try:
@@ -318,7 +318,7 @@ def test_client_meets_service():
     assert result is rend and introducing.closed and not rend.closed
     assert len(rend.keys[0]) == 128 and rend.keys[1] is False
     # RENDEZVOUS2 was expected before INTRODUCE1 went out.
-    assert rend.promises[0][0] == (minitor.RELAY_RENDEZVOUS2,)
+    assert rend.promises[0][0] == minitor.RELAY_RENDEZVOUS2
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def test_streams_share_one_attempt(monkeypatch):
             raise minitor.OnionError("down")
         circuit = Circuit()
 
-        async def open_stream(host, port, seconds):
-            opened.append((circuit, port))
+        async def open_stream(command, body, seconds):
+            opened.append((circuit, minitor.parse_begin(body)))
             return len(opened)
 
         circuit.open_stream = open_stream

@@ -28,16 +28,23 @@ class FakeCircuit:
     def __init__(self, tor):
         self.tor = tor
 
-    async def open_stream(self, host, port, seconds):
+    async def open_stream(self, command, body, seconds):
+        if command == minitor.RELAY_RESOLVE:
+            return await self.resolve(body)
+        host, port = minitor.parse_begin(body)
         self.tor.asked.append((host, port))
         if self.tor.failures:
             raise self.tor.failures.pop(0)
         return FakeStream(*await asyncio.open_connection("127.0.0.1", self.tor.where(port)))
 
-    async def resolve(self, host):
+    async def resolve(self, body):
+        assert body == b"example.com\0"
         if self.tor.failures:
             raise self.tor.failures.pop(0)
-        return self.tor.answers
+        stream = minitor.SimpleNamespace(circuit=self, stream_id=7, opened=minitor.Promise())
+        stream.opened.set(self.tor.answer)
+        self.streams = {7: stream}
+        return stream
 
 
 AsyncTor = minitor.AsyncTor
@@ -51,7 +58,7 @@ class FakeTor(AsyncTor):
 
     def __init__(self, *args):
         AsyncTor.__init__(self, *args)
-        self.asked, self.failures, self.retired, self.answers = [], [], [], []
+        self.asked, self.failures, self.retired, self.answer = [], [], [], b""
         self.closed = False
         FakeTor.made.append(self)
 
@@ -401,9 +408,10 @@ def test_another_exit_is_asked(tor):
 
 def test_resolve(tor):
     inner = FakeTor.made[-1]
-    inner.answers = ["192.0.2.1", "2001:db8::1"]
-    assert tor.resolve("example.com") == ["192.0.2.1", "2001:db8::1"]
-    inner.answers = []
+    addresses = b"\4\4\xc0\0\2\1" + bytes(4) + b"\0\4name" + bytes(4)
+    inner.answer = addresses + b"\6\x10" + bytes([0x20, 1, 0xD, 0xB8]) + bytes(11) + b"\1" + bytes(4)
+    assert tor.resolve("example.com") == ["192.0.2.1", "2001:db8:0:0:0:0:0:1"]
+    inner.answer = b"\xf1\0" + bytes(4)
     with pytest.raises(minitor.StreamError):
         tor.resolve("example.com")
     with pytest.raises(minitor.AddressError):

@@ -3401,12 +3401,12 @@ async def http_request(stream, method, path, body=b"", limit=65536, sink=None):
 _CONNECT_SECONDS, _FETCH_SECONDS = 15, 600 if MICROPYTHON else 120
 
 
-async def directory_request(circuit, path, limit, sink=None, body=b""):
+async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
     """Ask the directory at the end of `circuit`, as http_request does: the body; TorErrors."""
     stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
     try:
         asking = http_request(stream, "POST" if body else "GET", path, body, limit, sink)
-        status, body = await asyncio.wait_for(asking, _FETCH_SECONDS)
+        status, body = await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
     except asyncio.TimeoutError:
         raise DirectoryError("the directory is too slow")
     finally:
@@ -3658,8 +3658,7 @@ class Directory:
 # Making them, trying again, sharing, keeping some ready, closing what is idle.
 
 BUILD_SECONDS = 20
-# tor's MaxCircuitDirtiness.
-DIRTY_MS = 600000
+DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
 SPARES = 0 if MICROPYTHON else 2
 
 
@@ -3669,7 +3668,7 @@ def is_dirty(circuit):
 
 
 async def close_idle(circuit):
-    """Return when `circuit` is closed; close it once it is dirty and carries no stream."""
+    """Wait until `circuit` is closed; close it once it is dirty and carries no stream."""
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -3679,10 +3678,7 @@ async def close_idle(circuit):
 
 
 async def shared(circuits, name, make, fits=lambda circuit: False):
-    """Return the circuit `name` of `circuits`, {name: Promise}, or another that `fits`.
-
-    Where there is none, the coroutine function `make` gives it.
-    """
+    """Return the circuit `name` of {name: Promise}, or one that `fits`, or what `make()` gives."""
     for other, promise in list(circuits.items()):
         circuit = promise.get()
         if is_dirty(circuit) if circuit else promise.done():
@@ -3708,16 +3704,15 @@ class TorCore:
     """Channels, directory, paths, and circuits.  Arguments: see AsyncTor."""
 
     def __init__(self, data_dir, network, progress):
-        self.data_dir, self.network = data_dir, load_network(network)
-        self.progress = progress or (lambda percent, tag, summary: None)
-        self.channels = Channels()
-        self.directory = Directory(self.network, data_dir, self.channels, self.progress)
-        # `updates` counts changes of the directory.
+        self.data_dir, self.channels = data_dir, Channels()
+        self.progress, network = progress or (lambda *_: None), load_network(network)
+        self.directory = Directory(network, data_dir, self.channels, self.progress)
+        # `updates`: how often the directory has changed.
         self.updates, self.descriptors, self.onion_circuits = 0, {}, {}
         self._exits, self._spares, self._tasks = {}, [], []
 
     async def bootstrap(self):
-        """Get the directory ready, and one circuit; from then on refresh in the background."""
+        """Get the directory and a circuit; from then on refresh in the background."""
         directory = self.directory
         await directory.bootstrap()
         guards = Guards(self.data_dir + "/guards.json")
@@ -3725,7 +3720,7 @@ class TorCore:
         directory.on_update, directory.directory_failed = self._update, guards.failed
         directory.directory_relay = self.paths.directory_guard
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        self._spares = [await self.circuit_to("rendezvous")]
+        self._spares = [await self.circuit_to()]
         self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
         self.progress(100, "done", "Done")
 
@@ -3734,40 +3729,34 @@ class TorCore:
         self.paths.update(self.directory.table, self.directory.consensus)
 
     async def aclose(self):
-        """Close every circuit and channel, and stop the background tasks."""
         for task in self._tasks:
             task.cancel()
         self.channels.close()
         # The writer tasks send what is queued, DESTROY cells among it.
         await asyncio.sleep(0.05)
 
-    async def circuit_to(self, purpose, target=None, attempts=None):
-        """Return a circuit for `purpose`, trying other paths where one fails; CircuitError.
-
-        "exit": a shared one, for port `target`; "rendezvous": three hops, the last at random;
-        "hsdir", "intro", "service_intro", "service_rendezvous": three and the relay `target`.
-        """
-        if purpose == "exit":
-            return await self._exit_circuit(target)
-        # A target may be down for good; who asks for one knows others.
+    async def circuit_to(self, target=None, attempts=None):
+        """Return an onion circuit of three hops, the last at random, and `target`; CircuitError."""
+        if target and is_private(target.address) and not self.directory.network.testing:
+            raise CircuitError("a relay with a private address: " + target.address)
+        # A target may be down for good, and who asks for one knows others.
         return await self._make(lambda: self._onion_path(target), attempts or (3 if target else 6))
 
     async def _make(self, choose, attempts=6):
         # `choose` returns a path, and a circuit that has its first hops, or None.
         guards = self.paths.guards
         for _ in range(attempts):
-            path = circuit = None
+            path, circuit = (), None
             try:
                 path, circuit = choose()
-                if circuit is None:
+                if not circuit:
                     first = path[0]
                     place = first.address, first.port, first.rsa_id, first.ed_id
                     channel = await self.channels.get(*place)
                     # One in use may be from before the network went down.
                     if not channel.circuits:
                         guards.network_up()
-                    window = self.paths.param("circwindow", 1000, 100, 1000)
-                    circuit = Circuit(channel, window)
+                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
                 circuit.since = ticks_ms()
                 for relay in path[len(circuit.path) :]:
                     await circuit.extend(relay, BUILD_SECONDS)
@@ -3775,24 +3764,20 @@ class TorCore:
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
+                n = len(circuit.path) if circuit else 0
                 if circuit:
                     circuit.close()
                 if not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if path:
-                    n = len(circuit.path) if circuit else 0
-                    if n == 0:
-                        guards.failed(path[0].rsa_id)
-                    elif n < len(path):
-                        self.paths.failed(path[n].rsa_id)
+                if n < len(path):
+                    (self.paths if n else guards).failed(path[n].rsa_id)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
     def _onion_path(self, target):
-        # A spare circuit has three hops, which a target can follow, but not A-B-A (the
-        # guard may be the target, as in tor).
         if self._spares:
+            # Not A-B-A; but the guard may be the target, as in tor.
             spare = self._spares.pop(0)
             again = target and target.rsa_id in [r.rsa_id for r in spare.path[1:]]
             if not again and not is_dirty(spare):
@@ -3820,110 +3805,96 @@ class TorCore:
         make = lambda: self._make(lambda: (self.paths.exit_path(port), None))
         return await shared(self._exits, port, make, fits)
 
-    def retire(self, circuit):
-        """Give `circuit` no new stream."""
-        circuit.since -= 2 * DIRTY_MS
-
 
 # === 14. Onion client =======================================================
-# Descriptor, introduction, rendezvous (rend-spec-v3 3 and 4), and streams over the
-# circuit that comes of it.
+# Descriptor, introduction, rendezvous, streams (rend-spec-v3 2 to 4).
 
-_MAX_DESCRIPTOR = 50000
-_HSDIR_SECONDS, _ANSWER_SECONDS, _REND_SECONDS = 30, 20, 40
+_REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
-async def hsdir_request(tor, relay, method, path, body=b""):
-    """Ask an onion-service directory, over four hops; return the body of its answer."""
-    circuit = await tor.circuit_to("hsdir", relay)
+def descriptor_place(tor, key, n):
+    """Return start, blinding parameter, blinded key, subcredential, directories (2.2.3).
+
+    `n`: which of `time_periods`.
+    """
+    directory = tor.directory
+    table, consensus = directory.table, directory.consensus
+    period = time_periods(consensus, directory.network.testing)[n]
+    param = blinding_param(key, period)
+    blinded = ed25519_blind_public(key, param)
+    ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, n < 2)]
+    return period[3], param, blinded, subcredential(key, blinded), ring
+
+
+async def hsdir_request(tor, relay, path, body=b""):
+    """Ask an onion-service directory; return the body of its answer."""
+    circuit = await tor.circuit_to(relay)
     try:
-        stream = await circuit.open_directory_stream(_HSDIR_SECONDS)
-        asking = http_request(stream, method, path, body, _MAX_DESCRIPTOR)
-        status, body = await asyncio.wait_for(asking, _HSDIR_SECONDS)
-    except asyncio.TimeoutError:
-        status = "nothing"
+        return await directory_request(circuit, path, 50000, None, body, 30)
     finally:
         circuit.close()
-    if status != 200:
-        raise DirectoryError("a directory of onion services answers %s" % status)
-    return body
 
 
-def _shuffled(items):
-    return sorted(items, key=lambda _: randbelow(1 << 30))
+async def _try_each(items, use, kind, text):
+    # What `use(item)` gives for the first of `items`, at random, that works.
+    error = "none is known"
+    for item in sorted(items, key=lambda _: randbelow(1 << 30)):
+        try:
+            return await use(item)
+        except TorError as e:
+            error = e
+            log(INFO, "trying another: %s", e)
+    raise kind("%s %s" % (text, error))
 
 
 async def _find_descriptor(tor, key):
-    # The one at hand, or one from the responsible directories in random order (2.2.3).
-    directory, error = tor.directory, "no directory"
-    period = time_periods(directory.consensus, directory.network.testing)[2]
-    blinded = ed25519_blind_public(key, blinding_param(key, period))
-    found = tor.descriptors.get(blinded)
+    found, text = tor.descriptors.get(key), "no descriptor of %s: is it right, and up?"
     if found and now() < found.until:
         return found
-    subcred = subcredential(key, blinded)
-    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, False)
-    for i in _shuffled(ring):
-        try:
-            path = "/tor/hs/3/" + b64encode(blinded)
-            text = await hsdir_request(tor, directory.table.relay(i), "GET", path)
-            found = parse_descriptor(text, blinded, subcred, now())
-            found.subcred, found.until = subcred, now() + found.lifetime
-            if len(tor.descriptors) >= _MAX_DESCRIPTORS:
-                tor.descriptors.clear()
-            tor.descriptors[blinded] = found
-            return found
-        except TorError as e:
-            error = e
-            log(INFO, "no descriptor: %s", e)
-    address = onion_address(key)
-    raise DescriptorError("no descriptor of %s: is it right, and up? %s" % (address, error))
+    _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
+    async def fetch(relay):
+        text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
+        return parse_descriptor(text, blinded, subcred, now())
 
-async def _rendezvous_point(tor, cookie):
-    circuit = await tor.circuit_to("rendezvous")
-    answer = RELAY_RENDEZVOUS_ESTABLISHED
-    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answer, _ANSWER_SECONDS)
-    return circuit
+    found = await _try_each(ring, fetch, DescriptorError, text % onion_address(key))
+    found.subcred, found.until = subcred, now() + found.lifetime
+    if len(tor.descriptors) >= _MAX_DESCRIPTORS:
+        tor.descriptors.clear()
+    tor.descriptors[key] = found
+    return found
 
 
 async def _introduce(tor, descriptor, intro):
     # Meet the service through one introduction point; the joined circuit.
-    if is_private(intro.address) and not tor.directory.network.testing:
-        raise OnionError("an introduction point has a private address")
-    cookie, met = urandom(20), None
-    circuits = await asyncio.gather(
-        _rendezvous_point(tor, cookie), tor.circuit_to("intro", intro), return_exceptions=True
-    )
+    cookie, introducing, rend = urandom(20), None, await tor.circuit_to()
     try:
-        for circuit in circuits:
-            if isinstance(circuit, BaseException):
-                raise circuit
-        rend, introducing = circuits
+        established = rend.expect(RELAY_RENDEZVOUS_ESTABLISHED)
+        rend.send(RELAY_ESTABLISH_RENDEZVOUS, 0, cookie)
+        introducing = await tor.circuit_to(intro)
+        await established.wait(BUILD_SECONDS)
         if rend.closed:
             raise rend.closing.get()
         # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
         # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
+        vegas = congestion_control(tor.paths.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
         state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
-        joined = rend.expect(RELAY_RENDEZVOUS2)
-        answer = RELAY_INTRODUCE_ACK
-        ack = await introducing.ask(RELAY_INTRODUCE1, body, answer, _ANSWER_SECONDS)
-        status = Reader(ack, "INTRODUCE_ACK").uint(2)
-        if status:
-            raise OnionError("an introduction point refused: status %d" % status)
-        reply = await joined.wait(_REND_SECONDS)
-        rend.add_onion_hop(hs_ntor_client_finish(state, reply), False, vegas)
-        met = rend
+        joined, answer = rend.expect(RELAY_RENDEZVOUS2), RELAY_INTRODUCE_ACK
+        ack = await introducing.ask(RELAY_INTRODUCE1, body, answer, BUILD_SECONDS)
+        require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
+        keys = hs_ntor_client_finish(state, await joined.wait(_REND_SECONDS))
+        rend.add_onion_hop(keys, False, vegas)
         return rend
-    except asyncio.TimeoutError:
-        raise OnionError("the service did not come to the rendezvous point")
+    except BaseException as e:
+        rend.close()
+        if isinstance(e, asyncio.TimeoutError):
+            raise OnionError("nothing came from the rendezvous point")
+        raise
     finally:
-        for circuit in circuits:
-            if circuit is not met and not isinstance(circuit, BaseException):
-                circuit.close()
+        if introducing:
+            introducing.close()
 
 
 async def _meet(tor, key):
@@ -3932,41 +3903,34 @@ async def _meet(tor, key):
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
-        for intro in _shuffled(descriptor.intro_points):
-            try:
-                return await _introduce(tor, descriptor, intro)
-            except TorError as e:
-                error = e
-                log(INFO, "introduction failed: %s", e)
-        descriptor.until = 0
-        if now() > end:
-            raise OnionError("%s cannot be reached, is it up? %s" % (onion_address(key), error))
+        text = "%s cannot be reached, is it up?" % onion_address(key)
+        use = lambda intro: _introduce(tor, descriptor, intro)
+        try:
+            return await _try_each(descriptor.intro_points, use, OnionError, text)
+        except OnionError:
+            descriptor.until = 0
+            if now() > end:
+                raise
         await asyncio.sleep(pause)
         pause = 3
 
 
 async def connect_onion(tor, key, port):
-    """Open a stream to `port` of the service with the identity `key` (32 bytes).
-
-    Raises OnionError, StreamError.
-    """
+    """Open a stream to the service with the identity `key`; OnionError, StreamError."""
     for last in (False, True):
         circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
-        # As in tor: a new one would be dear.
-        circuit.since = ticks_ms()
+        circuit.since = ticks_ms()  # as in tor: a new one would be dear
         try:
             return await circuit.open_stream("", port, _REND_SECONDS, 0)
         except (CircuitError, StreamError) as e:
             if e.reason == END_TIMEOUT:
-                # The service may have gone without a word.
-                circuit.close()
+                circuit.close()  # the service may have gone without a word
             if last or not circuit.closed:
                 raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
 
 
 # === 15. Onion service ======================================================
-# Introduction points, publishing, and answering introductions (rend-spec-v3 2
-# to 4); keys as in tor's HiddenServiceDir.
+# Introduction points, publishing, answering introductions (rend-spec-v3 2 to 4).
 
 INTRO_POINTS = 3
 # Of one service: introductions answered in a second; tasks, about one for each circuit;
@@ -3974,21 +3938,20 @@ INTRO_POINTS = 3
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point is replaced after once or twice so many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
-_KEY_HEAD = b"== ed25519v1-%s: type0 ==\0\0\0"
 
 
 def load_service_key(key_dir):
-    """Return (expanded secret key, public key) of a folder, new ones where there are none."""
-    path, head = key_dir + "/hs_ed25519_", _KEY_HEAD % b"secret"
+    """Return (expanded secret key, public key) of a HiddenServiceDir, new ones if it has none."""
+    path, head = key_dir + "/hs_ed25519_", b"== ed25519v1-%s: type0 ==\0\0\0"
     try:
         private_dir(key_dir)
         if "hs_ed25519_secret_key" not in os.listdir(key_dir):
-            write_file(path + "secret_key", head + ed25519_expand(urandom(32)))
+            write_file(path + "secret_key", head % b"secret" + ed25519_expand(urandom(32)))
         data = read_file(path + "secret_key") or b""
-        if len(data) != 96 or data[:32] != head:
+        if len(data) != 96 or data[:32] != head % b"secret":
             raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
         public = ed25519_public_expanded(data[32:])
-        write_file(path + "public_key", _KEY_HEAD % b"public" + public)
+        write_file(path + "public_key", head % b"public" + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
         raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
@@ -4000,11 +3963,9 @@ async def _ignore(*_):
 
 
 class OnionService:
-    """An onion service: its key in `key_dir`, `ports` {virtual port: target}; ConfigError.
+    """An onion service.  `ports`: {port: target}, as create_onion_service has it; ConfigError.
 
-    A target is a local port, (host, port), "unix:/path" or a coroutine function that gets
-    (reader, writer).  `address`; `rate`: introductions answered in a second, eight times
-    as many in a burst.
+    `address`; `rate`: introductions answered in a second, eight times as many in a burst.
     """
 
     def __init__(self, tor, key_dir, ports):
@@ -4020,7 +3981,7 @@ class OnionService:
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # How many introductions may be answered now; the authentication keys published.
         self._tokens, self._shown = 8 * _RATE, ()
-        self._updates, self._periods, self._published = None, [], Promise()
+        self._periods, self._published = [], Promise()
 
     async def start(self):
         """Open the service; return when its descriptors were published."""
@@ -4049,77 +4010,60 @@ class OnionService:
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
-                    self.intros.append(self._new_intro())
-                    self._tasks.append(spawn(self._keep_intro(self.intros[-1])))
+                    self._add_intro()
             except TorError as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
 
-    def _new_intro(self):
+    def _add_intro(self):
         # A Relay, apart from the others, with what belongs to an introduction point.
         table, pick = self.tor.directory.table, self.tor.paths.pick
         used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
         i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
         intro = table.relay(i)
-        intro.seed = urandom(32)
+        intro.seed, intro.ready, intro.cookies = urandom(32), False, set()
         intro.auth_key = ed25519_public(intro.seed)
         intro.b, intro.enc_key = x25519_keypair()
-        intro.ready, intro.cookies = False, set()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        return intro
+        self.intros.append(intro)
+        self._tasks.append(spawn(self._keep_intro(intro)))
 
     async def _keep_intro(self, intro):
+        circuit, answer = None, RELAY_INTRO_ESTABLISHED
         try:
             # A lost circuit is made anew three times.
             for _ in range(4):
-                await self._hold(intro)
+                # tor: at most ten introduction circuits in five minutes.
+                while 0 <= now() - self._launched[0] < 300:
+                    await asyncio.sleep(1)
+                self._launched = self._launched[1:] + [now()]
+                circuit = await self.tor.circuit_to(intro)
+                circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
+                message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
+                await circuit.ask(RELAY_ESTABLISH_INTRO, message, answer, BUILD_SECONDS)
+                intro.ready = True
+                # When its time is over, it stays until the descriptor names another.
+                while not circuit.closed and (
+                    intro.auth_key in self._shown or not self._over(intro)
+                ):
+                    await asyncio.sleep(1)
+                intro.ready = False
                 if self._over(intro):
                     break
         except TorError as e:
             log(INFO, "introduction point lost: %s", e)
         finally:
             self.intros.remove(intro)
-
-    async def _hold(self, intro):
-        # tor: at most ten introduction circuits in five minutes.
-        while 0 <= now() - self._launched[0] < 300:
-            await asyncio.sleep(1)
-        self._launched = self._launched[1:] + [now()]
-        circuit = await self.tor.circuit_to("service_intro", intro)
-        try:
-            circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-            message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
-            answer = RELAY_INTRO_ESTABLISHED
-            await circuit.ask(RELAY_ESTABLISH_INTRO, message, answer, _ANSWER_SECONDS)
-            intro.ready = True
-            # When its time is over, it stays until the descriptor names another.
-            while not circuit.closed and (intro.auth_key in self._shown or not self._over(intro)):
-                await asyncio.sleep(1)
-        finally:
-            intro.ready = False
-            circuit.close()
+            if circuit:
+                circuit.close()
 
     # --- Publishing (2.2.1, 2.4) ---
 
-    def _find_periods(self):
-        # Of each: itself, blinded secret and public key, subcredential, directories, and
-        # {the RSA identity of one: (the introduction points that it has, until when)}.
-        if self._updates == self.tor.updates:
-            return
-        directory, key, uploaded = self.tor.directory, self.key, {p[2]: p[5] for p in self._periods}
-        self._updates, self._periods = self.tor.updates, []
-        consensus, table = directory.consensus, directory.table
-        for period in time_periods(consensus, directory.network.testing)[:2]:
-            param = blinding_param(key, period)
-            esk, blinded = ed25519_blind_secret(self._esk, param), ed25519_blind_public(key, param)
-            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, True)]
-            found = period, esk, blinded, subcredential(key, blinded), ring
-            self._periods.append(found + (uploaded.get(blinded, {}),))
-
     async def _keep_published(self):
-        waited = 0
+        # `uploaded`: until when a directory has `state` of a descriptor.
+        waited, updates, state, uploaded = 0, None, None, {}
         while True:
             # Wait for all introduction points, after a while for any.
             await asyncio.sleep(1)
@@ -4127,46 +4071,47 @@ class OnionService:
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            results = []
+            keys, results = set([i.auth_key for i in ready]), []
+            if keys != state:
+                state, uploaded = keys, {}
             try:
-                self._find_periods()
+                if updates != self.tor.updates:
+                    self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+                    updates = self.tor.updates
                 for period in self._periods:
-                    await self._publish(ready, results, *period)
+                    results += await self._publish(ready, uploaded, *period)
             except MemoryError:
                 results.append(False)
             if True in results:
-                self._shown = [i.auth_key for i in ready]
+                self._shown = state
                 self._published.set()
             elif results:
                 log(WARN, "the descriptors of %s could not be published", self.address)
             if False in results:
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, results, period, esk, blinded, subcred, ring, uploaded):
-        # Upload to the directories that lack this state.
-        state, t, todo = set([i.auth_key for i in intros]), now(), []
-        for relay in ring:
-            known, until = uploaded.get(relay.rsa_id, (None, 0))
-            if known != state or until < t:
-                todo.append(relay)
+    async def _publish(self, intros, uploaded, start, param, blinded, subcred, ring):
+        # Upload to the directories that lack it; [whether one took it].
+        async def upload(relay):
+            try:
+                await hsdir_request(self.tor, relay, "/tor/hs/3/publish", text)
+            except TorError as e:
+                log(INFO, "a descriptor was not uploaded: %s", e)
+                return False
+            # tor: again after one to two hours.
+            uploaded[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)
+            return True
 
-        async def upload(text):
-            while todo:
-                relay = todo.pop()
-                try:
-                    await hsdir_request(self.tor, relay, "POST", "/tor/hs/3/publish", text)
-                    # tor: again after one to two hours.
-                    uploaded[relay.rsa_id] = state, t + 3600 + randbelow(3600)
-                    results.append(True)
-                except TorError as e:
-                    results.append(False)
-                    log(INFO, "a descriptor was not uploaded: %s", e)
-
+        t, results, param_of = now(), [], self.tor.paths.param
+        todo = [relay for relay in ring if uploaded.get(blinded + relay.rsa_id, 0) < t]
         if todo:
-            revision = revision_counter(esk, t - period[3])
-            flow = sendme_increment(self.tor.directory.consensus.param)
+            esk = ed25519_blind_secret(self._esk, param)
+            revision, flow = revision_counter(esk, t - start), sendme_increment(param_of)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-            await asyncio.gather(*[upload(text) for _ in range(_UPLOADS)])
+        while todo:
+            results += await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
+            todo = todo[_UPLOADS:]
+        return results
 
     # --- Introductions and rendezvous (3.3, 4) ---
 
@@ -4181,32 +4126,24 @@ class OnionService:
         self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
+        # Meet the client at the rendezvous point that INTRODUCE2 names.
+        subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
         try:
-            circuit = await self._join(intro, body)
+            target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
+            if any([cookie in i.cookies for i in self.intros]):
+                raise ProtocolError("its rendezvous cookie was used before")
+            intro.cookies.add(cookie)
+            intro.left -= 1
+            attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
+            circuit = await self.tor.circuit_to(target, attempts)
+            circuit.send(RELAY_RENDEZVOUS1, 0, answer)
+            circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
         except TorError as e:
             return log(INFO, "an introduction came to nothing: %s", e)
+        circuit.on_begin = self._begin
         self.circuits.append(circuit)
         await close_idle(circuit)
         self.circuits.remove(circuit)
-
-    async def _join(self, intro, body):
-        # Meet the client at the rendezvous point that INTRODUCE2 names.
-        subcreds = [period[3] for period in self._periods]
-        target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
-        if any([cookie in i.cookies for i in self.intros]):
-            raise ProtocolError("its rendezvous cookie was used before")
-        intro.cookies.add(cookie)
-        intro.left -= 1
-        directory = self.tor.directory
-        if is_private(target.address) and not directory.network.testing:
-            raise ProtocolError("its rendezvous point has a private address")
-        attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
-        circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
-        circuit.send(RELAY_RENDEZVOUS1, 0, answer)
-        vegas = congestion_control(directory.consensus.param, target.flow)
-        circuit.add_onion_hop(keys, True, vegas)
-        circuit.on_begin = self._begin
-        return circuit
 
     # --- Streams ---
 
@@ -4330,13 +4267,13 @@ class AsyncTor(TorCore):
 
     async def _at_exit(self, port, ask):
         for left in (2, 1, 0):
-            circuit = await self.circuit_to("exit", port)
+            circuit = await self._exit_circuit(port)
             try:
                 return await ask(circuit)
             except (CircuitError, StreamError) as e:
                 if not left or not circuit.closed and e.reason not in _ASK_ANOTHER_EXIT:
                     raise
-                self.retire(circuit)
+                circuit.since -= 2 * DIRTY_MS
 
     async def create_onion_service(self, port, target=None, key_dir=None):
         """Host an onion service; return it, with `address` and `close`, when it is reachable.

@@ -3655,7 +3655,7 @@ class Directory:
 
 
 # === 13b. Circuits for every purpose ========================================
-# Making them, trying again, sharing, keeping some ready, closing what is idle.
+# Trying again, sharing, keeping some ready, closing what is idle.
 
 BUILD_SECONDS = 20
 DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
@@ -3712,7 +3712,7 @@ class TorCore:
         self._exits, self._spares, self._tasks = {}, [], []
 
     async def bootstrap(self):
-        """Get the directory and a circuit; from then on refresh in the background."""
+        """Get the directory and a first circuit; from then on keep both fresh."""
         directory = self.directory
         await directory.bootstrap()
         guards = Guards(self.data_dir + "/guards.json")
@@ -3732,23 +3732,22 @@ class TorCore:
         for task in self._tasks:
             task.cancel()
         self.channels.close()
-        # The writer tasks send what is queued, DESTROY cells among it.
+        # What is queued goes out, DESTROY cells among it.
         await asyncio.sleep(0.05)
 
     async def circuit_to(self, target=None, attempts=None):
-        """Return an onion circuit of three hops, the last at random, and `target`; CircuitError."""
+        """Return an onion circuit of three hops and `target`; CircuitError."""
         if target and is_private(target.address) and not self.directory.network.testing:
             raise CircuitError("a relay with a private address: " + target.address)
-        # A target may be down for good, and who asks for one knows others.
+        # A target may be down for good, and who asks knows others.
         return await self._make(lambda: self._onion_path(target), attempts or (3 if target else 6))
 
     async def _make(self, choose, attempts=6):
         # `choose` returns a path, and a circuit that has its first hops, or None.
         guards = self.paths.guards
         for _ in range(attempts):
-            path, circuit = (), None
+            path, circuit = choose()
             try:
-                path, circuit = choose()
                 if not circuit:
                     first = path[0]
                     place = first.address, first.port, first.rsa_id, first.ed_id
@@ -3769,8 +3768,7 @@ class TorCore:
                     circuit.close()
                 if not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if n < len(path):
-                    (self.paths if n else guards).failed(path[n].rsa_id)
+                (self.paths if n else guards).failed(path[n].rsa_id)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
@@ -3807,17 +3805,14 @@ class TorCore:
 
 
 # === 14. Onion client =======================================================
-# Descriptor, introduction, rendezvous, streams (rend-spec-v3 2 to 4).
+# Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
 
 _REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 def descriptor_place(tor, key, n):
-    """Return start, blinding parameter, blinded key, subcredential, directories (2.2.3).
-
-    `n`: which of `time_periods`.
-    """
+    """Return start, blinding parameter and key, subcredential, directories of period `n`."""
     directory = tor.directory
     table, consensus = directory.table, directory.consensus
     period = time_periods(consensus, directory.network.testing)[n]
@@ -3867,12 +3862,13 @@ async def _find_descriptor(tor, key):
 
 
 async def _introduce(tor, descriptor, intro):
-    # Meet the service through one introduction point; the joined circuit.
-    cookie, introducing, rend = urandom(20), None, await tor.circuit_to()
+    # The circuit that meets the service by one introduction point.
+    circuits, cookie = [await tor.circuit_to()], urandom(20)
+    rend = circuits[0]
     try:
         established = rend.expect(RELAY_RENDEZVOUS_ESTABLISHED)
         rend.send(RELAY_ESTABLISH_RENDEZVOUS, 0, cookie)
-        introducing = await tor.circuit_to(intro)
+        circuits.append(await tor.circuit_to(intro))
         await established.wait(BUILD_SECONDS)
         if rend.closed:
             raise rend.closing.get()
@@ -3882,24 +3878,20 @@ async def _introduce(tor, descriptor, intro):
         subcred, relay = descriptor.subcred, rend.path[-1]
         state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
         joined, answer = rend.expect(RELAY_RENDEZVOUS2), RELAY_INTRODUCE_ACK
-        ack = await introducing.ask(RELAY_INTRODUCE1, body, answer, BUILD_SECONDS)
+        ack = await circuits[1].ask(RELAY_INTRODUCE1, body, answer, BUILD_SECONDS)
         require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
         keys = hs_ntor_client_finish(state, await joined.wait(_REND_SECONDS))
         rend.add_onion_hop(keys, False, vegas)
-        return rend
-    except BaseException as e:
-        rend.close()
-        if isinstance(e, asyncio.TimeoutError):
-            raise OnionError("nothing came from the rendezvous point")
-        raise
+        return circuits.pop(0)
+    except asyncio.TimeoutError:
+        raise OnionError("nothing came from the rendezvous point")
     finally:
-        if introducing:
-            introducing.close()
+        for circuit in circuits:
+            circuit.close()
 
 
 async def _meet(tor, key):
-    # Try all introduction points, and those of newer descriptors for a while: a service that
-    # lost relays publishes anew within seconds.
+    # A service that lost relays publishes anew within seconds.
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
@@ -3930,13 +3922,13 @@ async def connect_onion(tor, key, port):
 
 
 # === 15. Onion service ======================================================
-# Introduction points, publishing, answering introductions (rend-spec-v3 2 to 4).
+# Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
 INTRO_POINTS = 3
-# Of one service: introductions answered in a second; tasks, about one for each circuit;
-# streams on each circuit; uploads at once.
+# Introductions answered in a second; tasks, about one for each circuit; streams on a
+# circuit; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
-# An introduction point is replaced after once or twice so many: this bounds memory, too.
+# An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 
 
@@ -3979,7 +3971,7 @@ class OnionService:
         self._esk, self.key = load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
-        # How many introductions may be answered now; the authentication keys published.
+        # Introductions that may be answered now; the authentication keys published.
         self._tokens, self._shown = 8 * _RATE, ()
         self._periods, self._published = [], Promise()
 
@@ -4017,7 +4009,7 @@ class OnionService:
             await asyncio.sleep(1)
 
     def _add_intro(self):
-        # A Relay, apart from the others, with what belongs to an introduction point.
+        # A Relay apart from the others, with the fields of an introduction point.
         table, pick = self.tor.directory.table, self.tor.paths.pick
         used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
         i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
@@ -4091,14 +4083,14 @@ class OnionService:
                 await asyncio.sleep(20)
 
     async def _publish(self, intros, uploaded, start, param, blinded, subcred, ring):
-        # Upload to the directories that lack it; [whether one took it].
+        # Upload to the directories that lack it: [whether each took it].
         async def upload(relay):
             try:
                 await hsdir_request(self.tor, relay, "/tor/hs/3/publish", text)
             except TorError as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
                 return False
-            # tor: again after one to two hours.
+            # As tor: again after one to two hours.
             uploaded[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)
             return True
 
@@ -4116,12 +4108,12 @@ class OnionService:
     # --- Introductions and rendezvous (3.3, 4) ---
 
     def _introduced(self, intro, body):
-        full = not self._tokens or intro.left < -_INTRODUCTIONS
-        if not full and len(self._tasks) >= _MAX_TASKS:
-            idle = [c for c in self.circuits if not c.streams]
-            full = not idle or idle[0].close()
-        if full:
+        full = len(self._tasks) >= _MAX_TASKS
+        idle = [c for c in self.circuits if full and not c.streams]
+        if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
             return log(INFO, "an introduction is dropped: too many")
+        if full:
+            idle[0].close()
         self._tokens -= 1
         self._tasks.append(spawn(self._answer(intro, body)))
 

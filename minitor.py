@@ -3950,10 +3950,6 @@ def load_service_key(key_dir):
     return data[32:], public
 
 
-async def _ignore(*_):
-    pass
-
-
 class OnionService:
     """An onion service.  `ports`: {port: target}, as create_onion_service has it; ConfigError.
 
@@ -3963,8 +3959,9 @@ class OnionService:
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
-            target = ("127.0.0.1", target) if isinstance(target, int) else target
-            unix = not MICROPYTHON and isinstance(target, str) and target[:5] == "unix:"
+            if isinstance(target, int):
+                target = "127.0.0.1", target
+            unix = not MICROPYTHON and isinstance(target, str) and target.startswith("unix:")
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
@@ -4054,8 +4051,8 @@ class OnionService:
     # --- Publishing (2.2.1, 2.4) ---
 
     async def _keep_published(self):
-        # `uploaded`: until when a directory has `state` of a descriptor.
-        waited, updates, state, uploaded = 0, None, None, {}
+        # `due`: when a directory wants this `state` of a descriptor.
+        waited, updates, state, due = 0, None, None, {}
         while True:
             # Wait for all introduction points, after a while for any.
             await asyncio.sleep(1)
@@ -4063,47 +4060,45 @@ class OnionService:
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            keys, results = set([i.auth_key for i in ready]), []
+            keys = set([i.auth_key for i in ready])
             if keys != state:
-                state, uploaded = keys, {}
+                state, due = keys, {}
             try:
                 if updates != self.tor.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
                     updates = self.tor.updates
                 for period in self._periods:
-                    results += await self._publish(ready, uploaded, *period)
+                    await self._publish(ready, due, *period)
             except MemoryError:
-                results.append(False)
-            if True in results:
+                log(INFO, "no memory for a descriptor")
+            if [t for t in due.values() if t > now() + 20]:
                 self._shown = state
                 self._published.set()
-            elif results:
+            else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
-            if False in results:
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, uploaded, start, param, blinded, subcred, ring):
-        # Upload to the directories that lack it: [whether each took it].
+    async def _publish(self, intros, due, start, param, blinded, subcred, ring):
+        t, tor = now(), self.tor
+        todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
+        for relay in todo:
+            due[blinded + relay.rsa_id] = t + 20
+
         async def upload(relay):
             try:
-                await hsdir_request(self.tor, relay, "/tor/hs/3/publish", text)
+                await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
+                # As tor: again after one to two hours.
+                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)
             except TorError as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
-                return False
-            # As tor: again after one to two hours.
-            uploaded[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)
-            return True
 
-        t, results, param_of = now(), [], self.tor.paths.param
-        todo = [relay for relay in ring if uploaded.get(blinded + relay.rsa_id, 0) < t]
         if todo:
             esk = ed25519_blind_secret(self._esk, param)
-            revision, flow = revision_counter(esk, t - start), sendme_increment(param_of)
+            revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
         while todo:
-            results += await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
+            await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
             todo = todo[_UPLOADS:]
-        return results
 
     # --- Introductions and rendezvous (3.3, 4) ---
 
@@ -4143,9 +4138,8 @@ class OnionService:
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
-            # As if it had closed, and no second guess on this circuit.  DESTROY waits: at a
-            # relay it would overtake END.
-            circuit.on_begin = _ignore
+            # As if it had closed, and no second guess.  DESTROY waits, or overtakes END.
+            circuit.on_begin = None
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()

@@ -3654,7 +3654,7 @@ class Directory:
             parser.finish()
 
 
-# === 13b. Circuits for every purpose ========================================
+# === 13b. Circuits for every purpose ===
 # Trying again, sharing, keeping some ready, closing what is idle.
 
 BUILD_SECONDS = 20
@@ -3663,12 +3663,12 @@ SPARES = 0 if MICROPYTHON else 2
 
 
 def is_dirty(circuit):
-    """Return whether `circuit`, in use `since` then, gets no new stream."""
+    """Tell whether `circuit`, in use `since` then, gets no new stream."""
     return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
 
 
 async def close_idle(circuit):
-    """Wait until `circuit` is closed; close it once it is dirty and carries no stream."""
+    """Close `circuit` once it is dirty and carries no stream; wait until it is closed."""
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -3707,9 +3707,9 @@ class TorCore:
         self.data_dir, self.channels = data_dir, Channels()
         self.progress, network = progress or (lambda *_: None), load_network(network)
         self.directory = Directory(network, data_dir, self.channels, self.progress)
-        # `updates`: how often the directory has changed.
-        self.updates, self.descriptors, self.onion_circuits = 0, {}, {}
-        self._exits, self._spares, self._tasks = {}, [], []
+        self.updates = 0  # of the directory
+        self.descriptors, self.onion_circuits, self._exits = {}, {}, {}
+        self._spares, self._tasks = [], []
 
     async def bootstrap(self):
         """Get the directory and a first circuit; from then on keep both fresh."""
@@ -3752,9 +3752,6 @@ class TorCore:
                     first = path[0]
                     place = first.address, first.port, first.rsa_id, first.ed_id
                     channel = await self.channels.get(*place)
-                    # One in use may be from before the network went down.
-                    if not channel.circuits:
-                        guards.network_up()
                     circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
                 circuit.since = ticks_ms()
                 for relay in path[len(circuit.path) :]:
@@ -3804,7 +3801,7 @@ class TorCore:
         return await shared(self._exits, port, make, fits)
 
 
-# === 14. Onion client =======================================================
+# === 14. Onion client ===
 # Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
 
 _REND_SECONDS = 40
@@ -3823,7 +3820,7 @@ def descriptor_place(tor, key, n):
 
 
 async def hsdir_request(tor, relay, path, body=b""):
-    """Ask an onion-service directory; return the body of its answer."""
+    """Return the body of an onion-service directory's answer."""
     circuit = await tor.circuit_to(relay)
     try:
         return await directory_request(circuit, path, 50000, None, body, 30)
@@ -3872,8 +3869,8 @@ async def _introduce(tor, descriptor, intro):
         await established.wait(BUILD_SECONDS)
         if rend.closed:
             raise rend.closing.get()
-        # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
-        # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
+        # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
+        # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.paths.param, descriptor.flow)
         subcred, relay = descriptor.subcred, rend.path[-1]
         state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
@@ -3921,12 +3918,11 @@ async def connect_onion(tor, key, port):
                 raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
 
 
-# === 15. Onion service ======================================================
+# === 15. Onion service ===
 # Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
 INTRO_POINTS = 3
-# Introductions answered in a second; tasks, about one for each circuit; streams on a
-# circuit; uploads at once.
+# Introductions answered in a second; tasks, about one a circuit; streams on one; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
@@ -3970,7 +3966,7 @@ class OnionService:
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # Introductions that may be answered now; the authentication keys published.
         self._tokens, self._shown = 8 * _RATE, ()
-        self._periods, self._published = [], Promise()
+        self._periods, self._published = (), Promise()
 
     async def start(self):
         """Open the service; return when its descriptors were published."""
@@ -3986,8 +3982,6 @@ class OnionService:
         for circuit in list(self.circuits):
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
-
-    # --- Introduction points (3.1) ---
 
     def _over(self, intro):
         listed = self.tor.directory.table.find(intro.rsa_id) >= 0
@@ -4006,11 +4000,11 @@ class OnionService:
             await asyncio.sleep(1)
 
     def _add_intro(self):
-        # A Relay apart from the others, with the fields of an introduction point.
+        # A Relay apart from the others, with what an introduction point has (3.1).
         table, pick = self.tor.directory.table, self.tor.paths.pick
-        used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
-        i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
-        intro = table.relay(i)
+        used = [table.find(i.rsa_id) for i in self.intros]
+        apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
+        intro = table.relay(pick("intro", apart, STABLE))
         intro.seed, intro.ready, intro.cookies = urandom(32), False, set()
         intro.auth_key = ed25519_public(intro.seed)
         intro.b, intro.enc_key = x25519_keypair()
@@ -4048,8 +4042,6 @@ class OnionService:
             if circuit:
                 circuit.close()
 
-    # --- Publishing (2.2.1, 2.4) ---
-
     async def _keep_published(self):
         # `due`: when a directory wants this `state` of a descriptor.
         waited, updates, state, due = 0, None, None, {}
@@ -4070,7 +4062,7 @@ class OnionService:
                 for period in self._periods:
                     await self._publish(ready, due, *period)
             except MemoryError:
-                log(INFO, "no memory for a descriptor")
+                pass  # again in 20 seconds
             if [t for t in due.values() if t > now() + 20]:
                 self._shown = state
                 self._published.set()
@@ -4100,8 +4092,6 @@ class OnionService:
             await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
             todo = todo[_UPLOADS:]
 
-    # --- Introductions and rendezvous (3.3, 4) ---
-
     def _introduced(self, intro, body):
         full = len(self._tasks) >= _MAX_TASKS
         idle = [c for c in self.circuits if full and not c.streams]
@@ -4113,12 +4103,12 @@ class OnionService:
         self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
-        # Meet the client at the rendezvous point that INTRODUCE2 names.
+        # Meet the client at the rendezvous point of INTRODUCE2 (3.3, 4).
         subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
         try:
             target, cookie, answer, keys = hs_ntor_service(intro, intro.b, subcreds, body)
-            if any([cookie in i.cookies for i in self.intros]):
-                raise ProtocolError("its rendezvous cookie was used before")
+            used = [i for i in self.intros if cookie in i.cookies]
+            require(not used, "its rendezvous cookie was used before")
             intro.cookies.add(cookie)
             intro.left -= 1
             attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
@@ -4132,13 +4122,11 @@ class OnionService:
         await close_idle(circuit)
         self.circuits.remove(circuit)
 
-    # --- Streams ---
-
     async def _begin(self, stream, host, port):
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
-            # As if it had closed, and no second guess.  DESTROY waits, or overtakes END.
+            # No second guess.  DESTROY waits, or overtakes END.
             circuit.on_begin = None
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)

@@ -580,8 +580,7 @@ class Core(minitor.TorCore):
         self._exits, self._spares, self._tasks = {}, [], []
         self.log, self.down, self.gate = [], set(), None
         guards = Thing(failed=lambda i: self.log.append(("failed", i[0])),
-                       succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
-                       network_up=lambda: self.log.append("up"))
+                       succeeded=lambda i: self.log.append(("succeeded", i[0])) or True)
         self.paths = Thing(guards=guards, param=lambda *_: 1000)
         self.paths.failed = lambda rsa_id: self.doubts.append(rsa_id)
         self.doubts = []
@@ -628,7 +627,7 @@ def numbers(circuit):
 def test_circuits_are_tried_again(core):
     async def main():
         assert numbers(await core.circuit_to()) == [1, 2, 3]
-        assert core.log == ["up", ("succeeded", 1)]
+        assert core.log == [("succeeded", 1)]
         assert numbers(await core.circuit_to(core.relay(9))) == [1, 2, 3, 9]
         for down, attempts, made in ((9, None, 3), (9, 2, 2), (2, None, 3), (1, None, 0)):
             core.down, core.made[:], core.log[:] = {down}, [], []

@@ -2222,10 +2222,7 @@ class Channel:
             elif command in (VERSIONS, NETINFO, CERTS, AUTH_CHALLENGE):
                 raise ProtocolError("cell %d after the handshake" % command)
             elif circuit is not None:
-                if command in (CREATED2, CREATED_FAST):
-                    circuit.created(command, data[body:at])
-                elif command == DESTROY:
-                    circuit.destroyed(data[body])
+                circuit.receive(data[body:at], command)
         return at
 
     def _handshake(self, command, body):
@@ -2273,7 +2270,7 @@ class Channel:
             self.closing.set(why)
             self._opened.set()
             for circuit in list(self.circuits.values()):
-                circuit.fail(CircuitError("the channel to %s is gone: %s" % (self, why), 8))
+                circuit.fail("the channel is gone: %s" % why, 8)
             self._wake.set()
             spawn(self._linger())
 
@@ -2328,15 +2325,13 @@ class Channels:
 # === 11. Circuits and streams ===============================================
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# The most cells that are encrypted or queued in one go.
+# The most cells that are encrypted in one go.
 BATCH = 8 if MICROPYTHON else 128
 CIRCUIT_WINDOW, CIRCUIT_INCREMENT, STREAM_WINDOW, STREAM_INCREMENT = 1000, 100, 500, 50
-# A circuit with congestion control has no stream windows: its streams are stopped by XOFF.
+# With congestion control, XOFF takes the place of stream windows.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
-# A stream whose reader lags behind by more than this sends no SENDME.
-READ_AHEAD = 16384 if MICROPYTHON else 1 << 18
-# How much `write` takes before `drain` waits; `pump` moves half of it at a time.
-WRITE_AHEAD = 8192 if MICROPYTHON else 1 << 17
+# With so much unread a stream sends no SENDME; with so much unsent `drain` waits.
+READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
 
 
 class Layer:
@@ -2356,7 +2351,7 @@ class Layer:
     def sent(self, body):
         """Return whether this hop sent the decrypted cell, and if so, count it."""
         trial = self.in_digest.copy()
-        trial.update(body[:5] + b"\0\0\0\0" + body[9:])
+        trial.update(body[:5] + bytes(4) + body[9:])
         if trial.digest()[:4] != body[5:9]:
             return False
         self.in_digest = trial
@@ -2382,7 +2377,7 @@ class Vegas:
         self._slow, self._full = True, False
 
     def acked(self, inflight, rtt):
-        """Adapt `cwnd` to a SENDME after `rtt` ms; `inflight`: cells, with those acked."""
+        """Adapt to a SENDME after `rtt` ms; `inflight`: cells, with those acknowledged."""
         cwnd, increment = self.cwnd, self.increment
         alpha, beta, gamma, delta = self._marks
         self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
@@ -2390,10 +2385,8 @@ class Vegas:
             self._least_rtt = rtt
         bdp = int(cwnd * self._least_rtt / rtt)
         queue = cwnd - bdp
-        if inflight + 4 * increment >= cwnd:
-            self._full = True
-        elif 4 * inflight < cwnd:
-            self._full = False
+        if not self._full or 4 * inflight < cwnd:
+            self._full = inflight + 4 * increment >= cwnd
         if not self._slow:
             if queue > delta:
                 cwnd = bdp + delta - 1
@@ -2420,28 +2413,25 @@ def congestion_control(param, wanted):
     return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
-_TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
-
-
 class Stream:
     """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
 
+    outgoing, _error = b"", None
+    _stopped = _ended = _closing = False
+
     def __init__(self, circuit, stream_id):
-        self.circuit, self.stream_id = circuit, stream_id
+        self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
         circuit.streams[stream_id] = self
-        self.opened = Promise()
-        self.package = self._deliver = NO_LIMIT if circuit.vegas else STREAM_WINDOW
-        self.outgoing, self._incoming = b"", bytearray()
-        self._stopped = self._ended = self._closing = False
-        self._error = None
-        self._changed = asyncio.Event()
+        self.opened, self._changed = Promise(), asyncio.Event()
+        self.package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
+        # None for DATA before CONNECTED.
+        self._deliver = self.package if circuit.on_begin else 0
 
     # --- Called by the circuit ---
 
     def feed(self, data):
         self._deliver -= 1
-        early = not (self.opened.done() or self.circuit.on_begin)
-        if early or self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
+        if self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
             raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
         if not self._closing:
             self._incoming.extend(data)
@@ -2449,23 +2439,22 @@ class Stream:
     def arrived(self):
         """Wake the reader, and let the other side go on, or stop it."""
         self._changed.set()
+        unread = len(self._incoming)
         if self._ended:
             return
-        waiting = len(self._incoming)
-        while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and waiting < READ_AHEAD:
+        while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
             self._deliver += STREAM_INCREMENT
             self.circuit.send(RELAY_SENDME, self.stream_id, b"")
-        # With congestion control: stopped above the limit, until below half of it.
-        stop = waiting * (2 if self._stopped else 1) > XOFF_LIMIT
+        # With congestion control: XON when half is read.
+        stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
             self._stopped = stop
-            command, body = (RELAY_XOFF, b"\0") if stop else (RELAY_XON, bytes(5))
+            command, body = (RELAY_XOFF, bytes(1)) if stop else (RELAY_XON, bytes(5))
             self.circuit.send(command, self.stream_id, body)
 
     def message(self, command, data):
         if command == RELAY_END:
             reason = data[0] if data else 1
-            self.circuit.streams.pop(self.stream_id, None)
             text = "the stream was closed: " + reason_text(END_REASONS, reason)
             self.end(StreamError(text, reason))
         elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
@@ -2473,20 +2462,11 @@ class Stream:
         elif command == RELAY_SENDME and self.package <= STREAM_WINDOW - STREAM_INCREMENT:
             self.package += STREAM_INCREMENT
         elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
+            self._deliver = NO_LIMIT if self.circuit.vegas else STREAM_WINDOW
             self.opened.set(data)
         else:
             raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
         self.circuit.flush(self)
-
-    def end(self, error):
-        """The other side, or the circuit, is gone; what arrived can still be read."""
-        self._ended = True
-        # Clients end with MISC whatever happened, so at a service it is no error.
-        if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
-            self._error = error
-        self.outgoing = b""
-        self.opened.fail(error)
-        self._changed.set()
 
     def flushed(self):
         self._changed.set()
@@ -2494,15 +2474,22 @@ class Stream:
             self.send_end(END_DONE if self.circuit.on_begin else 1)
 
     def send_end(self, reason):
-        """End the stream now; BEGIN is refused by this."""
+        """End the stream, or refuse it."""
         if not self._ended:
-            self._ended = True
-            self.circuit.streams.pop(self.stream_id, None)
+            self.end(StreamError("closed here", END_DONE))
             self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
-            self._changed.set()
+
+    def end(self, error):
+        self._ended, self.outgoing = True, b""
+        # Clients end with MISC whatever happened, so at a service it is no error.
+        if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
+            self._error = error
+        self.circuit.streams.pop(self.stream_id, None)
+        self.opened.fail(error)
+        self._changed.set()
 
     def accept(self):
-        """Answer BEGIN with CONNECTED, at a service."""
+        """Answer BEGIN, at a service."""
         if not self._ended:
             self.opened.set()
             self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
@@ -2510,7 +2497,8 @@ class Stream:
     # --- Reading ---
 
     def _take(self, n):
-        piece, self._incoming = bytes(self._incoming[:n]), self._incoming[n:]
+        piece = bytes(memoryview(self._incoming)[:n])
+        self._incoming = self._incoming[n:]
         self.arrived()
         return piece
 
@@ -2520,12 +2508,12 @@ class Stream:
 
     async def _more(self):
         # Wait for bytes; False at the end; StreamError where the stream broke.
-        if not self._ended and not self._closing:
+        over = self.is_closing()
+        if not over:
             await self._change()
-            return True
-        if self._error:
+        elif self._error:
             raise self._error
-        return False
+        return not over
 
     async def read(self, n=-1):
         """Return up to `n` bytes as they come, or all until the end; b"" at the end."""
@@ -2559,7 +2547,7 @@ class Stream:
         return self._take(at + len(separator))
 
     async def readline(self):
-        """Return a line with its end, or what is left where the stream ends."""
+        """Return a line with its end, or what is left at the end."""
         try:
             return await self.readuntil()
         except EOFError:
@@ -2569,14 +2557,14 @@ class Stream:
 
     def write(self, data):
         """Send `data`; follow with `await drain()`."""
-        if self._ended or self._closing:
+        if self.is_closing():
             raise self._error or StreamError("the stream is closed", END_DONE)
         self.outgoing += bytes(data)
         self.circuit.flush(self)
 
     async def drain(self):
         """Wait until there is room for more; StreamError where the stream broke."""
-        while len(self.outgoing) > WRITE_AHEAD and not self._ended:
+        while len(self.outgoing) > WRITE_AHEAD:
             await self._change()
         if self._error:
             raise self._error
@@ -2597,25 +2585,28 @@ class Stream:
         return self.circuit if name == "circuit" else default
 
 
+_TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
+
+
 class Circuit:
     """A circuit over `channel`; `path` holds its relays, the nearest first.
 
-    `on_control`: {relay command: function(body)} for messages that come unasked;
-    `on_begin`: coroutine function(stream, host, port) for BEGIN, at a service;
-    `kh`: KH of the last hop; `closing`: a Promise, set to the CircuitError at the end.
+    `on_control`: {relay command: function(body)} for what comes unasked; `on_begin`: at a
+    service, coroutine function(stream, host, port); `kh`: KH of the last hop; `closing`: a
+    Promise, set to the CircuitError at the end.
     """
 
+    on_begin = kh = vegas = None
+    _inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
+
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel, self.closing = channel, Promise()
-        self.path, self.streams, self.on_control = [], {}, {}
-        self.on_begin = self.kh = self.vegas = None
-        # The message that is expected, and the Promise of its body.
+        self.channel, self.closing, self._window = channel, Promise(), window
+        self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
+        # What is expected, and the Promise of its body.
         self._awaited = None, Promise()
-        self._layers, self._last_id = [], randbelow(65536)
-        self._window, self._deliver, self._increment = window, CIRCUIT_WINDOW, CIRCUIT_INCREMENT
-        # Of the cells in flight: their number, and tag and time of those that are due a SENDME.
-        self._inflight, self._due = 0, []
-        self._short_after = randbelow(CIRCUIT_INCREMENT)
+        self._last_id, self._short_after = randbelow(65536), randbelow(50)
+        # Tag and time of the cells that are due a SENDME.
+        self._due = []
         self.circ_id = channel.adopt(self)
 
     def __str__(self):
@@ -2627,30 +2618,24 @@ class Circuit:
 
     # --- Building ---
 
-    async def create_fast(self, seconds):
-        """Make the only hop of a directory circuit, by CREATE_FAST (tor-spec 5.1.3)."""
-        x = urandom(20)
-        finish = lambda body: fast_finish(x, body)
-        await self._add_hop(None, CREATE_FAST, x, CREATED_FAST, finish, seconds)
-
     async def extend(self, relay, seconds):
-        """Add `relay` as a hop, by ntor in CREATE2 or EXTEND2 (tor-spec 5.1); CircuitError."""
-        state, onionskin = ntor_start(relay.rsa_id, relay.ntor_key)
-        finish = lambda body: ntor_finish(state, parse_created2(body))
-        asked = CREATE2, create2(onionskin), CREATED2
-        if self.path:
-            asked = RELAY_EXTEND2, extend2(relay, onionskin), RELAY_EXTENDED2
-        await self._add_hop(relay, *asked, finish, seconds)
-
-    async def _add_hop(self, relay, command, body, answer, finish, seconds):
-        body = await self.ask(command, body, answer, seconds)
+        """Add `relay` by ntor (tor-spec 5.1); None: the only hop, by CREATE_FAST.  CircuitError."""
+        if relay:
+            finish, (state, onionskin) = ntor_finish, ntor_start(relay.rsa_id, relay.ntor_key)
+            asked = CREATE2, create2(onionskin), CREATED2
+            if self.path:
+                asked = RELAY_EXTEND2, extend2(relay, onionskin), RELAY_EXTENDED2
+        else:
+            finish, state = fast_finish, urandom(20)
+            asked = CREATE_FAST, state, CREATED_FAST
+        reply = await self.ask(*asked, seconds)
         try:
-            keys = finish(body)
+            keys = finish(state, parse_created2(reply) if relay else reply)
         except ProtocolError as e:
-            raise self.fail(CircuitError("%s: hop %d: %s" % (self, len(self.path) + 1, e), 1))
-        self._layers.append(Layer(keys))
-        self.kh = keys[72:92]
+            raise self.fail("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
+        self._layers.append(Layer(keys))
+        self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous; `vegas`: what congestion_control returned."""
@@ -2658,15 +2643,13 @@ class Circuit:
         if vegas:
             self.vegas, self._increment, self._window = vegas, vegas.increment, vegas.cwnd
 
-    # --- Control messages ---
-
     def expect(self, command):
         """Return a Promise of the body of the next message, which must be a `command`."""
         self._awaited = command, Promise()
         return self._awaited[1]
 
     async def ask(self, command, body, answer, seconds):
-        """Send a message to the last hop (or CREATE), return the body of the `answer` to it."""
+        """Send a message to the last hop, or a CREATE cell; return the body of the `answer`."""
         promise = self.expect(answer)
         if self._layers:
             self.send(command, 0, body)
@@ -2675,25 +2658,10 @@ class Circuit:
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
-            raise self.fail(CircuitError("%s: no answer within %d s" % (self, seconds), 10))
+            raise self.fail("no answer within %d s" % seconds, 10)
 
-    # --- Streams ---
-
-    def open_stream(self, host, port, seconds, flags=1):
-        """Open a stream by BEGIN to host:port ("" for an onion service); StreamError."""
-        return self._open(RELAY_BEGIN, begin(host, port, flags), seconds)
-
-    def open_directory_stream(self, seconds):
-        """Open a stream to the last hop's own directory (tor-spec 6.2.1)."""
-        return self._open(RELAY_BEGIN_DIR, b"", seconds)
-
-    async def resolve(self, host):
-        """Resolve `host` at the exit: what `parse_resolved` returns (tor-spec 6.4)."""
-        stream = await self._open(RELAY_RESOLVE, host.encode() + b"\0", 30)
-        self.streams.pop(stream.stream_id, None)
-        return parse_resolved(stream.opened.get())
-
-    async def _open(self, command, body, seconds):
+    async def open_stream(self, command, body, seconds):
+        """Open a stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: the END of a stream that was closed here may still be on its way.
@@ -2705,12 +2673,17 @@ class Circuit:
         try:
             await stream.opened.wait(seconds)
             return stream
-        except asyncio.TimeoutError:
+        except BaseException as e:
             stream.close()
-            raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
-        except asyncio.CancelledError:
-            stream.close()
+            if isinstance(e, asyncio.TimeoutError):
+                raise StreamError("no answer within %d s" % seconds, END_TIMEOUT)
             raise
+
+    async def resolve(self, host):
+        """Resolve `host` at the exit: what `parse_resolved` returns."""
+        stream = await self.open_stream(RELAY_RESOLVE, host.encode() + b"\0", 30)
+        self.streams.pop(stream.stream_id, None)
+        return parse_resolved(stream.opened.get())
 
     # --- Sending ---
 
@@ -2722,9 +2695,7 @@ class Circuit:
         for data in pieces:
             size = len(data)
             if size < RELAY_DATA_MAX:
-                # Four zero bytes, then random ones (tor-spec 6.1).
-                data += bytes(min(RELAY_DATA_MAX - size, 4))
-                data += urandom(RELAY_DATA_MAX - len(data))
+                data = (data + bytes(4) + urandom(RELAY_DATA_MAX - size))[:RELAY_DATA_MAX]
             digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
@@ -2745,20 +2716,18 @@ class Circuit:
         """Send what `stream` has to send, as far as windows and the channel's queue allow."""
         while stream.outgoing and not self.closed:
             room = self.channel.room()
+            if room <= 0:
+                return self.channel.when_room(self._resume)
             count = min(BATCH, room, self._window - self._inflight, stream.package)
             if count <= 0:
-                if room <= 0:
-                    self.channel.when_room(self._resume)
                 return
             pieces, at = [], 0
             while at < len(stream.outgoing) and len(pieces) < count:
                 size = RELAY_DATA_MAX
-                # The tags in SENDMEs must not be known before the cells arrive: at least one
-                # cell in each window carries randomness (tor-spec 7.4, "sendme").
+                # In each window a cell with random bytes: no SENDME before its time (7.4).
                 self._short_after -= 1
                 if self._short_after < 0:
-                    size -= 20
-                    self._short_after = 50 + randbelow(50)
+                    size, self._short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
                 pieces.append(stream.outgoing[at : at + size])
                 at += size
             stream.outgoing = stream.outgoing[at:]
@@ -2773,43 +2742,33 @@ class Circuit:
 
     # --- Receiving ---
 
-    def created(self, command, body):
-        """Take a CREATED cell."""
-        if not self._answers(command, body):
-            self.fail(CircuitError("%s: CREATED out of place" % self, 1))
-
-    def destroyed(self, reason):
-        text = reason_text(DESTROY_REASONS, reason)
-        self.fail(CircuitError("%s was closed by a relay: %s" % (self, text), reason), False)
-
-    def receive(self, data):
-        """Decrypt and dispatch relay cells (509 bytes each) that came in a row."""
+    def receive(self, data, command=RELAY):
+        """Take the body of a cell, or those of relay cells (509 bytes each) in a row."""
         try:
-            require(self._layers, "a relay cell before the first hop")
-            for layer in self._layers[:-1]:
-                data, at = layer.in_cipher.crypt(data), 0
-                while at < len(data):
-                    if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
-                        self._from_middle(data[at], data[at + 11])
-                        # The layers behind never saw it: their key streams go on without it.
-                        data = data[:at] + data[at + 509 :]
-                    else:
-                        at += 509
-            layer = self._layers[-1]
-            self._from_last(layer.in_digest, bytearray(layer.in_cipher.crypt(data)))
-        except ProtocolError as e:
-            self.fail(CircuitError("%s: %s" % (self, e), 1))
-        except MemoryError:
-            self.fail(CircuitError("%s: out of memory" % self, 5))
+            if command == RELAY:
+                self._decrypt(data)
+            elif command == DESTROY:
+                text = "closed by a relay: " + reason_text(DESTROY_REASONS, data[0])
+                self.fail(text, data[0], False)
+            elif command in (CREATED2, CREATED_FAST):
+                require(self._answers(command, data), "CREATED out of place")
+        except (ProtocolError, MemoryError) as e:
+            self.fail(str(e) or "out of memory", 1)
 
-    def _from_middle(self, command, reason):
-        if command == RELAY_TRUNCATED:
-            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        require(command == RELAY_DROP, "relay command %d out of place" % command)
-
-    def _from_last(self, digest, cells):
-        view, touched = memoryview(cells), set()
-        for at in range(0, len(cells), 509):
+    def _decrypt(self, data):
+        require(self._layers, "a relay cell before the first hop")
+        for layer in self._layers[:-1]:
+            data, ours = layer.in_cipher.crypt(data), []
+            for at in range(0, len(data), 509):
+                if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
+                    self._unasked(data[at], data[at + 11])
+                    ours.insert(0, at)
+            # The layers behind never saw these: their key streams go on without.
+            for at in ours:
+                data = data[:at] + data[at + 509 :]
+        layer, touched = self._layers[-1], {}
+        digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
+        for at in range(0, len(view), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
             view[at + 5 : at + 9] = b"\0\0\0\0"
             digest.update(view[at : at + 509])
@@ -2828,11 +2787,11 @@ class Circuit:
             stream = self.streams.get(stream_id)
             if stream:
                 stream.feed(data)
-                touched.add(stream)
+                touched[stream_id] = stream
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
                 self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
-        for stream in touched:
+        for stream in touched.values():
             stream.arrived()
 
     def _answers(self, command, body):
@@ -2842,6 +2801,11 @@ class Circuit:
             promise.set(body)
         return command == awaited
 
+    def _unasked(self, command, reason):
+        if command == RELAY_TRUNCATED:
+            raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
+        require(command == RELAY_DROP, "relay command %d out of place" % command)
+
     def _message(self, command, stream_id, data):
         stream = self.streams.get(stream_id)
         if stream:
@@ -2849,42 +2813,39 @@ class Circuit:
         elif stream_id and command == RELAY_BEGIN and self.on_begin:
             spawn(self.on_begin(Stream(self, stream_id), *parse_begin(data)))
         elif stream_id:
-            # A stream that was closed here may still be spoken to.
+            # One that was closed here may still be spoken to.
             require(command in _TO_CLOSED, "relay command %d for no stream" % command)
         elif command == RELAY_SENDME:
             # Version 1: the tag of the cell that made it due (tor-spec 7.3).
-            tag, then = self._due.pop(0) if self._due else (b"", 0)
-            good = tag and data[:1] == b"\1" and consteq(tag, data[3:23])
+            good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
             require(good, "a SENDME that was not due, or for other cells")
+            rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
             if self.vegas:
-                self.vegas.acked(self._inflight, ticks_diff(ticks_ms(), then))
+                self.vegas.acked(self._inflight, rtt)
                 self._window = self.vegas.cwnd
             self._inflight -= self._increment
             self._resume()
         elif command in self.on_control:
             self.on_control[command](data)
         elif not self._answers(command, data):
-            self._from_middle(command, data[0] if data else 0)
-
-    # --- Closing ---
+            self._unasked(command, data[0] if data else 0)
 
     def close(self):
-        """Close the circuit; its streams end."""
-        self.fail(CircuitError("%s was closed here" % self))
+        self.fail("closed here")
 
-    def fail(self, error, tell=True):
-        """Close the circuit because of `error`, and return it (the first).  tor-spec 5.4."""
+    def fail(self, text, reason=0, tell=True):
+        """Close the circuit and its streams (tor-spec 5.4); return the first such CircuitError."""
         if not self.closed:
+            error = CircuitError("%s: %s" % (self, text), reason)
+            log(INFO, "%s", error)
             self.closing.set(error)
             self.channel.forget(self.circ_id)
-            if tell and not self.channel.closing.done():
-                # Clients tell no reason.
+            if tell:
+                # Clients give no reason.
                 self.channel.send(cell(self.circ_id, DESTROY))
-            log(INFO, "%s", error)
             self._awaited[1].fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
-            self.streams = {}
         return self.closing.get()
 
 
@@ -3403,7 +3364,7 @@ _CONNECT_SECONDS, _FETCH_SECONDS = 15, 600 if MICROPYTHON else 120
 
 async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
     """Ask the directory at the end of `circuit`, as http_request does: the body; TorErrors."""
-    stream = await circuit.open_directory_stream(_CONNECT_SECONDS)
+    stream = await circuit.open_stream(RELAY_BEGIN_DIR, b"", _CONNECT_SECONDS)
     try:
         asking = http_request(stream, "POST" if body else "GET", path, body, limit, sink)
         status, body = await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
@@ -3520,7 +3481,7 @@ class Directory:
                 circuit = Circuit(await get)
                 for percent in (10, 14, 15, 20):
                     self._report(percent)
-                await circuit.create_fast(_CONNECT_SECONDS)
+                await circuit.extend(None, _CONNECT_SECONDS)
                 if found.done():
                     circuit.close()
                 found.set(circuit)
@@ -3910,7 +3871,7 @@ async def connect_onion(tor, key, port):
         circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
         circuit.since = ticks_ms()  # as in tor: a new one would be dear
         try:
-            return await circuit.open_stream("", port, _REND_SECONDS, 0)
+            return await circuit.open_stream(RELAY_BEGIN, begin("", port, 0), _REND_SECONDS)
         except (CircuitError, StreamError) as e:
             if e.reason == END_TIMEOUT:
                 circuit.close()  # the service may have gone without a word
@@ -4221,7 +4182,8 @@ class AsyncTor(TorCore):
         if host.lower().endswith(".onion"):
             opening = connect_onion(self, parse_onion_address(host), port)
         else:
-            opening = self._at_exit(port, lambda circuit: circuit.open_stream(host, port, 20))
+            asked = RELAY_BEGIN, begin(host, port, 1), 20
+            opening = self._at_exit(port, lambda circuit: circuit.open_stream(*asked))
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:

@@ -258,7 +258,7 @@ def test_padding_and_unknown_cells_are_tolerated(relay):
 def test_a_link_that_breaks_takes_its_circuits_along(relay):
     async def then(channel):
         circuit = minitor.Circuit(channel)
-        extending = asyncio.ensure_future(circuit.create_fast(5))
+        extending = asyncio.ensure_future(circuit.extend(None, 5))
         await asyncio.sleep(0.05)
         relay.writer.transport.abort()
         with pytest.raises(minitor.CircuitError, match="127.0.0.1"):

@@ -102,7 +102,7 @@ class Far:
         return found
 
     async def stream(self):
-        opening = asyncio.ensure_future(self.circuit.open_stream("example.com", 80, 5))
+        opening = asyncio.ensure_future(self.circuit.open_stream(BEGIN, b"example.com:80\0", 5))
         await asyncio.sleep(0)
         ((command, stream_id, data),) = self.received()
         assert (command, data[:15]) == (BEGIN, b"example.com:80\0")
@@ -293,7 +293,7 @@ def test_a_closed_stream_is_ended_and_late_data_does_no_harm():
 def test_a_refused_stream_says_why():
     async def test():
         far = Far()
-        opening = asyncio.ensure_future(far.circuit.open_stream("example.com", 80, 5))
+        opening = asyncio.ensure_future(far.circuit.open_stream(BEGIN, b"example.com:80\0", 5))
         await asyncio.sleep(0)
         ((_, stream_id, _),) = far.received()
         far.circuit.receive(far.cell(END, stream_id, b"\4" + bytes(8)))
@@ -308,11 +308,11 @@ def test_destroy_ends_streams_with_its_reason():
     async def test():
         far = Far()
         stream = await far.stream()
-        far.circuit.destroyed(5)
+        far.circuit.receive(b"\5", minitor.DESTROY)
         with pytest.raises(minitor.StreamError, match="resources"):
             await stream.read(1)
         with pytest.raises(minitor.CircuitError):
-            await far.circuit.open_stream("example.com", 80, 5)
+            await far.circuit.open_stream(BEGIN, b"example.com:80\0", 5)
 
     run(test)
 

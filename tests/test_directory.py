@@ -207,8 +207,8 @@ class FakeCircuit:
         self.channel = FakeChannel()
         self.mirror, self.closed, self.streams = mirror, False, []
 
-    async def open_directory_stream(self, seconds):
-        assert not self.closed
+    async def open_stream(self, command, body, seconds):
+        assert not self.closed and command == minitor.RELAY_BEGIN_DIR
         self.streams.append(FakeStream(self.mirror.serve))
         return self.streams[-1]
 
@@ -605,7 +605,7 @@ class OneHop:
         self.channel, self.closed = channel, False
         OneHop.made.append(self)
 
-    async def create_fast(self, seconds):
+    async def extend(self, relay, seconds):
         await asyncio.sleep(0)
 
     def close(self):
@@ -691,7 +691,7 @@ def test_a_directory_that_falls_silent(net, tmp_path, monkeypatch):
     silent, mirror = Mirror(net), Mirror(net)
 
     class Silent(FakeCircuit):
-        async def open_directory_stream(self, seconds):
+        async def open_stream(self, command, body, seconds):
             stream = FakeStream(self.mirror.serve)
             read = stream.read
 

@@ -338,8 +338,8 @@ def test_streams_share_one_attempt(monkeypatch):
             raise minitor.OnionError("down")
         circuit = Circuit()
 
-        async def open_stream(host, port, seconds, flags):
-            opened.append((circuit, port))
+        async def open_stream(command, body, seconds):
+            opened.append((circuit, minitor.parse_begin(body)[1]))
             return len(opened)
 
         circuit.open_stream = open_stream

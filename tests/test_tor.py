@@ -28,7 +28,8 @@ class FakeCircuit:
     def __init__(self, tor):
         self.tor = tor
 
-    async def open_stream(self, host, port, seconds):
+    async def open_stream(self, command, body, seconds):
+        host, port = minitor.parse_begin(body)
         self.tor.asked.append((host, port))
         if self.tor.failures:
             raise self.tor.failures.pop(0)

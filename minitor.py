@@ -3629,7 +3629,7 @@ def is_dirty(circuit):
 
 
 async def close_idle(circuit):
-    """Close `circuit` once it is dirty and carries no stream; wait until it is closed."""
+    """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -3662,7 +3662,7 @@ async def shared(circuits, name, make, fits=lambda circuit: False):
 
 
 class TorCore:
-    """Channels, directory, paths, and circuits.  Arguments: see AsyncTor."""
+    """Directory, paths and circuits of an AsyncTor, which has the arguments."""
 
     def __init__(self, data_dir, network, progress):
         self.data_dir, self.channels = data_dir, Channels()
@@ -3693,21 +3693,20 @@ class TorCore:
         for task in self._tasks:
             task.cancel()
         self.channels.close()
-        # What is queued goes out, DESTROY cells among it.
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
-    async def circuit_to(self, target=None, attempts=None):
-        """Return an onion circuit of three hops and `target`; CircuitError."""
+    async def circuit_to(self, target=None, attempts=None, choose=None):
+        """Return a circuit of three hops and `target`, or one along `choose()`; CircuitError."""
         if target and is_private(target.address) and not self.directory.network.testing:
             raise CircuitError("a relay with a private address: " + target.address)
-        # A target may be down for good, and who asks knows others.
-        return await self._make(lambda: self._onion_path(target), attempts or (3 if target else 6))
-
-    async def _make(self, choose, attempts=6):
-        # `choose` returns a path, and a circuit that has its first hops, or None.
         guards = self.paths.guards
+        attempts = attempts or (3 if target else 6)  # a target may be down for good
         for _ in range(attempts):
-            path, circuit = choose()
+            circuit = None if choose else self._spare(target)
+            if circuit:
+                path = circuit.path + ([target] if target else [])
+            else:
+                path = choose() if choose else self.paths.onion_path("rend", target)
             try:
                 if not circuit:
                     first = path[0]
@@ -3731,22 +3730,21 @@ class TorCore:
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
-    def _onion_path(self, target):
-        if self._spares:
-            # Not A-B-A; but the guard may be the target, as in tor.
-            spare = self._spares.pop(0)
-            again = target and target.rsa_id in [r.rsa_id for r in spare.path[1:]]
-            if not again and not is_dirty(spare):
-                return spare.path + ([target] if target else []), spare
-            spare.close()
-        return self.paths.onion_path("rend", target), None
+    def _spare(self, target):
+        # Not for A-B-A; but the guard may be the target, as in tor.
+        for circuit in list(self._spares):
+            self._spares.remove(circuit)
+            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
+            if not again and not is_dirty(circuit):
+                return circuit
+            circuit.close()
 
     async def _keep_spares(self):
+        choose = lambda: self.paths.onion_path("rend")
         while True:
             try:
                 while len(self._spares) < SPARES:
-                    make = self._make(lambda: (self.paths.onion_path("rend"), None))
-                    self._spares.append(await make)
+                    self._spares.append(await self.circuit_to(choose=choose))
             except TorError:
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
@@ -3758,7 +3756,7 @@ class TorCore:
             i = table.find(circuit.path[-1].rsa_id)
             return i >= 0 and table.exit_allows(i, port)
 
-        make = lambda: self._make(lambda: (self.paths.exit_path(port), None))
+        make = lambda: self.circuit_to(choose=lambda: self.paths.exit_path(port))
         return await shared(self._exits, port, make, fits)
 
 
@@ -3790,7 +3788,7 @@ async def hsdir_request(tor, relay, path, body=b""):
 
 
 async def _try_each(items, use, kind, text):
-    # What `use(item)` gives for the first of `items`, at random, that works.
+    # What `use(item)` returns for the first of `items`, at random, that works.
     error = "none is known"
     for item in sorted(items, key=lambda _: randbelow(1 << 30)):
         try:
@@ -3820,7 +3818,6 @@ async def _find_descriptor(tor, key):
 
 
 async def _introduce(tor, descriptor, intro):
-    # The circuit that meets the service by one introduction point.
     circuits, cookie = [await tor.circuit_to()], urandom(20)
     rend = circuits[0]
     try:
@@ -3883,14 +3880,14 @@ async def connect_onion(tor, key, port):
 # Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
 INTRO_POINTS = 3
-# Introductions answered in a second; tasks, about one a circuit; streams on one; uploads at once.
+# Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 
 
 def load_service_key(key_dir):
-    """Return (expanded secret key, public key) of a HiddenServiceDir, new ones if it has none."""
+    """Return (expanded secret key, public key) of a HiddenServiceDir, made if it has none."""
     path, head = key_dir + "/hs_ed25519_", b"== ed25519v1-%s: type0 ==\0\0\0"
     try:
         private_dir(key_dir)
@@ -3908,10 +3905,7 @@ def load_service_key(key_dir):
 
 
 class OnionService:
-    """An onion service.  `ports`: {port: target}, as create_onion_service has it; ConfigError.
-
-    `address`; `rate`: introductions answered in a second, eight times as many in a burst.
-    """
+    """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
@@ -3925,12 +3919,11 @@ class OnionService:
         self._esk, self.key = load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
-        # Introductions that may be answered now; the authentication keys published.
-        self._tokens, self._shown = 8 * _RATE, ()
-        self._periods, self._published = (), Promise()
+        # `_tokens`: introductions that may be answered now; `_shown`: published auth_keys.
+        self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        """Open the service; return when its descriptors were published."""
+        """Return when the descriptors were published."""
         self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
@@ -3961,7 +3954,6 @@ class OnionService:
             await asyncio.sleep(1)
 
     def _add_intro(self):
-        # A Relay apart from the others, with what an introduction point has (3.1).
         table, pick = self.tor.directory.table, self.tor.paths.pick
         used = [table.find(i.rsa_id) for i in self.intros]
         apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
@@ -3977,9 +3969,8 @@ class OnionService:
     async def _keep_intro(self, intro):
         circuit, answer = None, RELAY_INTRO_ESTABLISHED
         try:
-            # A lost circuit is made anew three times.
+            # As tor: again three times, but not eleven circuits in five minutes.
             for _ in range(4):
-                # tor: at most ten introduction circuits in five minutes.
                 while 0 <= now() - self._launched[0] < 300:
                     await asyncio.sleep(1)
                 self._launched = self._launched[1:] + [now()]
@@ -3988,7 +3979,7 @@ class OnionService:
                 message = establish_intro(intro.seed, intro.auth_key, circuit.kh)
                 await circuit.ask(RELAY_ESTABLISH_INTRO, message, answer, BUILD_SECONDS)
                 intro.ready = True
-                # When its time is over, it stays until the descriptor names another.
+                # It stays until the descriptor names another.
                 while not circuit.closed and (
                     intro.auth_key in self._shown or not self._over(intro)
                 ):
@@ -4007,9 +3998,9 @@ class OnionService:
         # `due`: when a directory wants this `state` of a descriptor.
         waited, updates, state, due = 0, None, None, {}
         while True:
-            # Wait for all introduction points, after a while for any.
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
+            # All are waited for, for a while.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
@@ -4040,8 +4031,7 @@ class OnionService:
         async def upload(relay):
             try:
                 await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
-                # As tor: again after one to two hours.
-                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)
+                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except TorError as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 

@@ -3862,18 +3862,11 @@ async def _meet(tor, key):
         pause = 3
 
 
-async def connect_onion(tor, key, port):
-    """Open a stream to the service with the identity `key`; OnionError, StreamError."""
-    for last in (False, True):
-        circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
-        circuit.since = ticks_ms()  # as in tor: a new one would be dear
-        try:
-            return await circuit.open_stream(RELAY_BEGIN, begin("", port, 0), _REND_SECONDS)
-        except (CircuitError, StreamError) as e:
-            if e.reason == END_TIMEOUT:
-                circuit.close()  # the service may have gone without a word
-            if last or not circuit.closed:
-                raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
+async def onion_circuit(tor, key):
+    """Return a circuit to the service with the identity `key`, shared; OnionError."""
+    circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
+    circuit.since = ticks_ms()  # as in tor: a new one would be dear
+    return circuit
 
 
 # === 15. Onion service ===
@@ -4102,37 +4095,27 @@ class OnionService:
         await pump(stream, reader, writer)
 
 
-# === 16. Tor =================================================================
-# What programs use: AsyncTor, and on top of it the blocking Tor.
-
-CONNECT_SECONDS = 120  # tor's SocksTimeout
-_ASK_ANOTHER_EXIT = (1, 2, 4, 5, 7, 8, 9, 11)  # END reasons (tor-spec 6.3), as tor does
+# === 16. Tor ===
+# What programs use.
 
 
 def default_data_dir(network=None):
-    """Return the folder for state, each network's own."""
-    if network or MICROPYTHON:
-        return (network + "." if network else "") + "minitor"
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return state + "/minitor"
+    if network:
+        return network + ".minitor"
+    if MICROPYTHON:
+        return "minitor"
+    return (os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) + "/minitor"
 
 
 def check_target(host, port):
-    """Raise AddressError unless `host` can be a name or an address, and `port` is a port."""
-    if not 0 < len(host) < 256 or host.lower().strip(_BASE32 + "0189-_.:"):
-        raise AddressError("%r is neither a host name (in ASCII) nor an address" % host)
-    if not isinstance(port, int) or not 0 < port < 65536:
-        raise AddressError("%r is no port: 1 to 65535" % (port,))
+    named = 0 < len(host) < 256 and not host.lower().strip(_BASE32 + "0189-_.:")
+    if not named or not isinstance(port, int) or not 0 < port < 65536:
+        raise AddressError("no host name in ASCII, no address, or no port: %r:%r" % (host, port))
 
 
 class AsyncTor(TorCore):
-    """A Tor client and host of onion services, for asyncio.
-
-    `data_dir`: a folder for state; `network`: a torrc file with another Tor network
-    (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
-
-        async with minitor.AsyncTor() as tor:
-            reader, writer = await tor.open_connection("example.com", 80)
+    """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
+    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
     """
 
     def __init__(self, data_dir=None, network=None, progress=None):
@@ -4142,9 +4125,12 @@ class AsyncTor(TorCore):
         TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
 
     async def start(self):
-        """Get the directory and a first circuit; ChannelError, ClockError, DirectoryError."""
+        """Get the directory and a circuit; Circuit-, Clock-, Config-, DirectoryError."""
         try:
             private_dir(self.data_dir)
+        except OSError as e:
+            raise ConfigError("the folder %s cannot be used: %s" % (self.data_dir, e))
+        try:
             await self.bootstrap()
         except BaseException:
             await self.aclose()
@@ -4162,18 +4148,17 @@ class AsyncTor(TorCore):
     async def __aexit__(self, *_):
         await self.aclose()
 
-    async def open_connection(self, host, port, timeout=CONNECT_SECONDS):
-        """Connect to a name, which the exit resolves, an IP or an onion address.
+    async def open_connection(self, host, port, timeout=120):
+        """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
 
-        Returns (reader, writer), as asyncio; AddressError, CircuitError, OnionError,
-        StreamError, TorTimeout.
+        AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
+        key, asked = None, (host, port, 1)
         if host.lower().endswith(".onion"):
-            opening = connect_onion(self, parse_onion_address(host), port)
-        else:
-            asked = RELAY_BEGIN, begin(host, port, 1), 20
-            opening = self._at_exit(port, lambda circuit: circuit.open_stream(*asked))
+            key, asked = parse_onion_address(host), ("", port, 0)
+        ask = lambda circuit: circuit.open_stream(RELAY_BEGIN, begin(*asked), 30)
+        opening = self._on_circuit(ask, port, key)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -4185,32 +4170,34 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        answers = await self._at_exit(443, lambda circuit: circuit.resolve(host))
+        answers = await self._on_circuit(lambda circuit: circuit.resolve(host), 443)
         addresses = [value for kind, value in answers if kind in (4, 6)]
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _at_exit(self, port, ask):
-        for left in (2, 1, 0):
-            circuit = await self._exit_circuit(port)
+    async def _on_circuit(self, ask, port, key=None):
+        # What `ask(circuit)` returns; another circuit, as tor, after these END reasons (6.3).
+        again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
+        for last in (False, False, True):
+            circuit = await (onion_circuit(self, key) if key else self._exit_circuit(port))
             try:
                 return await ask(circuit)
             except (CircuitError, StreamError) as e:
-                if not left or not circuit.closed and e.reason not in _ASK_ANOTHER_EXIT:
+                if last or not circuit.closed and e.reason not in again:
                     raise
                 circuit.since -= 2 * DIRTY_MS
 
     async def create_onion_service(self, port, target=None, key_dir=None):
-        """Host an onion service; return it, with `address` and `close`, when it is reachable.
+        """Host an onion service; return it, with `address` and `close`, once it is reachable.
 
-        `port` leads to `target`: a local port (default: the same), (host, port),
-        "unix:/path" or a coroutine function(reader, writer); several: {port: target}.
-        `key_dir`: its HiddenServiceDir (default: onion_service in `data_dir`).
+        `target` of `port`: a local port (default: the same), (host, port), "unix:/path", or a
+        coroutine function(reader, writer); for several ports, `port` is {port: target}.
+        `key_dir`: as tor's HiddenServiceDir (default: onion_service in `data_dir`).
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
-            check_target("-", number)
+            check_target("localhost", number)
         key_dir = key_dir or self.data_dir + "/onion_service"
         if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
@@ -4260,259 +4247,231 @@ if not MICROPYTHON:
         opener.add_handler(Handler())
         return opener
 
-    def http_call(url, method, *arguments):
+
+def http_call(url, function, *arguments):
+    try:
+        return function(*arguments)
+    except TorError:
+        raise
+    except Exception as e:
+        late = isinstance(getattr(e, "reason", e), socket.timeout)
+        raise (TorTimeout if late else StreamError)("%s: %s" % (url, e))
+
+
+class Tor:
+    """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
+
+    def __init__(self, data_dir=None, network=None, progress=None):
+        self._tor, self._loop = AsyncTor(data_dir, network, progress), asyncio.new_event_loop()
+        self._stop, run = self._loop.create_future(), self._loop.run_until_complete
+        self._thread = threading.Thread(target=run, args=(self._main(),), daemon=True)
+        self._thread.start()
         try:
-            return method(*arguments)
-        except TorError:
-            raise
-        except Exception as e:
-            e = e.reason if isinstance(getattr(e, "reason", None), OSError) else e
-            kind = TorTimeout if isinstance(e, socket.timeout) else StreamError
-            raise kind("%s: %s" % (url, e))
-
-    class Tor:
-        """AsyncTor for programs without asyncio; ready when constructed, any thread may call.
-
-        with minitor.Tor() as tor:
-            print(tor.http_get("<56 characters>.onion"))
-        """
-
-        def __init__(self, data_dir=None, network=None, progress=None):
-            async def start():
-                self._tor = AsyncTor(data_dir, network, progress)
-                await self._tor.start()
-
-            self._tor, ready = None, futures.Future()
-            main = (self._main(ready),)
-            self._thread = threading.Thread(target=asyncio.run, args=main, daemon=True)
-            self._thread.start()
-            self._loop, self._stop = ready.result()
-            try:
-                self.run(start())
-            except BaseException:
-                self.close()
-                raise
-
-        async def _main(self, ready):
-            stop = asyncio.Event()
-            ready.set_result((asyncio.get_running_loop(), stop))
-            await stop.wait()
-            if self._tor:
-                await self._tor.aclose()
-            # More than once: `wait_for` before Python 3.12 may lose a cancellation.
-            while others := asyncio.all_tasks() - {asyncio.current_task()}:
-                for task in others:
-                    task.cancel()
-                await asyncio.wait(others, timeout=0.1)
-
-        def run(self, coroutine):
-            """Run `coroutine` in Tor's event loop; return its result."""
-            if self._stop.is_set() or threading.current_thread() is self._thread:
-                coroutine.close()
-                raise ConfigError("this Tor is closed, or would have to wait for itself")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-            try:
-                return future.result()
-            except futures.CancelledError:
-                raise TorError("Tor was closed meanwhile")
-            finally:
-                future.cancel()  # after Ctrl-C
-
-        def close(self):
-            """Take the services down, close everything, end the thread."""
-            if not self._stop.is_set():
-                self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
+            self.run(self._tor.start())
+        except BaseException:
             self.close()
+            raise
 
-        def resolve(self, host):
-            """As AsyncTor.resolve."""
-            return self.run(self._tor.resolve(host))
+    async def _main(self):
+        await self._stop
+        await self._tor.aclose()
+        # More than once: `wait_for` before Python 3.12 may lose a cancellation.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others, timeout=0.1)
 
-        def create_onion_service(self, port, target=None, key_dir=None):
-            """As AsyncTor.create_onion_service; `close` waits, too."""
-            service = self.run(self._tor.create_onion_service(port, target, key_dir))
-            return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
+    def run(self, coroutine):
+        """Run `coroutine` in Tor's event loop; return its result."""
+        if self._stop.done() or threading.current_thread() is self._thread:
+            coroutine.close()
+            raise ConfigError("this Tor is closed, or would have to wait for itself")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except futures.CancelledError:
+            raise TorError("Tor was closed meanwhile")
+        finally:
+            future.cancel()  # after Ctrl-C
 
-        def create_connection(self, address, timeout=None):
-            """Connect to (host, port): a socket.socket, `timeout` its timeout in seconds."""
+    def __enter__(self):
+        return self
 
-            async def connect():
-                stream, _ = await self._tor.open_connection(*address, timeout)
-                end, ours = socket.socketpair()
-                spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
-                return end
+    def close(self, *_):
+        """Take the services down, close everything, end the thread."""
+        if not self._stop.done():
+            self._loop.call_soon_threadsafe(self._stop.set_result, None)
+        self._thread.join()
+        self._loop.close()
 
-            end = self.run(connect())
-            end.settimeout(timeout)
+    __exit__ = close
+
+    def resolve(self, host):
+        """As AsyncTor.resolve."""
+        return self.run(self._tor.resolve(host))
+
+    def create_onion_service(self, port, target=None, key_dir=None):
+        """As AsyncTor.create_onion_service; `close` waits, too."""
+        service = self.run(self._tor.create_onion_service(port, target, key_dir))
+        return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
+
+    def create_connection(self, address, timeout=None):
+        """Connect to (host, port): a socket.socket, `timeout` its timeout in seconds."""
+
+        async def connect():
+            stream, _ = await self._tor.open_connection(*address, timeout)
+            end, ours = socket.socketpair()
+            spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
             return end
 
-        def urlopen(self, url, data=None, timeout=CONNECT_SECONDS, context=None):
-            """As urllib.request.urlopen, which see; errors are TorErrors, "http://" may lack.
+        end = self.run(connect())
+        end.settimeout(timeout)
+        return end
 
-            `timeout`: of each wait, in seconds; `context`: an ssl.SSLContext.
-            """
-            if isinstance(url, str) and "://" not in url:
-                url = "http://" + url
-            opener = _http_opener(self, context)
-            return http_call(getattr(url, "full_url", url), opener.open, url, data, timeout)
+    def urlopen(self, url, data=None, timeout=120, context=None):
+        """As urllib.request.urlopen, with TorErrors; `timeout`: of each wait, in seconds."""
+        if isinstance(url, str) and "://" not in url:
+            url = "http://" + url
+        opener = _http_opener(self, context)
+        return http_call(getattr(url, "full_url", url), opener.open, url, data, timeout)
 
-        def http_get(self, url):
-            """Return a page of less than 64 MiB as text; TorError, for a status above 399 too."""
-            with self.urlopen(url) as response:
-                data = http_call(url, response.read, 1 << 26)
-            if response.length or len(data) == 1 << 26:
-                raise StreamError("%s ends early, or is too large" % url)
-            charset = response.headers.get_content_charset("utf-8")
-            return http_call(url, data.decode, charset, "replace")
+    def http_get(self, url):
+        """Return a page of less than 64 MiB, as text; TorError, also for statuses above 399."""
+        with self.urlopen(url) as response:
+            data = http_call(url, response.read, 1 << 26)
+        if response.length or len(data) == 1 << 26:
+            raise StreamError("%s ends early, or is too large" % url)
+        return http_call(url, data.decode, response.headers.get_content_charset("utf-8"), "replace")
 
 
-# === 19. Command line ========================================================
-# python minitor.py --serve, --get, --address; and the web server behind --serve.
+# === 19. Command line ===
+# And the web server behind --serve.
 
-OWN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>minitor</title>
-<body style="max-width:36em;margin:4em auto;font:1.1em/1.6 sans-serif"><h1>It works.</h1>
-<p>This page came from an onion service hosted by <b>minitor</b>, Tor in one Python file.
+OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
+<p>This page came from an onion service hosted by minitor, Tor in one Python file.
 <p>For something else, <code>minitor.py --serve FOLDER</code> or <code>--serve PORT</code>.
 """
 
 
-def web_answer(folder, target):
-    """Return status, header lines and body (an open file) for what `target` names in `folder`."""
+def web_answer(folder, method, path):
+    """Return status (and header lines) and body (an open file) of the answer."""
     import html
     import io
     import mimetypes
     from urllib.parse import quote, unquote
 
-    def page(text, status="200 OK", fields=""):
-        fields += "Content-Type: text/html; charset=utf-8\r\n"
-        return status, fields, io.BytesIO(text.encode())
+    def page(text, status="200 OK"):
+        return status + "\r\nContent-Type: text/html; charset=utf-8", io.BytesIO(text.encode())
 
+    if method not in (b"GET", b"HEAD"):
+        return page("", "405 Method Not Allowed\r\nAllow: GET, HEAD")
     if not folder:
         return page(OWN_PAGE)
-    path = unquote(target.partition("?")[0])
-    names = [name for name in path.split("/") if name]
+    path = unquote(path.partition(b"?")[0])
+    names = path.split("/")
     try:
-        at = os.path.realpath(os.path.join(folder, *names))
-        if path[-1:] == "/" and os.path.isfile(at + "/index.html"):
-            at = os.path.realpath(at + "/index.html")
+        at = os.path.join(folder, *names)
+        if path[-1:] == "/" and os.path.isfile(at + "index.html"):
+            at += "index.html"
+        at = os.path.realpath(at)
         # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
-        hidden = [name for name in names if name[0] == "." and name != ".well-known"]
+        hidden = [name for name in names if name[:1] == "." and name != ".well-known"]
         if hidden or os.path.commonpath((folder, at)) != folder:
             raise ValueError
         if os.path.isfile(at):
             kind, coding = mimetypes.guess_type(at)
             kind = "application/octet-stream" if coding or not kind else kind
             kind += "; charset=utf-8" * (kind[:5] == "text/")
-            return "200 OK", "Content-Type: %s\r\n" % kind, open(at, "rb")
+            return "200 OK\r\nContent-Type: " + kind, open(at, "rb")
         entries = sorted(e.name + "/" * e.is_dir() for e in os.scandir(at) if e.name[0] != ".")
         if path[-1:] != "/":
-            where = "Location: /%s/\r\n" % quote(path.strip("/"))
-            return page("", "301 Moved Permanently", where)
+            return page("", "301 Moved Permanently\r\nLocation: /%s/" % quote(path.strip("/")))
         rows = ['<li><a href="./%s">%s</a>' % (quote(e), html.escape(e)) for e in entries]
-        return page("<!doctype html><h1>%s</h1><ul>" % html.escape(path) + "".join(rows))
+        return page("<h1>%s</h1><ul>" % html.escape(path) + "".join(rows))
     except (OSError, ValueError):
-        return page("<!doctype html><h1>Not found", "404 Not Found")
+        return page("<h1>Not found", "404 Not Found")
 
 
-def web_handler(folder):
-    """Return a handler(reader, writer): a web server for `folder`, or for OWN_PAGE."""
-
-    async def handler(reader, writer):
-        try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
-            line = head.decode("utf-8", "replace").partition("\r\n")[0] + "  "
-            method, target = line.split(" ")[:2]
-            status, fields, body = web_answer(folder, target)
-            with body:
-                size = body.seek(0, 2)
-                body.seek(0)
-                if method not in ("GET", "HEAD"):
-                    status, fields, size = "405 Method Not Allowed", "Allow: GET, HEAD\r\n", 0
-                # Neither Date nor Server: they would tell about the clock and the machine.
-                head = "HTTP/1.1 %s\r\n%sContent-Length: %d\r\nConnection: close\r\n\r\n"
-                piece = (head % (status, fields, size)).encode()
-                while piece:
-                    writer.write(piece)
-                    await asyncio.wait_for(writer.drain(), 120)
-                    piece = body.read(min(size, 1 << 16)) if method == "GET" else b""
-                    size -= len(piece)
-        except (OSError, EOFError, TorError, asyncio.TimeoutError):
-            pass
-        writer.close()
-
-    return handler
+async def web_serve(folder, reader, writer):
+    try:
+        request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        status, body = web_answer(folder, *(request.split() + [b"", b""])[:2])
+        with body:
+            size = body.seek(0, 2)
+            body.seek(0)
+            # Neither Date nor Server: they would tell about the clock and the machine.
+            head = "HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+            piece = (head % (status, size)).encode()
+            while piece:
+                writer.write(piece)
+                await asyncio.wait_for(writer.drain(), 120)
+                piece = body.read(min(size, 1 << 16)) if request[:4] != b"HEAD" else b""
+                size -= len(piece)
+    except (OSError, EOFError, TorError, asyncio.TimeoutError):
+        pass
+    writer.close()
 
 
 def serve_target(what):
-    """Return the target of create_onion_service that --serve's argument names; ConfigError."""
+    """Return create_onion_service's target for --serve's argument; ConfigError."""
     if what[:5] == "unix:":
         return what
     host, _, port = what.rpartition(":")
     if port.isdecimal():
-        host = host.strip("[]")
-        check_target(host or "-", int(port))
-        return (host, int(port)) if host else int(port)
+        target = host.strip("[]") or "127.0.0.1", int(port)
+        check_target(*target)
+        return target
     if what and not os.path.isdir(what):
         raise ConfigError("--serve %s: no port, no host:port, no folder" % what)
-    return web_handler(what and os.path.realpath(what))
-
-
-def parse_arguments(argv):
-    import argparse
-
-    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--serve", nargs="?", const="", metavar="WHAT",
-        help="host an onion service: a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER")
-    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
-    add("--address", action="store_true", help="print the address that --serve has")
-    add = parser.add_argument
-    add("-o", metavar="FILE", help="where --get writes (standard output)")
-    add("--port", type=int, default=80, help="the port of the onion service (80)")
-    add("--key-dir", metavar="DIR", help="the key of the service, as tor's HiddenServiceDir")
-    add("--data-dir", metavar="DIR", help="state (~/.local/state/minitor)")
-    add("--network", metavar="FILE", help="another Tor network ($MINITOR_NETWORK)")
-    add("-v", action="count", default=0, help="say more")
-    add("--version", action="version", version="minitor " + __version__)
-    return parser.parse_args(argv)
+    folder = what and os.path.realpath(what)
+    return lambda reader, writer: web_serve(folder, reader, writer)
 
 
 def run_command(options):
-    def progress(percent, tag, summary):
-        print("Bootstrapped %d%% (%s): %s" % (percent, tag, summary), file=sys.stderr, flush=True)
+    import shutil
 
-    network = options.network or os.environ.get("MINITOR_NETWORK")
-    data_dir = options.data_dir or default_data_dir(network)
-    key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
+        data_dir = options.data_dir or default_data_dir(options.network)
         private_dir(data_dir)
-        return print(onion_address(load_service_key(key_dir)[1]))
-    check_target("-", options.port)
-    target = None if options.get else serve_target(options.serve)
-    with Tor(data_dir, network, progress) as tor:
+        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
+        return print(onion_address(key))
+    check_target("localhost", options.port)
+    target = options.get or serve_target(options.serve)
+    progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
+    with Tor(options.data_dir, options.network, progress) as tor:
         if not options.get:
-            print(tor.create_onion_service(options.port, target, key_dir).address, flush=True)
+            service = tor.create_onion_service(options.port, target, options.key_dir)
+            print(service.address, flush=True)
             return threading.Event().wait()
         with tor.urlopen(options.get) as response:
             with open(options.o or 1, "wb", closefd=bool(options.o)) as out:
-                while piece := http_call(options.get, response.read, 1 << 16):
-                    out.write(piece)
+                http_call(options.get, shutil.copyfileobj, response, out)
         if response.length:
             raise StreamError("%s: %d bytes are missing" % (options.get, response.length))
 
 
 def main(argv=None):
-    """Run the command line `argv` (default: the program's) and return the exit status."""
+    """Run the command line `argv` (default: the program's); return the exit status."""
+    import argparse
     import signal
 
-    options = parse_arguments(argv)
+    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--serve", nargs="?", const="", metavar="WHAT",
+        help="host a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
+    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--address", action="store_true", help="print the service's address")
+    add = parser.add_argument
+    add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("--port", type=int, default=80, help="the service's port (80)")
+    add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--data-dir", help="state (~/.local/state/minitor)")
+    network = os.environ.get("MINITOR_NETWORK")
+    add("--network", default=network, help="another Tor network ($MINITOR_NETWORK)")
+    add("-v", action="count", default=0, help="say more")
+    add("--version", action="version", version="minitor " + __version__)
+    options = parser.parse_args(argv)
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

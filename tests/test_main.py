@@ -149,7 +149,7 @@ def test_unreadable_files_are_not_found(site):
 
 
 def test_serve_target(tmp_path):
-    assert minitor.serve_target("8080") == 8080
+    assert minitor.serve_target("8080") == ("127.0.0.1", 8080)
     assert minitor.serve_target("example.com:80") == ("example.com", 80)
     assert minitor.serve_target("[::1]:80") == ("::1", 80)
     assert minitor.serve_target("unix:/run/x") == "unix:/run/x"

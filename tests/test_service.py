@@ -328,43 +328,61 @@ def test_client_is_refused(answer, error):
     assert isinstance(result, error) and rend.closed and introducing.closed and not rend.keys
 
 
-def test_streams_share_one_attempt(monkeypatch):
+def test_streams_share_one_attempt(monkeypatch, tmp_path):
     built, opened = [], []
+    keys = {name: minitor.ed25519_public(name.encode() * 32) for name in "kob"}
 
     async def fake_meet(tor, key):
         built.append(key)
         await asyncio.sleep(0.01)
-        if key == b"bad":
+        if key == keys["b"]:
             raise minitor.OnionError("down")
         circuit = Circuit()
 
         async def open_stream(command, body, seconds):
-            opened.append((circuit, minitor.parse_begin(body)[1]))
+            assert (command, body) == (minitor.RELAY_BEGIN, minitor.begin("", port_of(body), 0))
+            opened.append((circuit, port_of(body)))
+            if failures:
+                raise failures.pop(0)
             return len(opened)
 
         circuit.open_stream = open_stream
         return circuit
 
+    def port_of(body):
+        return minitor.parse_begin(body)[1]
+
     monkeypatch.setattr(minitor, "_meet", fake_meet)
+    failures = []
 
     async def main():
-        tor = fake_tor()
-        await asyncio.gather(*[minitor.connect_onion(tor, b"key", 80 + n) for n in range(5)])
-        assert len(set([c for c, _ in opened])) == 1 and built == [b"key"]
+        tor = minitor.AsyncTor(str(tmp_path))
+        connect = lambda key, port: tor.open_connection(minitor.onion_address(keys[key]), port)
+        await asyncio.gather(*[connect("k", 80 + n) for n in range(5)])
+        assert len(set([c for c, _ in opened])) == 1 and built == [keys["k"]]
         assert [port for _, port in opened] == [80, 81, 82, 83, 84]
         opened[0][0].close()
-        await minitor.connect_onion(tor, b"key", 80)
+        await connect("k", 80)
         assert opened[5][0] is not opened[0][0]
         # One that gives up leaves the attempt to the others.
-        first = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
-        second = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
+        first = asyncio.ensure_future(connect("o", 80))
+        second = asyncio.ensure_future(connect("o", 80))
         await asyncio.sleep(0)
         first.cancel()
-        assert await second and built.count(b"other") == 1
+        assert await second and built.count(keys["o"]) == 1
         for _ in range(2):
             with pytest.raises(minitor.OnionError, match="down"):
-                await minitor.connect_onion(tor, b"bad", 80)
-        assert built[-2:] == [b"bad"] * 2 and len(tor.onion_circuits) <= 3
+                await connect("b", 80)
+        assert built[-2:] == [keys["b"]] * 2 and len(tor.onion_circuits) <= 3
+        # A service that refuses is not met again, one that falls silent is.
+        before = len(built)
+        failures.append(minitor.StreamError("refused", 3))
+        with pytest.raises(minitor.StreamError, match="refused"):
+            await connect("o", 80)
+        assert len(built) == before
+        failures.append(minitor.StreamError("silent", minitor.END_TIMEOUT))
+        await connect("o", 80)
+        assert built[before:] == [keys["o"]] and opened[-1][0] is not opened[-2][0]
 
     asyncio.run(main())
 

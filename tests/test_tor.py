@@ -603,3 +603,11 @@ def test_urllib_is_not_imported_until_needed():
     code = "import sys, minitor; assert 'http.client' not in sys.modules and 'argparse' not in sys.modules"
     folder = os.path.dirname(os.path.abspath(minitor.__file__))
     assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
+def test_a_data_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    before = threading.active_count()
+    with pytest.raises(minitor.ConfigError, match="file/data"):
+        minitor.Tor(str(tmp_path / "file" / "data"))
+    assert threading.active_count() == before

@@ -3709,14 +3709,13 @@ class TorCore:
                 path = choose() if choose else self.paths.onion_path("rend", target)
             try:
                 if not circuit:
-                    first = path[0]
-                    place = first.address, first.port, first.rsa_id, first.ed_id
-                    channel = await self.channels.get(*place)
+                    hop = path[0]
+                    channel = await self.channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
                     circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
                 circuit.since = ticks_ms()
-                for relay in path[len(circuit.path) :]:
-                    await circuit.extend(relay, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not guards.succeeded(relay.rsa_id):
+                for hop in path[len(circuit.path) :]:
+                    await circuit.extend(hop, BUILD_SECONDS)
+                    if len(circuit.path) == 1 and not guards.succeeded(hop.rsa_id):
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
@@ -3830,8 +3829,8 @@ async def _introduce(tor, descriptor, intro):
         # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
         # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.paths.param, descriptor.flow)
-        subcred, relay = descriptor.subcred, rend.path[-1]
-        state, body = hs_ntor_client_intro(intro, subcred, cookie, relay, vegas)
+        subcred = descriptor.subcred
+        state, body = hs_ntor_client_intro(intro, subcred, cookie, rend.path[-1], vegas)
         joined, answer = rend.expect(RELAY_RENDEZVOUS2), RELAY_INTRODUCE_ACK
         ack = await circuits[1].ask(RELAY_INTRODUCE1, body, answer, BUILD_SECONDS)
         require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
@@ -3997,9 +3996,8 @@ class OnionService:
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            keys = set([i.auth_key for i in ready])
-            if keys != state:
-                state, due = keys, {}
+            old, state = state, set([i.auth_key for i in ready])
+            due = due if state == old else {}
             try:
                 if updates != self.tor.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]

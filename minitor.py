@@ -4182,9 +4182,11 @@ class AsyncTor(TorCore):
             try:
                 return await ask(circuit)
             except (CircuitError, StreamError) as e:
-                if last or not circuit.closed and e.reason not in again:
+                if not circuit.closed and e.reason not in again:
                     raise
                 circuit.since -= 2 * DIRTY_MS
+                if last:
+                    raise
 
     async def create_onion_service(self, port, target=None, key_dir=None):
         """Host an onion service; return it, with `address` and `close`, once it is reachable.

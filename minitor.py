@@ -806,7 +806,7 @@ def rsa_verify(n, digest, signature):
     return s.to_bytes(len(n), "big") == b"\0\1" + fill + b"\0" + digest
 
 
-# === 6. Certificates and documents ==========================================
+# === 6. Certificates and documents ===
 # cert-spec, and dir-spec's authority certificates, consensus and microdescriptors.
 
 
@@ -1098,7 +1098,7 @@ class MicrodescParser(_Splitter):
             self._beside[2] = b"".join([sha256(one)[:8] for one in word[1:17] if one])
 
 
-# === 7. Relay table =========================================================
+# === 7. Relay table ===
 # The relays of a consensus in fixed records, sorted by RSA identity.
 
 # RSA identity; half of the microdescriptor's digest; Ed25519 identity, at first the other half;
@@ -1109,8 +1109,10 @@ _MAX_BESIDE = 4 << 20
 _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
-class Relay:
-    """`index`, `flags`, `rsa_id`, `address` (text), `port`; if USABLE: `ed_id`, `ntor_key`."""
+class Record:
+    """A descriptor, or a relay: `index`, `flags`, `rsa_id`, `address` (text), `port`, …"""
+
+    specifiers, private = None, False
 
 
 def _pieces(packed, size):
@@ -1148,7 +1150,7 @@ class RelayTable:
         return len(self.flags)
 
     def relay(self, i):
-        r, fields = Relay(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
+        r, fields = Record(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
         r.rsa_id, md, address, r.port, _ = fields
         r.ed_id, r.ntor_key, r.address = md[16:48], md[48:80], "%d.%d.%d.%d" % tuple(address)
         r.index, r.flags = i, self.flags[i]
@@ -1234,19 +1236,19 @@ def load_table(path, network_id):
     return RelayTable(*pieces[1:4], pieces[4:]), Consensus(pieces[0])
 
 
-# === 8. Cells and handshakes ================================================
+# === 8. Cells and handshakes ===
 # Cells, relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
 VPADDING, CERTS, AUTH_CHALLENGE = 128, 129, 130
 
-RELAY_BEGIN, RELAY_DATA, RELAY_END, RELAY_CONNECTED, RELAY_SENDME = range(1, 6)
-RELAY_TRUNCATED, RELAY_DROP, RELAY_RESOLVE, RELAY_RESOLVED, RELAY_BEGIN_DIR = range(9, 14)
-RELAY_EXTEND2, RELAY_EXTENDED2, RELAY_XOFF, RELAY_XON, RELAY_DATA_MAX = 14, 15, 43, 44, 498
-RELAY_ESTABLISH_INTRO, RELAY_ESTABLISH_RENDEZVOUS, RELAY_INTRODUCE1 = range(32, 35)
-RELAY_INTRODUCE2, RELAY_RENDEZVOUS1, RELAY_RENDEZVOUS2 = range(35, 38)
-RELAY_INTRO_ESTABLISHED, RELAY_RENDEZVOUS_ESTABLISHED, RELAY_INTRODUCE_ACK = range(38, 41)
+BEGIN, DATA, END, CONNECTED, SENDME = range(1, 6)
+TRUNCATED, DROP, RESOLVE, RESOLVED, BEGIN_DIR = range(9, 14)
+EXTEND2, EXTENDED2, XOFF, XON, DATA_MAX = 14, 15, 43, 44, 498
+ESTABLISH_INTRO, ESTABLISH_RENDEZVOUS, INTRODUCE1 = range(32, 35)
+INTRODUCE2, RENDEZVOUS1, RENDEZVOUS2 = range(35, 38)
+INTRO_ESTABLISHED, RENDEZVOUS_ESTABLISHED, INTRODUCE_ACK = range(38, 41)
 
 # By number: tor-spec 6.3 and 5.4.
 END_REASONS = (
@@ -1284,13 +1286,9 @@ def address_bytes(text):
         return b""
 
 
-class Record:
-    """What was parsed, as attributes."""
-
-
 def link_specifiers(relay):
     # tor-spec 5.1.2.
-    return getattr(relay, "specifiers", None) or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
+    return relay.specifiers or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
         address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
     )
 
@@ -1303,7 +1301,7 @@ def parse_link_specifiers(r, ntor_key):
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
     place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
     good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
-    require(good and len(t.specifiers) <= RELAY_DATA_MAX - 88, "unusable link specifiers")
+    require(good and len(t.specifiers) <= DATA_MAX - 88, "unusable link specifiers")
     t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
     # RFC 6890.
     a, b = place[:2]
@@ -1457,7 +1455,7 @@ def hs_ntor_service(intro, subcreds, body):
     return target, cookie, cookie + Y + auth + urandom(84), keys
 
 
-# === 9. Onion addresses and descriptors =====================================
+# === 9. Onion addresses and descriptors ===
 # Also time periods and the hash ring (rend-spec-v3 1, 2, 6, appendices A, F).
 
 
@@ -1664,7 +1662,7 @@ def parse_descriptor(data, blinded, subcred, when):
     return found
 
 
-# === 10. Channel ============================================================
+# === 10. Channel ===
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
 
@@ -1834,7 +1832,7 @@ class Channels:
             channel.close()
 
 
-# === 11. Circuits and streams ===============================================
+# === 11. Circuits and streams ===
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go.
@@ -1951,22 +1949,22 @@ class Stream:
             return
         while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
             self._deliver += STREAM_INCREMENT
-            self.circuit.send(RELAY_SENDME, self.stream_id, b"")
+            self.circuit.send(SENDME, self.stream_id, b"")
         # XON comes when half is read.
         stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
-            self._stopped, command = stop, RELAY_XOFF if stop else RELAY_XON
+            self._stopped, command = stop, XOFF if stop else XON
             self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
 
     def message(self, command, data):
-        if command == RELAY_END:
+        if command == END:
             reason = data[0] if data else 1
             self.end(StreamError("the stream ended: " + reason_text(END_REASONS, reason), reason))
-        elif command in (RELAY_XOFF, RELAY_XON) and self.circuit.vegas:
-            self._package = 0 if command == RELAY_XOFF else NO_LIMIT
-        elif command == RELAY_SENDME and self._package <= STREAM_WINDOW - STREAM_INCREMENT:
+        elif command in (XOFF, XON) and self.circuit.vegas:
+            self._package = 0 if command == XOFF else NO_LIMIT
+        elif command == SENDME and self._package <= STREAM_WINDOW - STREAM_INCREMENT:
             self._package += STREAM_INCREMENT
-        elif command in (RELAY_CONNECTED, RELAY_RESOLVED) and not self.opened.done():
+        elif command in (CONNECTED, RESOLVED) and not self.opened.done():
             self._deliver = self._package
             self.opened.set(data)
         else:
@@ -1982,16 +1980,16 @@ class Stream:
                 return
             pieces, at = [], 0
             while at < len(self.outgoing) and len(pieces) < count:
-                size = RELAY_DATA_MAX
+                size = DATA_MAX
                 # In each window a cell with random bytes: no SENDME before its time (7.4).
                 circuit.short_after -= 1
                 if circuit.short_after < 0:
-                    size, circuit.short_after = RELAY_DATA_MAX - 20, 50 + randbelow(50)
+                    size, circuit.short_after = DATA_MAX - 20, 50 + randbelow(50)
                 pieces.append(self.outgoing[at : at + size])
                 at += size
             self.outgoing = self.outgoing[at:]
             self._package -= len(pieces)
-            circuit.send(RELAY_DATA, self.stream_id, *pieces)
+            circuit.send(DATA, self.stream_id, *pieces)
         self._changed.set()
         if self._closing:
             self.send_end(END_DONE if circuit.on_begin else 1)
@@ -1999,7 +1997,7 @@ class Stream:
     def send_end(self, reason):
         if not self._ended:
             self.end(StreamError("closed here", END_DONE))
-            self.circuit.send(RELAY_END, self.stream_id, bytes([reason]))
+            self.circuit.send(END, self.stream_id, bytes([reason]))
 
     def end(self, error):
         self._closing, self._ended, self.outgoing = True, True, b""
@@ -2013,7 +2011,7 @@ class Stream:
     def accept(self):
         if not self._ended:
             self.opened.set()
-            self.circuit.send(RELAY_CONNECTED, self.stream_id, b"")
+            self.circuit.send(CONNECTED, self.stream_id, b"")
 
     def _take(self, n):
         piece = bytes(memoryview(self._incoming)[:n])
@@ -2102,7 +2100,7 @@ class Stream:
         return default
 
 
-_TO_CLOSED = RELAY_END, RELAY_SENDME, RELAY_CONNECTED, RELAY_RESOLVED, RELAY_XOFF, RELAY_XON
+_TO_CLOSED = END, SENDME, CONNECTED, RESOLVED, XOFF, XON
 
 
 class Circuit:
@@ -2137,7 +2135,7 @@ class Circuit:
             create2, finish = ntor(relay.rsa_id, relay.ntor_key)
             asked = CREATE2, create2, CREATED2
             if self.path:
-                asked = RELAY_EXTEND2, link_specifiers(relay) + create2, RELAY_EXTENDED2
+                asked = EXTEND2, link_specifiers(relay) + create2, EXTENDED2
         reply = await self.ask(*asked, seconds)
         try:
             keys = finish(reply)
@@ -2202,13 +2200,13 @@ class Circuit:
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
-            if size < RELAY_DATA_MAX:
-                data = (data + bytes(4) + urandom(RELAY_DATA_MAX - size))[:RELAY_DATA_MAX]
+            if size < DATA_MAX:
+                data = (data + bytes(4) + urandom(DATA_MAX - size))[:DATA_MAX]
             digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
             cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
-            if command == RELAY_DATA:
+            if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
                     self._due.append((tag[:20], ticks_ms()))
@@ -2216,7 +2214,7 @@ class Circuit:
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
         # Up to eight may be early (tor-spec 5.6); no path is so long.
-        kind = RELAY_EARLY if command == RELAY_EXTEND2 else RELAY
+        kind = RELAY_EARLY if command == EXTEND2 else RELAY
         head = struct.pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
@@ -2255,10 +2253,10 @@ class Circuit:
             view[at + 5 : at + 9] = b"\0\0\0\0"
             digest.update(view[at : at + 509])
             found = digest.digest()
-            if recognised or found[:4] != tag or size > RELAY_DATA_MAX:
+            if recognised or found[:4] != tag or size > DATA_MAX:
                 raise ProtocolError("a relay cell that no hop recognises")
             data = view[at + 11 : at + 11 + size]
-            if command != RELAY_DATA:
+            if command != DATA:
                 self._message(command, stream_id, bytes(data))
                 if self.closed:
                     return
@@ -2272,25 +2270,25 @@ class Circuit:
                 touched[stream_id] = stream
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
-                self.send(RELAY_SENDME, 0, b"\1\0\x14" + found[:20])
+                self.send(SENDME, 0, b"\1\0\x14" + found[:20])
         for stream in touched.values():
             stream.arrived()
 
     def _unasked(self, command, reason):
-        if command == RELAY_TRUNCATED:
+        if command == TRUNCATED:
             raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
-        require(command == RELAY_DROP, "message %d out of place" % command)
+        require(command == DROP, "message %d out of place" % command)
 
     def _message(self, command, stream_id, data):
         stream = self.streams.get(stream_id)
         if stream:
             stream.message(command, data)
-        elif stream_id and command == RELAY_BEGIN and self.on_begin:
+        elif stream_id and command == BEGIN and self.on_begin:
             spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
         elif stream_id:
             # It may have been closed here.
             require(command in _TO_CLOSED, "relay command %d for no stream" % command)
-        elif command == RELAY_SENDME:
+        elif command == SENDME:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
             require(good, "a SENDME that was not due")
@@ -2344,7 +2342,7 @@ async def pump(stream, reader, writer):
         pass
 
 
-# === 12. Paths and guards ===================================================
+# === 12. Paths and guards ===
 # Which relays a circuit goes through (path-spec 2, guard-spec, proposal 333: vanguards-lite).
 
 _NEED = FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
@@ -2552,7 +2550,7 @@ class PathSelector:
         return [table.find(rsa_id) for rsa_id in two]
 
 
-# === 13. Directory client ===================================================
+# === 13. Directory client ===
 # Which network this is; its directory: fetched, checked, cached, refreshed (dir-spec 4 and 5).
 
 # Of tor 0.4.9.11: v3 identities of the authorities; where these, and then 200 fallback mirrors,
@@ -2751,7 +2749,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
 
 async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
     """Return http_request's answer from the directory at the end of `circuit`."""
-    stream = await circuit.open_stream(RELAY_BEGIN_DIR, b"", 30)
+    stream = await circuit.open_stream(BEGIN_DIR, b"", 30)
     try:
         asking = http_request(stream, path, limit, sink, body)
         return await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
@@ -2947,22 +2945,21 @@ class Directory:
                 parser.finish()
 
 
-# === 13b. Circuits for every purpose ========================================
-# Making them, trying again, sharing, keeping some ready, closing what is idle.
+# === 13b. Circuits for every purpose ===
+# Trying again, sharing, keeping some ready, closing what is idle.
 
 BUILD_SECONDS = 20
-# tor's MaxCircuitDirtiness.
-DIRTY_MS = 600000
+DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
 SPARES = 0 if MICROPYTHON else 2
 
 
 def is_dirty(circuit):
-    """Return whether `circuit`, in use `since` then, gets no new stream."""
+    """Tell whether `circuit`, in use `since` then, gets no new stream."""
     return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
 
 
 async def close_idle(circuit):
-    """Return when `circuit` is closed; close it once it is dirty and carries no stream."""
+    """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -2972,10 +2969,7 @@ async def close_idle(circuit):
 
 
 async def shared(circuits, name, make, fits=lambda circuit: False):
-    """Return the circuit `name` of `circuits`, {name: Promise}, or another that `fits`.
-
-    Where there is none, the coroutine function `make` gives it.
-    """
+    """Return the circuit `name` of {name: Promise}, or one that `fits`, or what `make()` gives."""
     for other, promise in list(circuits.items()):
         circuit = promise.get()
         if is_dirty(circuit) if circuit else promise.done():
@@ -2998,26 +2992,25 @@ async def shared(circuits, name, make, fits=lambda circuit: False):
 
 
 class TorCore:
-    """Channels, directory, paths, and circuits.  Arguments: see AsyncTor."""
+    """Directory, paths and circuits of an AsyncTor, which has the arguments."""
 
     def __init__(self, data_dir, network, progress):
-        self.data_dir, self.network = data_dir, load_network(network)
-        self.progress = progress or (lambda percent, tag, summary: None)
-        self.channels = Channels()
-        self.directory = Directory(self.network, data_dir, self.channels, self.progress)
-        # `updates` counts changes of the directory.
-        self.updates, self.descriptors, self.onion_circuits = 0, {}, {}
-        self._exits, self._spares, self._tasks = {}, [], []
+        self.data_dir, self.channels = data_dir, Channels()
+        self.progress, network = progress or (lambda *_: None), load_network(network)
+        self.directory = Directory(network, data_dir, self.channels, self.progress)
+        self.updates = 0  # of the directory
+        self.descriptors, self.onion_circuits, self._exits = {}, {}, {}
+        self._spares, self._tasks = [], []
 
     async def bootstrap(self):
-        """Get the directory ready, and one circuit; from then on refresh in the background."""
+        """Get the directory and a first circuit; from then on keep both fresh."""
         directory = self.directory
         await directory.bootstrap()
         file = self.data_dir + "/guards.json"
         self.paths = PathSelector(directory.table, directory.consensus, file)
         directory.on_update, directory.paths = self._update, self.paths
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        self._spares = [await self.circuit_to("rendezvous")]
+        self._spares = [await self.circuit_to()]
         self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
         self.progress(100, "done", "Done")
 
@@ -3026,76 +3019,60 @@ class TorCore:
         self.paths.update(self.directory.table, self.directory.consensus)
 
     async def aclose(self):
-        """Close every circuit and channel, and stop the background tasks."""
         for task in self._tasks:
             task.cancel()
         self.channels.close()
-        # The writer tasks send what is queued, DESTROY cells among it.
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
-    async def circuit_to(self, purpose, target=None, attempts=None):
-        """Return a circuit for `purpose`, trying other paths where one fails; CircuitError.
-
-        "exit": a shared one, for port `target`; "rendezvous": three hops, the last at random;
-        "hsdir", "intro", "service_intro", "service_rendezvous": three and the relay `target`.
-        """
-        if purpose == "exit":
-            return await self._exit_circuit(target)
-        # A target may be down for good; who asks for one knows others.
-        return await self._make(lambda: self._onion_path(target), attempts or (3 if target else 6))
-
-    async def _make(self, choose, attempts=6):
-        # `choose` returns a path, and a circuit that has its first hops, or None.
-        paths = self.paths
+    async def circuit_to(self, target=None, attempts=None, choose=None):
+        """Return a circuit of three hops and `target`, or one along `choose()`; CircuitError."""
+        if target and target.private and not self.directory.network.testing:
+            raise CircuitError("a relay with a private address: " + target.address)
+        attempts = attempts or (3 if target else 6)  # a target may be down for good
         for _ in range(attempts):
-            path = circuit = None
+            circuit = None if choose else self._spare(target)
+            if circuit:
+                path = circuit.path + ([target] if target else [])
+            else:
+                path = choose() if choose else self.paths.onion_path(target)
             try:
-                path, circuit = choose()
-                if circuit is None:
-                    first = path[0]
-                    place = first.address, first.port, first.rsa_id, first.ed_id
-                    channel = await self.channels.get(*place)
-                    # One in use may be from before the network went down.
-                    if not channel.circuits:
-                        paths.network_up()
-                    window = paths.param("circwindow", 1000, 100, 1000)
-                    circuit = Circuit(channel, window)
+                if not circuit:
+                    hop = path[0]
+                    channel = await self.channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
+                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
                 circuit.since = ticks_ms()
-                for relay in path[len(circuit.path) :]:
-                    await circuit.extend(relay, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not paths.succeeded(relay.rsa_id):
+                for hop in path[len(circuit.path) :]:
+                    await circuit.extend(hop, BUILD_SECONDS)
+                    if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
+                        path = path[:1]
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
+                n = len(circuit.path) if circuit else 0
                 if circuit:
                     circuit.close()
                 if not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if path:
-                    n = len(circuit.path) if circuit else 0
-                    if n < len(path):
-                        paths.failed(path[n].rsa_id, n)
+                if n < len(path):
+                    self.paths.failed(path[n].rsa_id, n)
                 error = e
                 log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
-    def _onion_path(self, target):
-        # A spare circuit has three hops, which a target can follow, but not A-B-A (the
-        # guard may be the target, as in tor).
-        if self._spares:
-            spare = self._spares.pop(0)
-            again = target and target.rsa_id in [r.rsa_id for r in spare.path[1:]]
-            if not again and not is_dirty(spare):
-                return spare.path + ([target] if target else []), spare
-            spare.close()
-        return self.paths.onion_path(target), None
+    def _spare(self, target):
+        # Not for A-B-A; but the guard may be the target, as in tor.
+        for circuit in list(self._spares):
+            self._spares.remove(circuit)
+            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
+            if not again and not is_dirty(circuit):
+                return circuit
+            circuit.close()
 
     async def _keep_spares(self):
         while True:
             try:
                 while len(self._spares) < SPARES:
-                    make = self._make(lambda: (self.paths.onion_path(), None))
-                    self._spares.append(await make)
+                    self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
             except TorError:
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
@@ -3107,206 +3084,166 @@ class TorCore:
             i = table.find(circuit.path[-1].rsa_id)
             return i >= 0 and table.exit_allows(i, port)
 
-        make = lambda: self._make(lambda: (self.paths.exit_path(port), None))
+        make = lambda: self.circuit_to(choose=lambda: self.paths.exit_path(port))
         return await shared(self._exits, port, make, fits)
 
-    def retire(self, circuit):
-        """Give `circuit` no new stream."""
-        circuit.since -= 2 * DIRTY_MS
 
+# === 14. Onion client ===
+# Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
 
-# === 14. Onion client =======================================================
-# Descriptor, introduction, rendezvous (rend-spec-v3 3 and 4), and streams over the
-# circuit that comes of it.
-
-_MAX_DESCRIPTOR = 50000
-_HSDIR_SECONDS, _ANSWER_SECONDS, _REND_SECONDS = 30, 20, 40
+_REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
+def descriptor_place(tor, key, n):
+    """Return start, blinding parameter and key, subcredential, directories of period `n`."""
+    directory = tor.directory
+    table, consensus = directory.table, directory.consensus
+    period = time_periods(consensus, directory.network.testing)[n]
+    param = blinding_param(key, period)
+    blinded = ed25519_blind_public(key, param)
+    ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
+    ring = [table.relay(i) for i in ring]
+    return period[3], param, blinded, subcredential(key, blinded), ring
+
+
 async def hsdir_request(tor, relay, path, body=b""):
-    """Ask an onion-service directory, over four hops; return the body of its answer."""
-    circuit = await tor.circuit_to("hsdir", relay)
+    """Return the body of an onion-service directory's answer."""
+    circuit = await tor.circuit_to(relay)
     try:
-        asking = directory_request(circuit, path, _MAX_DESCRIPTOR, None, body, _HSDIR_SECONDS)
-        return await asking
+        return await directory_request(circuit, path, 50000, None, body, 30)
     finally:
         circuit.close()
 
 
-def _shuffled(items):
-    return sorted(items, key=lambda _: randbelow(1 << 30))
+async def _try_each(items, use, kind, text):
+    # What `use(item)` returns for the first of `items`, at random, that works.
+    error = "none is known"
+    for item in sorted(items, key=lambda _: randbelow(1 << 30)):
+        try:
+            return await use(item)
+        except TorError as e:
+            error = e
+            log(INFO, "trying another: %s", e)
+    raise kind("%s %s" % (text, error))
 
 
 async def _find_descriptor(tor, key):
-    # The one at hand, or one from the responsible directories in random order (2.2.3).
-    directory, error = tor.directory, "no directory"
-    period = time_periods(directory.consensus, directory.network.testing)[2]
-    blinded = ed25519_blind_public(key, blinding_param(key, period))
-    found = tor.descriptors.get(blinded)
+    found, text = tor.descriptors.get(key), "no descriptor of %s: is it right, and up?"
     if found and now() < found.until:
         return found
-    subcred = subcredential(key, blinded)
-    ring = hsdir_ring(directory.table, directory.consensus, blinded, period, "fetch")
-    for i in _shuffled(ring):
-        try:
-            path = "/tor/hs/3/" + b64encode(blinded)
-            text = await hsdir_request(tor, directory.table.relay(i), path)
-            found = parse_descriptor(text, blinded, subcred, now())
-            if len(tor.descriptors) >= _MAX_DESCRIPTORS:
-                tor.descriptors.clear()
-            tor.descriptors[blinded] = found
-            return found
-        except TorError as e:
-            error = e
-            log(INFO, "no descriptor: %s", e)
-    address = onion_address(key)
-    raise DescriptorError("no descriptor of %s: is it right, and up? %s" % (address, error))
+    _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
+    async def fetch(relay):
+        text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
+        return parse_descriptor(text, blinded, subcred, now())
 
-async def _rendezvous_point(tor, cookie):
-    circuit = await tor.circuit_to("rendezvous")
-    answer = RELAY_RENDEZVOUS_ESTABLISHED
-    await circuit.ask(RELAY_ESTABLISH_RENDEZVOUS, cookie, answer, _ANSWER_SECONDS)
-    return circuit
+    found = await _try_each(ring, fetch, DescriptorError, text % onion_address(key))
+    if len(tor.descriptors) >= _MAX_DESCRIPTORS:
+        tor.descriptors.clear()
+    tor.descriptors[key] = found
+    return found
 
 
 async def _introduce(tor, descriptor, intro):
-    # Meet the service through one introduction point; the joined circuit.
-    if intro.private and not tor.directory.network.testing:
-        raise OnionError("an introduction point has a private address")
-    cookie, met = urandom(20), None
-    circuits = await asyncio.gather(
-        _rendezvous_point(tor, cookie), tor.circuit_to("intro", intro), return_exceptions=True
-    )
+    circuits, cookie = [await tor.circuit_to()], urandom(20)
+    rend = circuits[0]
     try:
-        for circuit in circuits:
-            if isinstance(circuit, BaseException):
-                raise circuit
-        rend, introducing = circuits
+        established = rend.expect(RENDEZVOUS_ESTABLISHED)
+        rend.send(ESTABLISH_RENDEZVOUS, 0, cookie)
+        circuits.append(await tor.circuit_to(intro))
+        await established.wait(BUILD_SECONDS)
         if rend.closed:
             raise rend.closing.get()
-        # A circuit takes a message only where it is expected, and once: RENDEZVOUS2 not
-        # before INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        vegas = congestion_control(tor.directory.consensus.param, descriptor.flow)
-        subcred, relay = descriptor.subcred, rend.path[-1]
-        body, finish = hs_ntor_client(intro, subcred, cookie, relay, vegas)
-        joined = rend.expect((RELAY_RENDEZVOUS2,))
-        answers = (RELAY_INTRODUCE_ACK,)
-        _, ack = await introducing.ask(RELAY_INTRODUCE1, body, answers, _ANSWER_SECONDS)
-        status = Reader(ack, "INTRODUCE_ACK").uint(2)
-        if status:
-            raise OnionError("an introduction point refused: status %d" % status)
-        _, reply = await joined.wait(_REND_SECONDS)
-        rend.add_onion_hop(finish(reply), False, vegas)
-        met = rend
-        return rend
+        # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
+        # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
+        vegas = congestion_control(tor.paths.param, descriptor.flow)
+        subcred = descriptor.subcred
+        body, finish = hs_ntor_client(intro, subcred, cookie, rend.path[-1], vegas)
+        joined, answer = rend.expect(RENDEZVOUS2), INTRODUCE_ACK
+        ack = await circuits[1].ask(INTRODUCE1, body, answer, BUILD_SECONDS)
+        require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
+        rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
+        return circuits.pop(0)
     except asyncio.TimeoutError:
-        raise OnionError("the service did not come to the rendezvous point")
+        raise OnionError("nothing came from the rendezvous point")
     finally:
         for circuit in circuits:
-            if circuit is not met and not isinstance(circuit, BaseException):
-                circuit.close()
+            circuit.close()
 
 
 async def _meet(tor, key):
-    # Try all introduction points, and those of newer descriptors for a while: a service that
-    # lost relays publishes anew within seconds.
+    # A service that lost relays publishes anew within seconds.
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
-        for intro in _shuffled(descriptor.intro_points):
-            try:
-                return await _introduce(tor, descriptor, intro)
-            except TorError as e:
-                error = e
-                log(INFO, "introduction failed: %s", e)
-        descriptor.until = 0
-        if now() > end:
-            raise OnionError("%s cannot be reached, is it up? %s" % (onion_address(key), error))
+        text = "%s cannot be reached, is it up?" % onion_address(key)
+        use = lambda intro: _introduce(tor, descriptor, intro)
+        try:
+            return await _try_each(descriptor.intro_points, use, OnionError, text)
+        except OnionError:
+            descriptor.until = 0
+            if now() > end:
+                raise
         await asyncio.sleep(pause)
         pause = 3
 
 
-async def connect_onion(tor, key, port):
-    """Open a stream to `port` of the service with the identity `key` (32 bytes).
-
-    Raises OnionError, StreamError.
-    """
-    for last in (False, True):
-        circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
-        # As in tor: a new one would be dear.
-        circuit.since = ticks_ms()
-        try:
-            return await circuit.open_stream("", port, _REND_SECONDS)
-        except (CircuitError, StreamError) as e:
-            if e.reason == END_TIMEOUT:
-                # The service may have gone without a word.
-                circuit.close()
-            if last or not circuit.closed:
-                raise StreamError("port %d cannot be opened: %s" % (port, e), e.reason)
+async def onion_circuit(tor, key):
+    """Return a circuit to the service with the identity `key`, shared; OnionError."""
+    circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
+    circuit.since = ticks_ms()  # as in tor: a new one would be dear
+    return circuit
 
 
-# === 15. Onion service ======================================================
-# Introduction points, publishing, and answering introductions (rend-spec-v3 2
-# to 4); keys as in tor's HiddenServiceDir.
+# === 15. Onion service ===
+# Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
 INTRO_POINTS = 3
-# Of one service: introductions answered in a second; tasks, about one for each circuit;
-# streams on each circuit; uploads at once.
+# Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
-# An introduction point is replaced after once or twice so many: this bounds memory, too.
+# An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
-_KEY_HEAD = b"== ed25519v1-%s: type0 ==\0\0\0"
 
 
 def load_service_key(key_dir):
-    """Return (expanded secret key, public key) of a folder, new ones where there are none."""
-    path, head = key_dir + "/hs_ed25519_", _KEY_HEAD % b"secret"
+    """Return (expanded secret key, public key) of a HiddenServiceDir, made if it has none."""
+    path, head = key_dir + "/hs_ed25519_", b"== ed25519v1-%s: type0 ==\0\0\0"
     try:
         private_dir(key_dir)
         if "hs_ed25519_secret_key" not in os.listdir(key_dir):
-            write_file(path + "secret_key", head + ed25519_expand(urandom(32)))
+            write_file(path + "secret_key", head % b"secret" + ed25519_expand(urandom(32)))
         data = read_file(path + "secret_key") or b""
-        if len(data) != 96 or data[:32] != head:
+        if len(data) != 96 or data[:32] != head % b"secret":
             raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
         public = ed25519_public(data[32:])
-        write_file(path + "public_key", _KEY_HEAD % b"public" + public)
+        write_file(path + "public_key", head % b"public" + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
         raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
     return data[32:], public
 
 
-async def _ignore(*_):
-    pass
-
-
 class OnionService:
-    """An onion service: its key in `key_dir`, `ports` {virtual port: target}; ConfigError.
-
-    A target is a local port, (host, port), "unix:/path" or a coroutine function that gets
-    (reader, writer).  `address`; `rate`: introductions answered in a second, eight times
-    as many in a burst.
-    """
+    """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
-            target = ("127.0.0.1", target) if isinstance(target, int) else target
-            unix = not MICROPYTHON and isinstance(target, str) and target[:5] == "unix:"
+            if isinstance(target, int):
+                target = "127.0.0.1", target
+            unix = not MICROPYTHON and isinstance(target, str) and target.startswith("unix:")
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
         self._esk, self.key = load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
-        # How many introductions may be answered now; the authentication keys published.
-        self._tokens, self._shown = 8 * _RATE, ()
-        self._updates, self._periods, self._published = None, [], Promise()
+        # `_tokens`: introductions that may be answered now; `_shown`: published auth_keys.
+        self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        """Open the service; return when its descriptors were published."""
+        """Return when the descriptors were published."""
         self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
@@ -3320,8 +3257,6 @@ class OnionService:
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
 
-    # --- Introduction points (3.1) ---
-
     def _over(self, intro):
         listed = self.tor.directory.table.find(intro.rsa_id) >= 0
         return not listed or now() > intro.until or intro.left <= 0
@@ -3332,174 +3267,137 @@ class OnionService:
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
-                    self.intros.append(self._new_intro())
-                    self._tasks.append(spawn(self._keep_intro(self.intros[-1])))
+                    self._add_intro()
             except TorError as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
 
-    def _new_intro(self):
-        # A Relay, apart from the others, with what belongs to an introduction point.
+    def _add_intro(self):
         table, pick = self.tor.directory.table, self.tor.paths.pick
-        used = [j for j in [table.find(i.rsa_id) for i in self.intros] if j >= 0]
-        i = pick("intro", lambda i: all([distinct(table, i, j) for j in used]), STABLE)
-        intro = table.relay(i)
-        intro.esk = ed25519_expand(urandom(32))
+        used = [table.find(i.rsa_id) for i in self.intros]
+        apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
+        intro = table.relay(pick("intro", apart, STABLE))
+        intro.esk, intro.ready, intro.cookies = ed25519_expand(urandom(32)), False, set()
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
-        intro.ready, intro.cookies = False, set()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        return intro
+        self.intros.append(intro)
+        self._tasks.append(spawn(self._keep_intro(intro)))
 
     async def _keep_intro(self, intro):
+        circuit, answer = None, INTRO_ESTABLISHED
         try:
-            # A lost circuit is made anew three times.
+            # As tor: again three times, but not eleven circuits in five minutes.
             for _ in range(4):
-                await self._hold(intro)
+                while 0 <= now() - self._launched[0] < 300:
+                    await asyncio.sleep(1)
+                self._launched = self._launched[1:] + [now()]
+                circuit = await self.tor.circuit_to(intro)
+                circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
+                message = establish_intro(intro, circuit.kh)
+                await circuit.ask(ESTABLISH_INTRO, message, answer, BUILD_SECONDS)
+                intro.ready = True
+                # It stays until the descriptor names another.
+                while not circuit.closed and (
+                    intro.auth_key in self._shown or not self._over(intro)
+                ):
+                    await asyncio.sleep(1)
+                intro.ready = False
                 if self._over(intro):
                     break
         except TorError as e:
             log(INFO, "introduction point lost: %s", e)
         finally:
             self.intros.remove(intro)
-
-    async def _hold(self, intro):
-        # tor: at most ten introduction circuits in five minutes.
-        while 0 <= now() - self._launched[0] < 300:
-            await asyncio.sleep(1)
-        self._launched = self._launched[1:] + [now()]
-        circuit = await self.tor.circuit_to("service_intro", intro)
-        try:
-            circuit.on_control[RELAY_INTRODUCE2] = lambda body: self._introduced(intro, body)
-            message = establish_intro(intro, circuit.kh)
-            answers = (RELAY_INTRO_ESTABLISHED,)
-            await circuit.ask(RELAY_ESTABLISH_INTRO, message, answers, _ANSWER_SECONDS)
-            intro.ready = True
-            # When its time is over, it stays until the descriptor names another.
-            while not circuit.closed and (intro.auth_key in self._shown or not self._over(intro)):
-                await asyncio.sleep(1)
-        finally:
-            intro.ready = False
-            circuit.close()
-
-    # --- Publishing (2.2.1, 2.4) ---
-
-    def _find_periods(self):
-        # Of each: itself, blinded secret and public key, subcredential, directories, and
-        # {the RSA identity of one: (the introduction points that it has, until when)}.
-        if self._updates == self.tor.updates:
-            return
-        directory, key, uploaded = self.tor.directory, self.key, {p[2]: p[5] for p in self._periods}
-        self._updates, self._periods = self.tor.updates, []
-        consensus, table = directory.consensus, directory.table
-        for period in time_periods(consensus, directory.network.testing)[:2]:
-            param = blinding_param(key, period)
-            esk, blinded = ed25519_blind_secret(self._esk, param), ed25519_blind_public(key, param)
-            ring = [table.relay(i) for i in hsdir_ring(table, consensus, blinded, period, "store")]
-            found = period, esk, blinded, subcredential(key, blinded), ring
-            self._periods.append(found + (uploaded.get(blinded, {}),))
+            if circuit:
+                circuit.close()
 
     async def _keep_published(self):
-        waited = 0
+        # `due`: when a directory wants this `state` of a descriptor.
+        waited, updates, state, due = 0, None, None, {}
         while True:
-            # Wait for all introduction points, after a while for any.
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
+            # All are waited for, for a while.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            results = []
+            old, state = state, set([i.auth_key for i in ready])
+            due = due if state == old else {}
             try:
-                self._find_periods()
+                if updates != self.tor.updates:
+                    self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+                    updates = self.tor.updates
                 for period in self._periods:
-                    await self._publish(ready, results, *period)
+                    await self._publish(ready, due, *period)
             except MemoryError:
-                results.append(False)
-            if True in results:
-                self._shown = [i.auth_key for i in ready]
+                pass  # again in 20 seconds
+            if [t for t in due.values() if t > now() + 20]:
+                self._shown = state
                 self._published.set()
-            elif results:
+            else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
-            if False in results:
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, results, period, esk, blinded, subcred, ring, uploaded):
-        # Upload to the directories that lack this state.
-        state, t, todo = set([i.auth_key for i in intros]), now(), []
-        for relay in ring:
-            known, until = uploaded.get(relay.rsa_id, (None, 0))
-            if known != state or until < t:
-                todo.append(relay)
+    async def _publish(self, intros, due, start, param, blinded, subcred, ring):
+        t, tor = now(), self.tor
+        todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
+        for relay in todo:
+            due[blinded + relay.rsa_id] = t + 20
 
-        async def upload(text):
-            while todo:
-                relay = todo.pop()
-                try:
-                    await hsdir_request(self.tor, relay, "/tor/hs/3/publish", text)
-                    # tor: again after one to two hours.
-                    uploaded[relay.rsa_id] = state, t + 3600 + randbelow(3600)
-                    results.append(True)
-                except TorError as e:
-                    results.append(False)
-                    log(INFO, "a descriptor was not uploaded: %s", e)
+        async def upload(relay):
+            try:
+                await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
+                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
+            except TorError as e:
+                log(INFO, "a descriptor was not uploaded: %s", e)
 
         if todo:
-            revision = revision_counter(esk, t - period[3])
-            flow = sendme_increment(self.tor.directory.consensus.param)
+            esk = ed25519_blind_secret(self._esk, param)
+            revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-            await asyncio.gather(*[upload(text) for _ in range(_UPLOADS)])
-
-    # --- Introductions and rendezvous (3.3, 4) ---
+        while todo:
+            await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
+            todo = todo[_UPLOADS:]
 
     def _introduced(self, intro, body):
-        full = not self._tokens or intro.left < -_INTRODUCTIONS
-        if not full and len(self._tasks) >= _MAX_TASKS:
-            idle = [c for c in self.circuits if not c.streams]
-            full = not idle or idle[0].close()
-        if full:
+        full = len(self._tasks) >= _MAX_TASKS
+        idle = [c for c in self.circuits if full and not c.streams]
+        if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
             return log(INFO, "an introduction is dropped: too many")
+        if full:
+            idle[0].close()
         self._tokens -= 1
         self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
+        # Meet the client at the rendezvous point of INTRODUCE2 (3.3, 4).
+        subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
         try:
-            circuit = await self._join(intro, body)
+            target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
+            used = [i for i in self.intros if cookie in i.cookies]
+            require(not used, "its rendezvous cookie was used before")
+            intro.cookies.add(cookie)
+            intro.left -= 1
+            attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
+            circuit = await self.tor.circuit_to(target, attempts)
+            circuit.send(RENDEZVOUS1, 0, answer)
+            circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
         except TorError as e:
             return log(INFO, "an introduction came to nothing: %s", e)
+        circuit.on_begin = self._begin
         self.circuits.append(circuit)
         await close_idle(circuit)
         self.circuits.remove(circuit)
-
-    async def _join(self, intro, body):
-        # Meet the client at the rendezvous point that INTRODUCE2 names.
-        subcreds = [period[3] for period in self._periods]
-        target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-        if any([cookie in i.cookies for i in self.intros]):
-            raise ProtocolError("its rendezvous cookie was used before")
-        intro.cookies.add(cookie)
-        intro.left -= 1
-        directory = self.tor.directory
-        if target.private and not directory.network.testing:
-            raise ProtocolError("its rendezvous point has a private address")
-        attempts = directory.consensus.param("hs_service_max_rdv_failures", 2, 1, 10)
-        circuit = await self.tor.circuit_to("service_rendezvous", target, attempts)
-        circuit.send(RELAY_RENDEZVOUS1, 0, answer)
-        vegas = congestion_control(directory.consensus.param, target.flow)
-        circuit.add_onion_hop(keys, True, vegas)
-        circuit.on_begin = self._begin
-        return circuit
-
-    # --- Streams ---
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
-            # As if it had closed, and no second guess on this circuit.  DESTROY waits: at a
-            # relay it would overtake END.
-            circuit.on_begin = _ignore
+            # No second guess.  DESTROY waits, or overtakes END.
+            circuit.on_begin = None
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
@@ -3582,10 +3480,10 @@ class AsyncTor(TorCore):
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
+        key, asked = None, (host, port)
         if host.lower().endswith(".onion"):
-            opening = connect_onion(self, parse_onion_address(host), port)
-        else:
-            opening = self._at_exit(port, RELAY_BEGIN, begin(host, port, 1), 20)
+            key, asked = parse_onion_address(host), ("", port)
+        opening = self._on_circuit(key, port, BEGIN, begin(*asked), 30)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -3597,23 +3495,26 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        stream = await self._at_exit(443, RELAY_RESOLVE, host.encode() + b"\0", 30)
+        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0", 30)
         stream.circuit.streams.pop(stream.stream_id, None)
         addresses = parse_resolved(stream.opened.get())
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _at_exit(self, port, *asked):
-        for left in (2, 1, 0):
-            circuit = await self.circuit_to("exit", port)
+    async def _on_circuit(self, key, port, *asked):
+        # A stream; from another circuit, as tor, after these END reasons (6.3).
+        again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
+        for last in (False, False, True):
+            circuit = await (onion_circuit(self, key) if key else self._exit_circuit(port))
             try:
                 return await circuit.open_stream(*asked)
             except (CircuitError, StreamError) as e:
-                # As tor, another exit after these END reasons (tor-spec 6.3).
-                if not left or not circuit.closed and e.reason not in (1, 2, 4, 5, 7, 8, 9, 11):
+                if not circuit.closed and e.reason not in again:
                     raise
-                self.retire(circuit)
+                circuit.since -= 2 * DIRTY_MS
+                if last:
+                    raise
 
     async def create_onion_service(self, port, target=None, key_dir=None):
         """Host an onion service; return it, with `address` and `close`, once it is reachable.

@@ -17,7 +17,7 @@ import minitor
 H = bytes.fromhex
 
 
-class Thing:
+class Thing(minitor.Record):
     def __init__(self, **fields):
         self.__dict__.update(fields)
 

@@ -213,7 +213,7 @@ class FakeCircuit:
         self.mirror, self.closed, self.streams = mirror, False, []
 
     async def open_stream(self, command, body, seconds):
-        assert not self.closed and command == minitor.RELAY_BEGIN_DIR
+        assert not self.closed and command == minitor.BEGIN_DIR
         self.streams.append(FakeStream(self.mirror.serve))
         return self.streams[-1]
 

@@ -251,7 +251,7 @@ def microdescs():
     return text
 
 
-class Intro:
+class Intro(minitor.Record):
     def __init__(self, n):
         self.rsa_id, self.ed_id = bytes([n]) * 20, bytes([n]) * 32
         self.address, self.port = "127.%d.0.1" % n, 5000 + n

@@ -13,7 +13,7 @@ def ed_public(seed):
     return minitor.ed25519_public(minitor.ed25519_expand(seed))
 
 
-class Thing:
+class Thing(minitor.Record):
     def __init__(self, **fields):
         self.__dict__.update(fields)
 
@@ -52,6 +52,8 @@ class Circuit:
 
     def expect(self, command):
         self.promises.append((command, minitor.Promise()))
+        if self.answers:
+            self.promises[-1][1].set(self.answers.pop(0))
         return self.promises[-1][1]
 
     def send(self, command, stream_id, body):
@@ -79,7 +81,8 @@ def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
     directory = Thing(consensus=Consensus(), network=network, table=None)
     caches = {"onion_circuits": {}, "descriptors": {}, "updates": 0}
-    return Thing(directory=directory, **caches, **fields)
+    paths = Thing(param=directory.consensus.param)
+    return Thing(directory=directory, paths=paths, **caches, **fields)
 
 
 @pytest.fixture
@@ -92,11 +95,11 @@ def service(tmp_path):
     intro.b = b"q" * 32
     intro.enc_key = minitor.x25519(intro.b)
     service.intros.append(intro)
-    service._periods = [((1, 1440, b"", 0), b"", b"", b"s" * 32, [], {})]
+    service._periods = [(0, b"", b"", b"s" * 32, [])]
     service.built = []
 
-    async def circuit_to(purpose, target=None, attempts=6):
-        service.built.append((purpose, target, attempts))
+    async def circuit_to(target=None, attempts=None):
+        service.built.append((target, attempts))
         return Circuit()
 
     tor.circuit_to = circuit_to
@@ -168,11 +171,11 @@ def test_introduction(service):
         service._introduced(service.intros[0], body)
         await settle()
         assert len(service.circuits) == 1
-        purpose, target, attempts = service.built[0]
-        assert (purpose, target.rsa_id, attempts) == ("service_rendezvous", b"r" * 20, 2)
+        target, attempts = service.built[0]
+        assert (target.rsa_id, attempts) == (b"r" * 20, 2)
         circuit = service.circuits[0]
         command, answer = circuit.sent[0]
-        assert command == minitor.RELAY_RENDEZVOUS1 and answer[:20] == b"c" * 20
+        assert command == minitor.RENDEZVOUS1 and answer[:20] == b"c" * 20
         keys = finish(answer[20:])
         assert circuit.keys == (keys, True) and circuit.on_begin
         circuit.close()
@@ -189,16 +192,11 @@ def test_introductions_refused(service):
         service._introduced(intro, body)
         await settle()
         assert intro.left == 99
-        # The same again, the same cookie from somewhere else, garbage, a private address.
-        for bad in (body, introduce(service)[0], b"", body[:-1] + b"\0",
-                    introduce(service, b"p" * 20, "127.0.0.1")[0]):
+        # The same again, the same cookie from somewhere else, garbage.
+        for bad in (body, introduce(service)[0], b"", body[:-1] + b"\0"):
             service._introduced(intro, bad)
             await settle()
         assert len(service.built) == 1
-        service.tor.directory.network.testing = True
-        service._introduced(intro, introduce(service, b"P" * 20, "127.0.0.1")[0])
-        await settle()
-        assert len(service.built) == 2
 
     asyncio.run(main())
 
@@ -282,29 +280,30 @@ def test_ports(service, monkeypatch):
 # ─── the client ───
 
 
-def meet(answer, testing=False, private=False):
+def meet(answer):
     """Run `_introduce` with that INTRODUCE_ACK: (rendezvous circuit, introduction circuit)."""
-    intro = Thing(auth_key=ed_public(b"a" * 32), private=private)
+    intro = Thing(auth_key=ed_public(b"a" * 32), address="11.22.33.44", private=False)
     intro.b, intro.enc_key = b"q" * 32, minitor.x25519(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
     relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
     relay.ntor_key = minitor.x25519(b"n" * 32)
     rend.path = [relay]
 
-    async def circuit_to(purpose, target=None):
-        return rend if purpose == "rendezvous" else introducing
+    async def circuit_to(target=None):
+        assert target in (None, intro)
+        return introducing if target else rend
 
     async def main():
         descriptor = Thing(subcred=b"s" * 32, flow=31)
-        tor = fake_tor(testing, circuit_to=circuit_to)
+        tor = fake_tor(circuit_to=circuit_to)
         task = asyncio.ensure_future(minitor._introduce(tor, descriptor, intro))
         await settle()
-        if rend.promises and introducing.sent:
+        if introducing.sent:
             body = introducing.sent[0][1]
             target, cookie, reply, _ = minitor.hs_ntor_service(intro, [b"s" * 32], body)
             assert target.flow
-            assert rend.sent == [(minitor.RELAY_ESTABLISH_RENDEZVOUS, cookie)]
-            rend.promises[0][1].set(reply[20:])
+            assert rend.sent == [(minitor.ESTABLISH_RENDEZVOUS, cookie)]
+            rend.promises[1][1].set(reply[20:])
         return await task
 
     try:
@@ -318,11 +317,12 @@ def test_client_meets_service():
     assert result is rend and introducing.closed and not rend.closed
     assert len(rend.keys[0]) == 128 and rend.keys[1] is False
     # RENDEZVOUS2 was expected before INTRODUCE1 went out.
-    assert rend.promises[0][0] == minitor.RELAY_RENDEZVOUS2
+    expected = [minitor.RENDEZVOUS_ESTABLISHED, minitor.RENDEZVOUS2]
+    assert [command for command, _ in rend.promises] == expected
 
 
 @pytest.mark.parametrize(
-    "answer,error", [(b"\0\1\0", minitor.OnionError), (b"", minitor.ProtocolError),
+    "answer,error", [(b"\0\1\0", minitor.ProtocolError), (b"", minitor.ProtocolError),
                      (minitor.CircuitError("gone"), minitor.CircuitError)]
 )
 def test_client_is_refused(answer, error):
@@ -330,49 +330,61 @@ def test_client_is_refused(answer, error):
     assert isinstance(result, error) and rend.closed and introducing.closed and not rend.keys
 
 
-def test_client_refuses_private_introduction_points():
-    result, rend, introducing = meet(b"\0\0\0", private=True)
-    assert isinstance(result, minitor.OnionError) and not introducing.sent
-    assert meet(b"\0\0\0", True, True)[0].keys
-
-
-def test_streams_share_one_attempt(monkeypatch):
+def test_streams_share_one_attempt(monkeypatch, tmp_path):
     built, opened = [], []
+    keys = {name: ed_public(name.encode() * 32) for name in "kob"}
 
     async def fake_meet(tor, key):
         built.append(key)
         await asyncio.sleep(0.01)
-        if key == b"bad":
+        if key == keys["b"]:
             raise minitor.OnionError("down")
         circuit = Circuit()
 
         async def open_stream(command, body, seconds):
-            opened.append((circuit, minitor.parse_begin(body)))
+            assert (command, body) == (minitor.BEGIN, minitor.begin("", port_of(body)))
+            opened.append((circuit, port_of(body)))
+            if failures:
+                raise failures.pop(0)
             return len(opened)
 
         circuit.open_stream = open_stream
         return circuit
 
+    def port_of(body):
+        return minitor.parse_begin(body)
+
     monkeypatch.setattr(minitor, "_meet", fake_meet)
+    failures = []
 
     async def main():
-        tor = fake_tor()
-        await asyncio.gather(*[minitor.connect_onion(tor, b"key", 80 + n) for n in range(5)])
-        assert len(set([c for c, _ in opened])) == 1 and built == [b"key"]
+        tor = minitor.AsyncTor(str(tmp_path))
+        connect = lambda key, port: tor.open_connection(minitor.onion_address(keys[key]), port)
+        await asyncio.gather(*[connect("k", 80 + n) for n in range(5)])
+        assert len(set([c for c, _ in opened])) == 1 and built == [keys["k"]]
         assert [port for _, port in opened] == [80, 81, 82, 83, 84]
         opened[0][0].close()
-        await minitor.connect_onion(tor, b"key", 80)
+        await connect("k", 80)
         assert opened[5][0] is not opened[0][0]
         # One that gives up leaves the attempt to the others.
-        first = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
-        second = asyncio.ensure_future(minitor.connect_onion(tor, b"other", 80))
+        first = asyncio.ensure_future(connect("o", 80))
+        second = asyncio.ensure_future(connect("o", 80))
         await asyncio.sleep(0)
         first.cancel()
-        assert await second and built.count(b"other") == 1
+        assert await second and built.count(keys["o"]) == 1
         for _ in range(2):
             with pytest.raises(minitor.OnionError, match="down"):
-                await minitor.connect_onion(tor, b"bad", 80)
-        assert built[-2:] == [b"bad"] * 2 and len(tor.onion_circuits) <= 3
+                await connect("b", 80)
+        assert built[-2:] == [keys["b"]] * 2 and len(tor.onion_circuits) <= 3
+        # A service that refuses is not met again, one that falls silent is.
+        before = len(built)
+        failures.append(minitor.StreamError("refused", 3))
+        with pytest.raises(minitor.StreamError, match="refused"):
+            await connect("o", 80)
+        assert len(built) == before
+        failures.append(minitor.StreamError("silent", minitor.END_TIMEOUT))
+        await connect("o", 80)
+        assert built[before:] == [keys["o"]] and opened[-1][0] is not opened[-2][0]
 
     asyncio.run(main())
 
@@ -449,14 +461,14 @@ def published(service, monkeypatch):
 
     tried = service.tried = set()
 
-    service.tor.paths = Thing(pick=pick)
+    service.tor.paths.pick = pick
     service.tor.services = [service]
     monkeypatch.setattr(minitor, "distinct", lambda table, i, j: i != j)
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [15, 16, 17])
     monkeypatch.setattr(minitor, "now", lambda: 1460545200 + clock[0])
     monkeypatch.setattr(minitor, "make_descriptor", lambda *args: [i.rsa_id[0] for i in args[4]])
 
-    async def circuit_to(purpose, target=None, attempts=6):
+    async def circuit_to(target, attempts=None):
         if target.rsa_id[0] in service.refusing:
             raise minitor.CircuitError("refused")
         service.built.append(Circuit([b""]))
@@ -582,18 +594,17 @@ class Core(minitor.TorCore):
     """A TorCore whose circuits are made of nothing."""
 
     def __init__(self):
-        self.directory = Thing(table=Thing(
+        self.directory = Thing(network=Thing(testing=False), table=Thing(
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
         self.onion_circuits, self.updates = {}, 0
         self._exits, self._spares, self._tasks = {}, [], []
         self.log, self.down, self.gate = [], set(), None
 
-        def failed(rsa_id, hop=0):
+        def failed(rsa_id, hop):
             self.doubts.append(rsa_id) if hop else self.log.append(("failed", rsa_id[0]))
 
-        self.paths = Thing(failed=failed,
-                           succeeded=lambda i: self.log.append(("succeeded", i[0])) or True,
-                           network_up=lambda: self.log.append("up"), param=lambda *_: 1000)
+        self.paths = Thing(failed=failed, param=lambda *_: 1000,
+                           succeeded=lambda i: self.log.append(("succeeded", i[0])) or True)
         self.doubts = []
         self.paths.onion_path = lambda target=None: [
             self.relay(i) for i in (1, 2, 3)] + ([target] if target else [])
@@ -607,7 +618,7 @@ class Core(minitor.TorCore):
         self.channels = Thing(get=get)
 
     def relay(self, i):
-        return Thing(rsa_id=bytes([i]) * 20, ed_id=b"", address="", port=1)
+        return Thing(rsa_id=bytes([i]) * 20, ed_id=b"", address="11.22.33.%d" % i, port=1)
 
 
 @pytest.fixture
@@ -637,18 +648,18 @@ def numbers(circuit):
 
 def test_circuits_are_tried_again(core):
     async def main():
-        assert numbers(await core.circuit_to("rendezvous")) == [1, 2, 3]
-        assert core.log == ["up", ("succeeded", 1)]
-        assert numbers(await core.circuit_to("hsdir", core.relay(9))) == [1, 2, 3, 9]
+        assert numbers(await core.circuit_to()) == [1, 2, 3]
+        assert core.log == [("succeeded", 1)]
+        assert numbers(await core.circuit_to(core.relay(9))) == [1, 2, 3, 9]
         for down, attempts, made in ((9, None, 3), (9, 2, 2), (2, None, 3), (1, None, 0)):
             core.down, core.made[:], core.log[:] = {down}, [], []
             with pytest.raises(minitor.CircuitError, match="attempts"):
-                await core.circuit_to("intro", core.relay(9), attempts)
+                await core.circuit_to(core.relay(9), attempts)
             assert len(core.made) == made and all([c.closed for c in core.made])
             assert ("failed", 1) in core.log if down == 1 else ("failed", 1) not in core.log
         core.down = set()
         core.made[:] = []
-        task = asyncio.ensure_future(core.circuit_to("rendezvous"))
+        task = asyncio.ensure_future(core.circuit_to())
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.sleep(0)
@@ -657,21 +668,36 @@ def test_circuits_are_tried_again(core):
     asyncio.run(main())
 
 
+def test_private_addresses_are_refused(core):
+    """Onion services and their clients name relays to each other, but none in our network."""
+
+    async def main():
+        target = core.relay(9)
+        target.address, target.private = "192.168.1.1", True
+        with pytest.raises(minitor.CircuitError, match="private"):
+            await core.circuit_to(target, 2)
+        assert not core.made and not core.log
+        core.directory.network.testing = True
+        assert numbers(await core.circuit_to(target, 2)) == [1, 2, 3, 9]
+
+    asyncio.run(main())
+
+
 def test_spare_circuits(core):
     async def main():
-        core._spares = [await core.circuit_to("rendezvous") for _ in range(2)]
+        core._spares = [await core.circuit_to() for _ in range(2)]
         first, second = core._spares
-        assert await core.circuit_to("intro", core.relay(9)) is first
+        assert await core.circuit_to(core.relay(9)) is first
         assert numbers(first) == [1, 2, 3, 9]
         # A-B-A is not extended to; the guard is.
-        third = await core.circuit_to("intro", core.relay(3))
+        third = await core.circuit_to(core.relay(3))
         assert third is not second and second.closed
-        core._spares = [await core.circuit_to("rendezvous")]
-        assert numbers(await core.circuit_to("intro", core.relay(1))) == [1, 2, 3, 1]
-        old = await core.circuit_to("rendezvous")
+        core._spares = [await core.circuit_to()]
+        assert numbers(await core.circuit_to(core.relay(1))) == [1, 2, 3, 1]
+        old = await core.circuit_to()
         old.since -= minitor.DIRTY_MS + 1
         core._spares = [old]
-        assert await core.circuit_to("rendezvous") is not old and old.closed
+        assert await core.circuit_to() is not old and old.closed
         keeper = asyncio.ensure_future(core._keep_spares())
         await settle()
         assert len(core._spares) == minitor.SPARES
@@ -682,22 +708,22 @@ def test_spare_circuits(core):
 
 def test_exit_circuits_are_shared(core, monkeypatch):
     async def main():
-        a, b, c = await asyncio.gather(*[core.circuit_to("exit", p) for p in (80, 80, 443)])
+        a, b, c = await asyncio.gather(*[core._exit_circuit(p) for p in (80, 80, 443)])
         assert a is b and c is not a
         # Its exit allows this port, too; not that one.
-        assert await core.circuit_to("exit", 22) is a
-        assert await core.circuit_to("exit", 1080) not in (a, c)
-        core.retire(a)
-        assert await core.circuit_to("exit", 80) is c
+        assert await core._exit_circuit(22) is a
+        assert await core._exit_circuit(1080) not in (a, c)
+        a.since -= 2 * minitor.DIRTY_MS
+        assert await core._exit_circuit(80) is c
         c.close()
-        d = await core.circuit_to("exit", 80)
+        d = await core._exit_circuit(80)
         assert d not in (a, c)
         d.since -= minitor.DIRTY_MS + 1
-        assert await core.circuit_to("exit", 80) is not d
+        assert await core._exit_circuit(80) is not d
         core.down = {2}
         for _ in range(2):
             with pytest.raises(minitor.CircuitError):
-                await core.circuit_to("exit", 8080)
+                await core._exit_circuit(8080)
         assert len(core._exits) <= 4
 
     asyncio.run(main())

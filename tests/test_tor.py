@@ -23,15 +23,15 @@ class FakeStream:
 
 
 class FakeCircuit:
-    closed = False
+    closed, since = False, 0
 
     def __init__(self, tor):
         self.tor = tor
 
     async def open_stream(self, command, body, seconds):
-        if command == minitor.RELAY_RESOLVE:
+        if command == minitor.RESOLVE:
             return await self.resolve(body)
-        host, port = minitor.parse_begin(body)
+        host, port = body.partition(b":")[0].decode(), minitor.parse_begin(body)
         self.tor.asked.append((host, port))
         if self.tor.failures:
             raise self.tor.failures.pop(0)
@@ -58,7 +58,7 @@ class FakeTor(AsyncTor):
 
     def __init__(self, *args):
         AsyncTor.__init__(self, *args)
-        self.asked, self.failures, self.retired, self.answer = [], [], [], b""
+        self.asked, self.failures, self.circuits, self.answer = [], [], [], b""
         self.closed = False
         FakeTor.made.append(self)
 
@@ -68,12 +68,9 @@ class FakeTor(AsyncTor):
     async def bootstrap(self):
         self.progress(100, "done", "Done")
 
-    async def circuit_to(self, purpose, target=None):
-        assert purpose == "exit"
-        return FakeCircuit(self)
-
-    def retire(self, circuit):
-        self.retired.append(circuit)
+    async def _exit_circuit(self, port):
+        self.circuits.append(FakeCircuit(self))
+        return self.circuits[-1]
 
     async def aclose(self):
         self.closed = True
@@ -397,7 +394,9 @@ def test_another_exit_is_asked(tor):
     inner = FakeTor.made[-1]
     inner.failures = [minitor.StreamError("policy", 4), minitor.StreamError("hibernating", 9)]
     assert tor.http_get("example.com") == "/"
-    assert len(inner.asked) == 3 and len(inner.retired) == 2
+    assert len(inner.asked) == 3
+    # Those that failed get no new stream.
+    assert [circuit.since < -minitor.DIRTY_MS for circuit in inner.circuits] == [True, True, False]
     inner.failures = [minitor.StreamError("refused", 3)]
     with pytest.raises(minitor.StreamError, match="refused"):
         tor.http_get("example.com")

@@ -8,7 +8,7 @@ import minitor
 H = minitor.binascii.unhexlify
 
 
-class Thing:
+class Thing(minitor.Record):
     pass
 
 

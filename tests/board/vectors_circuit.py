@@ -77,7 +77,7 @@ async def main():
     service.on_begin = on_begin
     # More than the windows of stream and circuit hold; where it is slow, one SENDME of a stream.
     size = 27000 if m.MICROPYTHON else 2000000
-    stream = await client.open_stream(m.RELAY_BEGIN, m.begin("", 80, 0), 5)
+    stream = await client.open_stream(m.BEGIN, m.begin("", 80, 0), 5)
     assert begun == [("", 80)] and list(client.streams) == list(service.streams)
     stream.write(b"%d\n" % size)
     assert await stream.readuntil(b"\n") == b"%d\n" % size
@@ -104,7 +104,7 @@ async def main():
     except m.StreamError as e:
         assert e.reason == m.END_DONE
     try:
-        await client.open_stream(m.RELAY_BEGIN, m.begin("", 81, 0), 5)
+        await client.open_stream(m.BEGIN, m.begin("", 81, 0), 5)
         assert False
     except m.StreamError as e:
         assert e.reason == m.END_CONNECTREFUSED and "refused" in str(e)
@@ -112,11 +112,11 @@ async def main():
     assert not client.streams and not service.streams
 
     # A control message that is expected, and one that is not.
-    answer = client.expect(m.RELAY_RENDEZVOUS2)
-    service.send(m.RELAY_RENDEZVOUS2, 0, b"met")
+    answer = client.expect(m.RENDEZVOUS2)
+    service.send(m.RENDEZVOUS2, 0, b"met")
     assert await answer.wait(5) == b"met" and not client.closed
-    waiting = await client.open_stream(m.RELAY_BEGIN, m.begin("", 82, 0), 5)
-    service.send(m.RELAY_RENDEZVOUS2, 0, b"again")
+    waiting = await client.open_stream(m.BEGIN, m.begin("", 82, 0), 5)
+    service.send(m.RENDEZVOUS2, 0, b"again")
     error = await client.closing.wait(5)
     assert "out of place" in str(error) and client.closed
     await service.closing.wait(5)

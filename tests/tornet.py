@@ -308,29 +308,50 @@ class TorNet:
         threading.Thread(target=self._hum, daemon=True).start()
         self.progress("the network is usable after %.0f s" % (time.monotonic() - started))
 
+    def _round(self, seconds):
+        # Build and drop a circuit over every pair of relays.
+        pairs = list(itertools.combinations([r.fingerprint for r in self.relays], 2))
+        control, ours = self.hummer.control(), set()
+        for pair in pairs:
+            time.sleep(seconds / len(pairs))
+            try:
+                ours.add(control.command("EXTENDCIRCUIT 0 %s,%s" % pair)[0].split()[1])
+            except TorNetError:
+                # A relay that was killed.
+                pass
+        for _ in range(50):
+            known = [line.split() for line in control.command("GETINFO circuit-status")]
+            states = {words[0]: words[1] for words in known if words[0] in ours}
+            if set(states.values()) <= {"BUILT"}:
+                break
+            time.sleep(0.1)
+        for circuit in states:
+            try:
+                control.command("CLOSECIRCUIT " + circuit)
+            except TorNetError:
+                # It has ended already.
+                pass
+        control.close()
+
     def _hum(self):
-        """Send a cell over every link between two relays again and again, as on a busy network.
+        while not self.stopped:
+            try:
+                self._round(HUM_SECONDS)
+            except (OSError, TorNetError):
+                # The network is being stopped.
+                return
+
+    def settle(self):
+        """Return when every relay has heard of the circuits that ended, as on a busy network.
 
         tor (0.4.9.11) leaves a DESTROY in its queue when the one before has not left the buffer
-        (circuitmux_append_destroy_cell), until another cell goes the same way: without traffic,
-        clients never learn that a circuit of theirs has ended.
+        (circuitmux_append_destroy_cell), until another cell goes the same way.  Without traffic
+        introduction points acknowledge for a service that has gone, and clients wait for minutes.
+        So this sends cells over every link, once for each hop of a circuit; in the background
+        they hum along at a slower pace.
         """
-        pairs = list(itertools.combinations([r.fingerprint for r in self.relays], 2))
-        try:
-            control, circuits = self.hummer.control(), []
-            while not self.stopped:
-                for pair in pairs:
-                    time.sleep(HUM_SECONDS / len(pairs))
-                    try:
-                        circuits.append(control.command("EXTENDCIRCUIT 0 %s,%s" % pair)[0].split()[1])
-                        if len(circuits) > len(pairs) // 2:
-                            control.command("CLOSECIRCUIT " + circuits.pop(0))
-                    except TorNetError:
-                        # A relay that was killed; or the circuit has ended already.
-                        pass
-        except OSError:
-            # The network is being stopped.
-            pass
+        for _ in range(4):
+            self._round(0)
 
     def _take_range(self):
         # An abstract socket is a lock that ends with its process, whoever that belonged to.

@@ -35,6 +35,7 @@ def relays(tornet):
 
     def kill(relay):
         killed.append(tornet.kill(relay))
+        tornet.settle()
 
     yield kill
     for relay in killed:
@@ -57,6 +58,7 @@ def test_restart_with_the_same_key(tornet, target, client, tmp_path):
         address = first.address
         assert curl_ok(client, "http://%s/" % address) == HELLO
         assert first.interrupt() == 0, first.err[-2000:]
+    tornet.settle()
     for end in ("interrupt", "kill"):
         with serve(tornet, tmp_path, target.port) as again:
             assert again.address == address
@@ -64,6 +66,7 @@ def test_restart_with_the_same_key(tornet, target, client, tmp_path):
             retry(lambda: curl_ok(client, "http://%s/" % address, seconds=30), 150)
             reachable(client, address, 30)
             getattr(again, end)()
+        tornet.settle()
 
 
 def test_key_moves_to_tor_and_back(tornet, target, client, tmp_path):

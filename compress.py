@@ -25,7 +25,6 @@ write them (python -m pip install -e ".[builds]").
 
 import argparse
 import ast
-import base64
 import builtins
 import hashlib
 import importlib.util
@@ -771,14 +770,18 @@ class Build:
         return "# %s\n%s\n" % (self.banner, text)
 
     def packed(self):
-        """Return the text of a module that unpacks itself, and is then as the original."""
+        """Return a module that unpacks itself, and is then as the original: bytes (Latin-1)."""
         data, best = self.text.encode(), None
         for lc in range(5):
             filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=lc, pb=0)]
             out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
-        return PACKED % (self.banner, best[0], base64.b85encode(best[1]).decode())
+        # Every byte but these can stand in a literal as it is.
+        literal = best[1].decode("latin-1").replace("\\", "\\\\")
+        for character, escape in ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\x00"):
+            literal = literal.replace(character, escape)
+        return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
 
     def mpy(self, architecture):
         """Return the .mpy for one of ARCHITECTURES."""
@@ -791,14 +794,15 @@ class Build:
                 yield "%s-%s/minitor.mpy" % (self.what, architecture), self.mpy(architecture)
         else:
             yield self.what + "/minitor.py", self.text.encode()
-            yield self.what + "-packed/minitor.py", self.packed().encode()
+            yield self.what + "-packed/minitor.py", self.packed()
 
 
 # Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
-PACKED = """# %s
-import base64 as _b,linecache as _c,lzma as _l
+PACKED = """# coding: latin-1
+# %s
+import linecache as _c,lzma as _l
 _f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
-_s=_l.decompress(_b.b85decode("%s"),_l.FORMAT_RAW,None,[_f]).decode()
+_s=_l.decompress("%s".encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))

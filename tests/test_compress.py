@@ -284,8 +284,8 @@ def host(request, tmp_path_factory):
     tests = [path.read_text() for path in TESTS.glob("**/*.py")]
     build = builds.build("host", builds.mentioned(False, *tests))
     folder = tmp_path_factory.mktemp(request.param)
-    text = build.text if request.param == "minified" else build.packed()
-    (folder / "minitor.py").write_text(text)
+    data = build.text.encode() if request.param == "minified" else build.packed()
+    (folder / "minitor.py").write_bytes(data)
     return folder
 
 
@@ -314,7 +314,7 @@ def test_vectors_with_a_build(host):
 def test_host_builds(what, packed, tmp_path):
     build = builds.build(what)
     ast.parse(build.text, feature_version=(3, 9))
-    (tmp_path / "minitor.py").write_text(build.packed() if packed else build.text)
+    (tmp_path / "minitor.py").write_bytes(build.packed() if packed else build.text.encode())
 
     def run(*line):
         done = subprocess.run([sys.executable, *line], cwd=str(tmp_path), stdin=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ def test_service_and_client(tornet, target, tmp_path):
     """The packed service build hosts, the packed client build fetches."""
     for what in ("service", "client"):
         (tmp_path / what).mkdir()
-        (tmp_path / what / "minitor.py").write_text(builds.build(what).packed())
+        (tmp_path / what / "minitor.py").write_bytes(builds.build(what).packed())
 
     def start(what, *arguments):
         line = [tmp_path / what / "minitor.py", "--network", tornet.network_file]

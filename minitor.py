@@ -1,7 +1,7 @@
 """Tor in one Python file: a client and an onion-service host, without dependencies.
 
-For CPython (3.9 and later) and MicroPython (1.24 and later).  Each section uses only what stands
-above it, and the upper half never touches the network.
+For CPython 3.9+ and MicroPython 1.24+.  Each section uses only what stands above it, and the
+upper half never touches the network.
 
     with minitor.Tor() as tor:
         print(tor.http_get("http://<56 characters>.onion/"))

@@ -1,7 +1,7 @@
 """Tor in one Python file: a client and an onion-service host, without dependencies.
 
-For CPython (3.9 and later) and MicroPython (1.24 and later).  Each section uses only what stands
-above it, and the upper half never touches the network.
+For CPython 3.9+ and MicroPython 1.24+.  Each section uses only what stands above it, and the
+upper half never touches the network.
 
     with minitor.Tor() as tor:
         print(tor.http_get("http://<56 characters>.onion/"))
@@ -33,10 +33,8 @@ if MICROPYTHON:
     import tls
     from cryptolib import aes
 
-    # Early, so that what lives long stays together, and large pieces find room.
+    # Early: so what lives long stays together, and large pieces find room.
     gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
-    # It counts from 1970 on Unix, from 2000 on a chip.
-    _EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
     print_exception = sys.print_exception
 
@@ -44,23 +42,20 @@ if MICROPYTHON:
         return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
 else:
-    import hmac
     import ssl
+    from hmac import compare_digest as consteq
+    from operator import sub as ticks_diff
 
-    _EPOCH = 0
-    consteq = hmac.compare_digest
+    ticks_ms = lambda: int(time.monotonic() * 1000)
+    print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
 
-    def ticks_ms():  # These never go back.
-        return int(time.monotonic() * 1000)
-
-    def ticks_diff(later, earlier):
-        return later - earlier
-
-    def print_exception(error):
-        sys.excepthook(type(error), error, error.__traceback__)
-
-
+# Clocks count from 1970 on Unix, from 2000 on a chip.
+_EPOCH = 946684800 if time.gmtime(0)[0] == 2000 else 0
 urandom = os.urandom
+
+
+def uint(data):
+    return int.from_bytes(data, "big")
 
 
 def hexlify(data):
@@ -72,7 +67,7 @@ _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 
 def b32encode(data):
     # Of a multiple of 5 bytes.
-    n = int.from_bytes(data, "big")
+    n = uint(data)
     return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
 
 
@@ -82,8 +77,8 @@ def now():
 
 
 def randbelow(n):
-    # Of 128 bits, so that the bias is nothing (n is 2^64 at most).
-    return int.from_bytes(urandom(16), "big") % n
+    # 128 bits leave no bias, as n is 2^64 at most.
+    return uint(urandom(16)) % n
 
 
 def sha256(data):
@@ -91,17 +86,16 @@ def sha256(data):
 
 
 def private_dir(path):
-    """Make the folder `path`, and those above it, on a host for its owner alone."""
-    if MICROPYTHON:
-        if "/" in path:
-            private_dir(path.rpartition("/")[0])
-        try:
-            os.mkdir(path)
-        except OSError:
-            pass
-    else:
+    """Make a folder, and those above it, on a host for its owner alone."""
+    if not MICROPYTHON:
         os.makedirs(path, 0o700, exist_ok=True)
-        os.chmod(path, 0o700)
+        return os.chmod(path, 0o700)
+    if "/" in path:
+        private_dir(path.rpartition("/")[0])
+    try:
+        os.mkdir(path)
+    except OSError:
+        pass
 
 
 def read_file(path):
@@ -113,23 +107,22 @@ def read_file(path):
 
 
 def write_file(path, data):
-    """Replace the file `path` by `data` in one step."""
-    if MICROPYTHON:
-        partial, options, replace = path + ".tmp", {}, os.rename
-    else:
+    """Replace a file in one step."""
+    partial, options = path + ".tmp", {}
+    if not MICROPYTHON:
         # Two processes may share a folder.
-        partial, replace = "%s.%d.tmp" % (path, os.getpid()), os.replace
-        options = {"opener": lambda name, flags: os.open(name, flags, 0o600)}
+        partial = "%s.%d.tmp" % (path, os.getpid())
+        options["opener"] = lambda name, flags: os.open(name, flags, 0o600)
     with open(partial, "wb", **options) as f:
         f.write(data)
         if not MICROPYTHON:
             f.flush()
             os.fsync(f.fileno())
-    replace(partial, path)
+    (os.rename if MICROPYTHON else os.replace)(partial, path)
 
 
 DEBUG, INFO, NOTICE, WARN, ERR = 0, 1, 2, 3, 4
-SEVERITIES = ("debug", "info", "notice", "warn", "err")
+SEVERITIES = "debug info notice warn err".split()
 _log = [NOTICE, None]
 
 
@@ -139,13 +132,13 @@ def set_log(severity, sink=None):
 
 
 def log(severity, text, *args):
-    """Log `text % args`.  Callers never pass private keys or addresses of clients."""
+    """Log `text % args`: never private keys or addresses of clients."""
     if severity >= _log[0]:
         text = text % args if args else text
         if _log[1]:
             return _log[1](severity, text)
-        stamp = "%d-%02d-%02d %02d:%02d:%02d" % time.gmtime()[:6]
-        print("%s [%s] %s" % (stamp, SEVERITIES[severity], text), file=sys.stderr)
+        line = time.gmtime()[:6] + (SEVERITIES[severity], text)
+        print("%d-%02d-%02d %02d:%02d:%02d [%s] %s" % line, file=sys.stderr)
 
 
 class Promise:
@@ -162,7 +155,7 @@ class Promise:
         return self._value
 
     def set(self, value=None, error=None):
-        if not self._event.is_set():
+        if not self.done():
             self._value, self._error = value, error
             self._event.set()
 
@@ -170,8 +163,8 @@ class Promise:
         self.set(None, error)
 
     async def wait(self, seconds=None):
-        """Return the value or raise the exception; asyncio.TimeoutError after `seconds`."""
-        if not self._event.is_set():
+        """Wait for it; asyncio.TimeoutError after `seconds`."""
+        if not self.done():
             await asyncio.wait_for(self._event.wait(), seconds)
         if self._error is not None:
             raise self._error
@@ -182,7 +175,7 @@ _tasks = set()
 
 
 def spawn(coroutine):
-    """Run `coroutine` as a task that is held on to; what it raises is logged."""
+    """Run a task that is held on to; what it raises is logged."""
 
     async def run():
         try:
@@ -201,7 +194,7 @@ def spawn(coroutine):
 
 async def tls_connect(address, port, seconds):
     """Return reader, writer, and a function for the certificate's SHA-256, once data was read."""
-    # It is CERTS that proves the relay's identity (tor-spec 4.2).
+    # CERTS proves the relay's identity (tor-spec 4.2).
     if MICROPYTHON:
         context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
 
@@ -227,23 +220,20 @@ async def tls_connect(address, port, seconds):
 
 async def hang_up(writer):
     """Close the connection, whatever is unsent."""
+    if not MICROPYTHON:
+        return writer.transport.abort()
     try:
-        if MICROPYTHON:
-            # It is the latter that closes.
-            writer.close()
-            await writer.wait_closed()
-        else:
-            writer.transport.abort()
+        await writer.wait_closed()  # close() does nothing.
     except OSError:
         pass
 
 
 # === 2. Errors ===
-# A message says what happened, to which relay, address or file, and what to do.
+# Messages say what happened, to which relay, address or file, and what to do.
 
 
 class TorError(Exception):
-    """The base of minitor's errors; `reason`: tor's number for it, or 0."""
+    """Any of minitor's errors; `reason`: tor's number for it, or 0."""
 
     def __init__(self, text, reason=0):
         super().__init__(text)
@@ -251,11 +241,11 @@ class TorError(Exception):
 
 
 class ConfigError(TorError):
-    """An option, file or argument of the caller's is wrong."""
+    """An option, file or argument is wrong."""
 
 
 class AddressError(ConfigError):
-    """What was given is no onion address, host name or port."""
+    """That is no onion address, host name or port."""
 
 
 class ProtocolError(TorError):
@@ -305,25 +295,23 @@ def require(good, text):
 
 def decimal(text, least, most):
     """Return the number in `text` (bytes), in [least, most]."""
-    digits = 0 < len(text) < 21 and not text.strip(b"0123456789")
-    require(digits and least <= int(text) <= most, "bad number")
+    require(text.isdigit() and len(text) < 21 and least <= int(text) <= most, "bad number")
     return int(text)
 
 
 class Reader:
-    """Takes what stands at the front of `data`; errors name `what`."""
+    """Takes from the front of `data`; errors name `what`."""
 
     def __init__(self, data, what="structure"):
         self.data, self.at, self.what = data, 0, what
 
     def take(self, n):
-        if n > self.left():
-            raise ProtocolError("%s is truncated at byte %d" % (self.what, len(self.data)))
+        require(n <= self.left(), self.what + " is truncated")
         self.at += n
         return bytes(self.data[self.at - n : self.at])
 
     def uint(self, n):
-        return int.from_bytes(self.take(n), "big")
+        return uint(self.take(n))
 
     def left(self):
         return len(self.data) - self.at
@@ -337,9 +325,7 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 def b64decode(text, size=None):
-    """Decode base64 (text or bytes, padded or not), of `size` bytes if given."""
-    if isinstance(text, str):
-        text = text.encode()
+    """Decode base64 (bytes, padded or not), of `size` bytes if given."""
     text = text.rstrip(b"=")
     # MicroPython's decoder takes garbage for something.
     require(len(text) % 4 != 1 and not text.strip(_BASE64), "bad base64")
@@ -349,7 +335,6 @@ def b64decode(text, size=None):
 
 
 def b32decode(text):
-    text = text.lower()
     require(len(text) % 8 == 0 and not text.strip(_BASE32), "bad base32")
     n = 0
     for c in text:
@@ -484,36 +469,10 @@ class _Sha3(_Hash):
 
 Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
-Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
 
 
-class AesCtrCryptolib:
-    def __init__(self, key, iv=bytes(16)):
-        self._key = key
-        self._at = int.from_bytes(iv, "big") << 4
-
-    def crypt(self, data):
-        out, at = [], 0
-        while at < len(data):
-            # Within 1 KB only the counter's last byte changes.
-            piece = data[at : at + 1024 - (self._at & 1023)]
-            n = len(piece)
-            skip = self._at & 15
-            counter = (self._at >> 4 & (1 << 128) - 1).to_bytes(16, "big")
-            blocks = bytearray(counter * (skip + n + 15 >> 4))
-            for i in range(15, len(blocks), 16):
-                blocks[i] += i >> 4
-            # Not kept, being 313 bytes.
-            aes(self._key, 1).encrypt(blocks, blocks)
-            x = int.from_bytes(blocks[skip : skip + n], "big") ^ int.from_bytes(piece, "big")
-            out.append(x.to_bytes(n, "big"))
-            at += n
-            self._at += n
-        return b"".join(out)
-
-
-# The portable AES works on many blocks at once: all their first bytes are one string, and so on.
-_BLOCKS = 1024
+# Without cryptolib AES works on 1024 blocks: all their first bytes are one string, and so on.
+_WINDOW = 1024 if MICROPYTHON else 1 << 14
 _ORDER = [p % 4 * 4 + p // 4 for p in range(16)]  # By rows.
 
 
@@ -533,49 +492,63 @@ _BOXES = _boxes()
 
 
 def _rows(blocks):
-    return [int.from_bytes(blocks[p::16], "big") for p in _ORDER]
+    return [uint(blocks[p::16]) for p in _ORDER]
+
+
+def _key_stream(keys, counter):
+    s = [(counter + i & (1 << 128) - 1).to_bytes(16, "big") for i in range(1024)]
+    s, out = _rows(b"".join(s)), bytearray(1 << 14)
+    for key in keys[:-1]:
+        s = [(x ^ y).to_bytes(1024, "big") for x, y in zip(s, key)]
+        s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]  # ShiftRows
+        a, b = [[uint(x.translate(box)) for x in s] for box in _BOXES]
+        s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
+    for p, x, y in zip(_ORDER, a, keys[-1]):
+        out[p::16] = (x ^ y).to_bytes(1024, "big")
+    return out
 
 
 class AesCtrPortable:
     def __init__(self, key, iv=bytes(16)):
-        self._stream, self._counter = b"", int.from_bytes(iv, "big")
-        # FIPS 197 5.2.
-        size, w = len(key), bytes(key)
-        for i in range(size, 4 * size + 112, 4):
-            t = w[-4:].translate(_BOXES[0]) if i % size in (0, 16) else w[-4:]
-            if i % size == 0:
-                t = t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]
-            w += bytes([x ^ y for x, y in zip(t, w[-size:])])
-        self._keys = [_rows(w[i : i + 16] * _BLOCKS) for i in range(0, len(w), 16)]
-
-    def _extend(self):
-        counters = range(self._counter, self._counter + _BLOCKS)
-        self._counter += _BLOCKS
-        s = _rows(b"".join([(n & (1 << 128) - 1).to_bytes(16, "big") for n in counters]))
-        for k in self._keys[:-1]:
-            s = [(x ^ y).to_bytes(_BLOCKS, "big") for x, y in zip(s, k)]
-            s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]  # ShiftRows
-            a, b = [[int.from_bytes(x.translate(box), "big") for x in s] for box in _BOXES]
-            s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
-        out = bytearray(16 * _BLOCKS)
-        for p, x, y in zip(_ORDER, a, self._keys[-1]):
-            out[p::16] = (x ^ y).to_bytes(_BLOCKS, "big")
-        self._stream += out
+        self._key, self._at = key, uint(iv) << 4
+        if not MICROPYTHON:
+            # FIPS 197 5.2.
+            size, w = len(key), bytes(key)
+            for i in range(size, 4 * size + 112, 4):
+                t = w[-4:].translate(_BOXES[0]) if i % size in (0, 16) else w[-4:]
+                if i % size == 0:
+                    t = t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]
+                w += bytes([x ^ y for x, y in zip(t, w[-size:])])
+            self._key = [_rows(w[i : i + 16] * 1024) for i in range(0, len(w), 16)]
+            self._stream = None
 
     def crypt(self, data):
-        n = len(data)
-        while len(self._stream) < n:
-            self._extend()
-        x = int.from_bytes(data, "big") ^ int.from_bytes(self._stream[:n], "big")
-        self._stream = self._stream[n:]
-        return x.to_bytes(n, "big")
+        out = []
+        for i in range(-(self._at & _WINDOW - 1), len(data), _WINDOW):
+            piece = data[max(i, 0) : i + _WINDOW]
+            n, at = len(piece), self._at & _WINDOW - 1
+            if MICROPYTHON:
+                # Within 1 KB only the counter's last byte changes.
+                at &= 15
+                counter = (self._at >> 4 & (1 << 128) - 1).to_bytes(16, "big")
+                stream = bytearray(counter * (at + n + 15 >> 4))
+                for j in range(15, len(stream), 16):
+                    stream[j] += j >> 4
+                aes(self._key, 1).encrypt(stream, stream)  # Not kept, being 313 bytes.
+            else:
+                if not (at and self._stream):
+                    self._stream = _key_stream(self._key, self._at - at >> 4)
+                stream = self._stream
+            x = uint(stream[at : at + n]) ^ uint(piece)
+            out.append(x.to_bytes(n, "big"))
+            self._at += n
+        return b"".join(out)
 
 
 class AesCtrOpenssl:
     def __init__(self, key, iv=bytes(16)):
-        self._context = c = _evp.EVP_CIPHER_CTX_new()
-        self._free = _evp.EVP_CIPHER_CTX_free
-        _evp.EVP_EncryptInit_ex(c, _ciphers[len(key)](), None, bytes(key), bytes(iv))
+        self._context, self._free = _evp.EVP_CIPHER_CTX_new(), _evp.EVP_CIPHER_CTX_free
+        _evp.EVP_EncryptInit_ex(self._context, _ciphers[len(key)](), None, bytes(key), bytes(iv))
 
     def __del__(self):
         self._free(self._context)
@@ -588,7 +561,7 @@ class AesCtrOpenssl:
         return out[:n]
 
 
-AesCtr = AesCtrCryptolib if MICROPYTHON else AesCtrPortable
+AesCtr = AesCtrPortable
 if not MICROPYTHON:
     try:
         import _ssl
@@ -600,9 +573,8 @@ if not MICROPYTHON:
         _ciphers = {16: _evp.EVP_aes_128_ctr, 32: _evp.EVP_aes_256_ctr}
         for _f in _evp.EVP_CIPHER_CTX_new, _ciphers[16], _ciphers[32]:
             _f.restype = ctypes.POINTER(ctypes.c_char)
-        _good = AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4"
-        if _good and not os.environ.get("MINITOR_PORTABLE_AES"):
-            AesCtr = AesCtrOpenssl
+        if AesCtrOpenssl(bytes(16)).crypt(bytes(4)) == b"f\xe9K\xd4":
+            AesCtr = AesCtrPortable if os.environ.get("MINITOR_PORTABLE_AES") else AesCtrOpenssl
     except Exception:  # Not here.
         pass
 
@@ -620,7 +592,7 @@ def shake256(data, n):
 
 
 def sha512(data):
-    return Sha512(data).digest()
+    return (_Sha512 if MICROPYTHON else hashlib.sha512)(data).digest()
 
 
 def hmac_sha256(key, data):
@@ -632,8 +604,8 @@ def hmac_sha256(key, data):
 def hkdf_sha256(secret, salt, info, n):
     # RFC 5869
     key, out, block = hmac_sha256(salt, secret), b"", b""
-    while len(out) < n:
-        block = hmac_sha256(key, block + info + bytes((len(out) // 32 + 1,)))
+    for i in range(1, (n + 63) // 32):
+        block = hmac_sha256(key, block + info + bytes((i,)))
         out += block
     return out[:n]
 
@@ -649,6 +621,10 @@ _ROOT = pow(2, _P // 4, _P)  # of -1
 
 def _int(data):
     return int.from_bytes(data, "little")
+
+
+def _bytes(n):
+    return n.to_bytes(32, "little")
 
 
 def _clamp(data):
@@ -673,7 +649,7 @@ def x25519(k, u=b"\t" + bytes(31)):
         x2, z2 = a * b % p, (a + 121665 * c) * c % p
     x2 = x2 * pow(z2, p - 2, p) % p
     require(x2 and len(u) == 32, "bad X25519 key")
-    return x2.to_bytes(32, "little")
+    return _bytes(x2)
 
 
 def x25519_keypair():
@@ -694,8 +670,7 @@ def _add(p, q):
 
 
 def _multiply(*terms):
-    # The sum of k * point over `terms`, encoded.  Each k becomes odd digits, three zeros or more
-    # between them.
+    # The sum of k * point, encoded.  Each k becomes odd digits with three zeros or more between.
     added = {}
     for k, point in terms:
         twice, odd = _add(point, point), [point]
@@ -720,7 +695,7 @@ def _multiply(*terms):
             x, y, z, h = _add((x, y, z, e * h % p), point)
             e = 1
     z = pow(z, p - 2, p)
-    return (y * z % p | (x * z % p & 1) << 255).to_bytes(32, "little")
+    return _bytes(y * z % p | (x * z % p & 1) << 255)
 
 
 def _decode(data):
@@ -732,7 +707,6 @@ def _decode(data):
         if x * x % _P == xx and (x or not sign) and y < _P and len(data) == 32:
             x = x if x & 1 == sign else _P - x
             return x, y, 1, x * y % _P
-    return None
 
 
 _BASE = _decode(b"X" + b"f" * 31)
@@ -741,13 +715,13 @@ _BASE = _decode(b"X" + b"f" * 31)
 def ed25519_valid(public):
     """Return whether `public` is of prime order: no torsion."""
     A = _decode(public)
-    return A is not None and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
+    return A and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
 
 
 def ed25519_expand(seed):
     # 32 bytes of scalar, 32 of prefix.
     esk = sha512(seed)
-    return _clamp(esk[:32]).to_bytes(32, "little") + esk[32:]
+    return _bytes(_clamp(esk[:32])) + esk[32:]
 
 
 def ed25519_public(esk):
@@ -758,17 +732,16 @@ def ed25519_sign(esk, public, message):
     r = _int(sha512(esk[32:] + message)) % _L
     R = _multiply((r, _BASE))
     h = _int(sha512(R + public + message))
-    return R + ((r + h * _int(esk[:32])) % _L).to_bytes(32, "little")
+    return R + _bytes((r + h * _int(esk[:32])) % _L)
 
 
 def ed25519_verify(public, message, signature):
     """Verify without cofactor, as tor; keys of low order are refused."""
-    A, s = _decode(public), _int(signature[32:])
-    if len(signature) != 64 or s >= _L or A is None:
+    A, R, s = _decode(public), signature[:32], _int(signature[32:])
+    if len(signature) != 64 or s >= _L or not A:
         return False
     # Of low order x = 0, y = 0 or x^2 = -y^2.
     x, y, _, t = A
-    R = bytes(signature[:32])
     h = _int(sha512(R + public + message)) % _L
     return x * y * (x * x + y * y) % _P != 0 and _multiply((s, _BASE), (h, (-x, y, 1, -t))) == R
 
@@ -782,7 +755,7 @@ def ed25519_blind_public(public, param):
 def ed25519_blind_secret(esk, param):
     a = _clamp(param) * _int(esk[:32]) % _L
     prefix = sha512(b"Derive temporary signing key hash input" + esk[32:])[:32]
-    return a.to_bytes(32, "little") + prefix
+    return _bytes(a) + prefix
 
 
 def rsa_public_key(der):
@@ -801,7 +774,7 @@ def rsa_verify(n, digest, signature):
     """Verify PKCS#1 v1.5 over the bare `digest` (dir-spec 1.3)."""
     if len(signature) != len(n) or signature >= n:
         return False
-    s = pow(int.from_bytes(signature, "big"), 65537, int.from_bytes(n, "big"))
+    s = pow(uint(signature), 65537, uint(n))
     fill = b"\xff" * (len(n) - 3 - len(digest))
     return s.to_bytes(len(n), "big") == b"\0\1" + fill + b"\0" + digest
 
@@ -1556,7 +1529,7 @@ def _armour(keyword, label, data):
 def _enc_key_ed(u):
     # The Ed25519 form, sign 0, of an X25519 key: y = (u - 1) / (u + 1).
     u = _int(u) & (1 << 255) - 1
-    return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
+    return _bytes((u - 1) * pow(u + 1, _P - 2, _P) % _P)
 
 
 def _layer(keyword, secret, salt, data, seal):
@@ -1757,7 +1730,7 @@ class Channel:
             if end - body < size:
                 break
             at = body + size
-            circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
+            circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif command == RELAY:
@@ -1784,7 +1757,7 @@ class Channel:
         elif command == CERTS:
             self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
         else:
-            timestamp = int.from_bytes(body[:4], "big")
+            timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
             # No time, and no address of ours (tor-spec 4.5).
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))

@@ -242,7 +242,7 @@ class Mirror:
             return answer(alone(self.net.consensus()), "200 OK", "Content-Encoding: x-tor-lzma")
         if path.startswith("/tor/keys/fp-sk/"):
             return answer(self.net.certs())
-        digests = {minitor.b64decode(d) for d in path.split("/", 4)[4].split("-")}
+        digests = {minitor.b64decode(d.encode()) for d in path.split("/", 4)[4].split("-")}
         body = self.net.microdescs(digests)
         fields = "200 OK", "Content-Encoding: deflate"
         return answer(zlib.compress(body), *fields) if body else answer(b"", "404 Not found")

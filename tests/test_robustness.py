@@ -597,7 +597,8 @@ def test_text_encodings():
         text = data.decode("utf-8", "replace")
         for function, value in (
             (minitor.b32decode, text),
-            (minitor.b64decode, text),
+            (minitor.b32decode, text.lower()),
+            (minitor.b64decode, text.encode()),
             (minitor.b64decode, data),
         ):
             try:

@@ -32,15 +32,15 @@ for plain, text in (
     (b"\xfb\xff\xfe", "+//+"),
 ):
     assert minitor.b64encode(plain) == text.rstrip("=")
-    for form in (text, text.rstrip("="), text.encode()):
-        assert minitor.b64decode(form) == plain, form
-for text in ("Z", "Zm9vY", "Zm9v-", "Zm 9v", "Zm9v\n", "Z=9v", "Zm9\xe9", b"Zm9\xff"):
+    for form in (text, text.rstrip("=")):
+        assert minitor.b64decode(form.encode()) == plain, form
+for text in (b"Z", b"Zm9vY", b"Zm9v-", b"Zm 9v", b"Zm9v\n", b"Z=9v", b"Zm9\xc3\xa9", b"Zm9\xff"):
     assert refused(minitor.b64decode, text), text
 
 # Base32 (RFC 4648, section 10), lower case.
 assert minitor.b32encode(b"fooba") == "mzxw6ytb"
 assert minitor.b32encode(bytes(5)) == "aaaaaaaa"
-assert minitor.b32decode("mzxw6ytb") == minitor.b32decode("MZXW6YTB") == b"fooba"
+assert minitor.b32decode("mzxw6ytb") == b"fooba" and refused(minitor.b32decode, "MZXW6YTB")
 assert minitor.b32decode("aaaaaaaa") == bytes(5)
 data = bytes(range(35))
 assert minitor.b32decode(minitor.b32encode(data)) == data

@@ -2465,9 +2465,7 @@ class PathSelector:
         return now() + days * 86400 - randbelow(days * 8640)
 
     def _order(self):
-        # Confirmed ones come first (guard-spec 4.3).
-        listed = [g for g in self.sample if g.index >= 0]
-        return [g for g in listed if g.confirmed] + [g for g in listed if not g.confirmed]
+        return [g for g in self.sample if g.index >= 0]
 
     def primary(self):
         return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
@@ -2509,8 +2507,11 @@ class PathSelector:
             if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
                 return False
             if not g.confirmed:
-                g.confirmed = 1
                 g.until = max(g.until, self._until("confirmed-min-lifetime", 60))
+                # The confirmed ones come first, in this order (guard-spec 4.3).
+                self.sample.remove(g)
+                self.sample.insert(sum([other.confirmed for other in self.sample]), g)
+                g.confirmed = 1
                 self._save()
         return True
 
@@ -2713,12 +2714,10 @@ async def http_request(stream, path, limit, sink=None, body=b""):
 
     With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
-    head = "%s %s HTTP/1.0\r\n" % ("POST" if body else "GET", path)
+    method, fields = ("POST", "Content-Length: %d\r\n" % len(body)) if body else ("GET", "")
     if sink:
-        head += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    if body:
-        head += "Content-Length: %d\r\n" % len(body)
-    stream.write((head + "\r\n").encode() + body)
+        fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
+    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode() + body)
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -2733,14 +2732,14 @@ async def http_request(stream, path, limit, sink=None, body=b""):
     while data := await stream.read(65536):
         size += len(data)
         while data:
-            decoder = decoder or make()
+            decoder, most = decoder or make(), min(limit, _MAX_PIECE)
             try:
-                # Less than the most is all there is in `data`.
-                piece = decoder.decompress(data, min(limit, _MAX_PIECE) + 1)
+                piece = decoder.decompress(data, most + 1)
             except Exception as e:
                 raise ProtocolError("bad compressed data: %s" % e)
+            # Not more is all there is in `data`.
+            require(len(piece) <= most, "the directory's answer is too long")
             limit -= len(piece)
-            require(limit >= 0 and len(piece) <= _MAX_PIECE, "the directory's answer is too long")
             (sink or pieces.append)(piece)
             # Another may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
@@ -2768,10 +2767,7 @@ _TRIES = 4
 
 
 class Directory:
-    """The `table` and `consensus` of a network, from `bootstrap()` on; `updates` counts changes.
-
-    `paths`: the PathSelector, to be set.
-    """
+    """`table` and `consensus`, from `bootstrap()` on; `updates` of them; `paths`, to be set."""
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
@@ -2882,7 +2878,7 @@ class Directory:
             pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                text = await directory_request(circuit, path, 128 << 10)
+                text = await directory_request(circuit, path, 1 << 17)
                 self._certs.update(parse_authority_certs(text, identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
@@ -2937,7 +2933,7 @@ class Directory:
             self._report(done, "loading_descriptors", "Loading relay descriptors")
             wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
             if not wanted:
-                break
+                return
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)

@@ -2760,9 +2760,9 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# For the first directory (for others a little more); between looks at the clock.
+# For the first directory, for others a little more; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# So many directory guards fail before mirrors are asked, then mirrors, then authorities.
+# Of each kind: directory guards, then mirrors, then authorities.
 _TRIES = 4
 
 
@@ -2831,7 +2831,7 @@ class Directory:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
             place = places[randbelow(len(places))]
         self._report(5, "conn", "Connecting to a relay")
-        # Where all are silent, this makes 90 seconds on a host.
+        # 90 in all, where all are silent, on a host.
         seconds = _CONNECT_SECONDS + failures // 2
         try:
             circuit = Circuit(await self._channels.get(*place, seconds=seconds))
@@ -2895,7 +2895,7 @@ class Directory:
         return table, consensus
 
     async def _fill(self, table, consensus, until=0):
-        # Fetch microdescriptors for `until` percent of paths, or enough; then use the table.
+        # Fetch microdescriptors for `until` percent of paths, or enough; use the table.
         changed = table is not self.table
         if changed and self.table:
             table.carry_over(self.table)
@@ -2903,13 +2903,13 @@ class Directory:
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        args = self._microdescs_from, weights, until or least
+        until = until or least
         for _ in range(3):
-            if weights.percent() >= args[2] or not next(table.missing(), 0):
+            if weights.percent() >= until or not next(table.missing(), 0):
                 break
-            changed, queue = True, table.missing()
+            changed, args = True, (self._microdescs_from, weights, until, table.missing())
             try:
-                await asyncio.gather(*[self._ask(*args, queue) for _ in range(_WORKERS)])
+                await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
                 log(INFO, "%s", e)
                 break

@@ -2388,6 +2388,8 @@ class Guard:
 class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
+    updates = 0
+
     def __init__(self, table, consensus, path):
         # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
@@ -2400,6 +2402,7 @@ class PathSelector:
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
+        self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
@@ -2767,13 +2770,13 @@ _TRIES = 4
 
 
 class Directory:
-    """`table` and `consensus`, from `bootstrap()` on; `updates` of them; `paths`, to be set."""
+    """`table` and `consensus`, from `bootstrap()` on; `paths`, to be set, is told of new ones."""
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self._certs, self._percent, self._failures, self.updates = {}, 0, 0, 0
+        self._certs, self._percent, self._failures = {}, 0, 0
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -2918,7 +2921,6 @@ class Directory:
         self.table, self.consensus = table, consensus
         if changed:
             table.save(self._path, self.network.id, consensus)
-            self.updates += 1
             if self.paths:
                 self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
@@ -3317,9 +3319,9 @@ class OnionService:
             old, state = state, set([i.auth_key for i in ready])
             due = due if state == old else {}
             try:
-                if updates != self.tor.directory.updates:
+                if updates != self.tor.paths.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
-                    updates = self.tor.directory.updates
+                    updates = self.tor.paths.updates
                 for period in self._periods:
                     await self._publish(ready, due, *period)
             except MemoryError:

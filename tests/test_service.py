@@ -79,9 +79,9 @@ class Stream:
 
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
-    directory = Thing(consensus=Consensus(), network=network, table=None, updates=0)
+    directory = Thing(consensus=Consensus(), network=network, table=None)
     caches = {"onion_circuits": {}, "descriptors": {}}
-    paths = Thing(param=directory.consensus.param)
+    paths = Thing(param=directory.consensus.param, updates=0)
     return Thing(directory=directory, paths=paths, **caches, **fields)
 
 
@@ -512,7 +512,7 @@ def test_publishing(published):
         await published.tick(100)
         assert len(published.posts) == 12
         # A new directory gets it, the others need not.
-        published.tor.directory.updates += 1
+        published.tor.paths.updates += 1
         minitor.hsdir_ring = lambda *_: [15, 16, 18]
         await published.tick(100)
         assert published.posts[12:] == [(18, [0, 1, 2])] * 2

@@ -121,6 +121,14 @@ def write_file(path, data):
     (os.rename if MICROPYTHON else os.replace)(partial, path)
 
 
+def cache_file(path, data):
+    """As write_file, but on failure just warn."""
+    try:
+        write_file(path, data)
+    except OSError as e:
+        log(WARN, "cannot write %s: %s", path, e)
+
+
 DEBUG, INFO, NOTICE, WARN, ERR = 0, 1, 2, 3, 4
 SEVERITIES = "debug info notice warn err".split()
 _log = [NOTICE, None]
@@ -1195,7 +1203,7 @@ class RelayTable:
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
         body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
-        write_file(path, sha256(_LAYOUT + network_id + body) + body)
+        cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
 def load_table(path, network_id):
@@ -2353,6 +2361,8 @@ class Guard:
 class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
+    updates = 0
+
     def __init__(self, table, consensus, path):
         # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
@@ -2365,6 +2375,7 @@ class PathSelector:
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
+        self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
@@ -2422,10 +2433,7 @@ class PathSelector:
 
     def _save(self):
         stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
-        try:
-            write_file(self._file, json.dumps(stored).encode())
-        except OSError as e:
-            log(WARN, "cannot store the guards in %s: %s", self._file, e)
+        cache_file(self._file, json.dumps(stored).encode())
 
     def _until(self, name, days):
         # Random, not to tell when it was set (guard-spec A.2).
@@ -2433,9 +2441,7 @@ class PathSelector:
         return now() + days * 86400 - randbelow(days * 8640)
 
     def _order(self):
-        # Confirmed ones come first (guard-spec 4.3).
-        listed = [g for g in self.sample if g.index >= 0]
-        return [g for g in listed if g.confirmed] + [g for g in listed if not g.confirmed]
+        return [g for g in self.sample if g.index >= 0]
 
     def primary(self):
         return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
@@ -2477,8 +2483,11 @@ class PathSelector:
             if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
                 return False
             if not g.confirmed:
-                g.confirmed = 1
                 g.until = max(g.until, self._until("confirmed-min-lifetime", 60))
+                # The confirmed ones come first, in this order (guard-spec 4.3).
+                self.sample.remove(g)
+                self.sample.insert(sum([other.confirmed for other in self.sample]), g)
+                g.confirmed = 1
                 self._save()
         return True
 
@@ -2623,28 +2632,27 @@ class Network:
                 n = 0
                 for digit in entry:
                     n = n * 91 + ord(digit) - 36
-                address, port, rsa_id = struct.unpack(">4sH20s", n.to_bytes(26, "big"))
-                places.append(("%d.%d.%d.%d" % tuple(address), port, rsa_id))
+                fields = struct.unpack(">4BH20s", n.to_bytes(26, "big"))
+                places.append(("%d.%d.%d.%d" % fields[:4],) + fields[4:])
         for line in (text or "").split("\n"):
             words = line.split("#")[0].lower().split()
-            options = {name: value for name, _, value in [word.partition("=") for word in words]}
+            options = dict([word.split("=", 1) for word in words if "=" in word])
             try:
                 if words[:1] == ["testingtornetwork"]:
                     self.testing = words[1] == "1"
                 elif words[:1] == ["dirauthority"] and "v3ident" in options:
                     before, _, after = " ".join([w for w in words if "=" not in w]).rpartition(":")
-                    ids = options["v3ident"], "".join(after.split()[1:])
-                    v3_id, rsa_id = [binascii.unhexlify(i) for i in ids]
-                    if not len(v3_id) == len(rsa_id) == 20:
+                    rsa_id = binascii.unhexlify("".join(after.split()[1:]))
+                    v3_ids.append(binascii.unhexlify(options["v3ident"]))
+                    if not len(rsa_id) == len(v3_ids[-1]) == 20:
                         raise ValueError
-                    v3_ids.append(v3_id)
                     places.append((before.split()[-1], int(options["orport"]), rsa_id))
             except (ValueError, KeyError, IndexError):
                 raise ConfigError("bad line in the network file: %s" % line)
         if not v3_ids:
             raise ConfigError("the network file has no DirAuthority with a v3ident")
-        self.authorities, self.fallbacks = places[: len(v3_ids)], places[len(v3_ids) :]
-        self.identities = set(v3_ids)
+        n, self.identities = len(v3_ids), set(v3_ids)
+        self.authorities, self.fallbacks = places[:n], places[n:]
         self.id = sha256(b"".join(sorted(self.identities)))
 
 
@@ -2661,9 +2669,7 @@ def load_network(path=None):
 
 class _Identity:
     eof, unused_data = True, b""
-
-    def decompress(self, data, size):
-        return data
+    decompress = lambda self, data, size: data
 
 
 # Content-Encodings (dir-spec 6.1).
@@ -2674,22 +2680,20 @@ if not MICROPYTHON:
 
     _DECODERS["x-tor-lzma"] = lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, 16 << 20)
     _DECODERS["deflate"] = zlib.decompressobj
-# What 64 KB may unpack to.  tor takes 25 times as much for a bomb.
+# What 64 KB may unpack to.
 _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
 async def http_request(stream, path, limit, sink=None, body=b""):
-    """GET, or POST `body`; return the answer's body, which has at most `limit` bytes; TorErrors.
+    """GET, or POST `body`; return the answer's body of at most `limit` bytes; TorErrors.
 
     With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
-    head = "%s %s HTTP/1.0\r\n" % ("POST" if body else "GET", path)
+    method, fields = ("POST", "Content-Length: %d\r\n" % len(body)) if body else ("GET", "")
     if sink:
-        head += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    if body:
-        head += "Content-Length: %d\r\n" % len(body)
-    stream.write((head + "\r\n").encode() + body)
+        fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
+    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode() + body)
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -2704,28 +2708,27 @@ async def http_request(stream, path, limit, sink=None, body=b""):
     while data := await stream.read(65536):
         size += len(data)
         while data:
-            decoder = decoder or make()
+            decoder, most = decoder or make(), min(limit, _MAX_PIECE)
             try:
-                # Less than the most is all there is in `data`.
-                piece = decoder.decompress(data, min(limit, _MAX_PIECE) + 1)
+                piece = decoder.decompress(data, most + 1)
             except Exception as e:
                 raise ProtocolError("bad compressed data: %s" % e)
+            # Not more is all there is in `data`.
+            require(len(piece) <= most, "the directory's answer is too long")
             limit -= len(piece)
-            require(limit >= 0 and len(piece) <= _MAX_PIECE, "the directory's answer is too long")
             (sink or pieces.append)(piece)
             # Another may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    whole = not decoder and fields.get("content-length") in (None, str(size))
-    require(whole, "the directory's answer is cut off")
+    good = not decoder and fields.get("content-length") in (None, str(size))
+    require(good, "the directory's answer is cut off")
     return b"".join(pieces)
 
 
-async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=None):
+async def directory_request(circuit, *request, seconds=None):
     """Return http_request's answer from the directory at the end of `circuit`."""
     stream = await circuit.open_stream(BEGIN_DIR, b"", 30)
     try:
-        asking = http_request(stream, path, limit, sink, body)
-        return await asyncio.wait_for(asking, seconds or _FETCH_SECONDS)
+        return await asyncio.wait_for(http_request(stream, *request), seconds or _FETCH_SECONDS)
     except asyncio.TimeoutError:
         raise DirectoryError("the directory is too slow")
     finally:
@@ -2733,23 +2736,19 @@ async def directory_request(circuit, path, limit, sink=None, body=b"", seconds=N
 
 
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# For the first directory, and a second more for each further one; at least between consensuses.
+# For the first directory, for others a little more; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# When so many failed, directory guards give way to mirrors, these to authorities; the end.
-_GUARD_TRIES, _MIRROR_TRIES, _TRIES = 8, 12, 16
+# Of each kind: directory guards, then mirrors, then authorities.
+_TRIES = 4
 
 
 class Directory:
-    """The `table` and `consensus` of a network, from `bootstrap()` on.
-
-    To be set: `on_update()`, called when these have changed, and `paths`, the PathSelector.
-    """
+    """`table` and `consensus`, from `bootstrap()` on; `paths`, to be set, is told of new ones."""
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self.on_update = lambda: None
         self._certs, self._percent, self._failures = {}, 0, 0
 
     def _report(self, percent, tag, summary):
@@ -2776,11 +2775,11 @@ class Directory:
         while True:
             try:
                 await self._fill(self.table, self.consensus, 101)
-                when, pause = self._next_time(), _PAUSE_SECONDS
-                while pause > 0:
-                    # In steps: the clock may be set, or the machine sleep.
-                    await asyncio.sleep(min(pause, 60))
-                    pause = when - now()
+                when = self._next_time()
+                await asyncio.sleep(_PAUSE_SECONDS)
+                # In steps: the clock may be set, or the machine sleep.
+                while now() < when:
+                    await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
                 if consensus.valid_after <= self.consensus.valid_after:
                     raise DirectoryError("there is no newer consensus")
@@ -2800,28 +2799,31 @@ class Directory:
 
     async def _circuit(self):
         # One hop: to a directory guard, else a mirror, in the end an authority.
-        if self.paths and self._failures < _GUARD_TRIES:
-            relay = self.paths.guard(kind="dir-guards", use=3)
+        network, paths, failures = self.network, self.paths, self._failures
+        if paths and failures < _TRIES:
+            relay = paths.guard(kind="dir-guards", use=3)
             place = relay.address, relay.port, relay.rsa_id
         else:
-            mirrors = self._failures < _MIRROR_TRIES and self.network.fallbacks
-            mirrors = mirrors or self.network.authorities
-            place = mirrors[randbelow(len(mirrors))]
+            places = failures < 2 * _TRIES and network.fallbacks or network.authorities
+            place = places[randbelow(len(places))]
         self._report(5, "conn", "Connecting to a relay")
-        seconds = _CONNECT_SECONDS + self._failures
+        # 90 in all, where all are silent, on a host.
+        seconds = _CONNECT_SECONDS + failures // 2
         try:
             circuit = Circuit(await self._channels.get(*place, seconds=seconds))
             await circuit.extend(None, seconds)
-            return circuit
         except TorError:
-            if self.paths:
-                self.paths.failed(place[2])
+            if paths:
+                paths.failed(place[2])
             raise
+        if paths:
+            paths.succeeded(place[2])
+        return circuit
 
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
         self._failures = 0
-        while self._failures < _TRIES:
+        while self._failures < 3 * _TRIES:
             circuit = None
             try:
                 circuit = await self._circuit()
@@ -2841,8 +2843,8 @@ class Directory:
         parser = ConsensusParser(table.add)
         self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
-        path = "/tor/status-vote/current/consensus-microdesc/"
-        path += "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
+        wanted = "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
+        path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
         consensus = parser.finish()
         # The certificates are judged by the consensus's time, and that by the clock.
@@ -2852,7 +2854,7 @@ class Directory:
             pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                text = await directory_request(circuit, path, 128 << 10)
+                text = await directory_request(circuit, path, 1 << 17)
                 self._certs.update(parse_authority_certs(text, identities))
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
@@ -2861,16 +2863,15 @@ class Directory:
             consensus.check_times(now())
         except DirectoryError:
             # Whose clock is wrong?  Authorities alone are believed, and asked next.
-            self._failures, channel = max(self._failures, _MIRROR_TRIES), circuit.channel
-            known = channel.rsa_id in [place[2] for place in self.network.authorities]
-            if known and abs(channel.skew) > 3600:
-                minutes = -channel.skew // 60
-                raise ClockError("the clock of this machine is wrong by %+d minutes" % minutes)
+            self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
+            known = [rsa_id for _, _, rsa_id in self.network.authorities]
+            if circuit.channel.rsa_id in known and abs(ahead) >= 60:
+                raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
             raise
         return table, consensus
 
-    async def _fill(self, table, consensus, until=None):
-        # Fetch microdescriptors for `until` percent of paths; then use the table.
+    async def _fill(self, table, consensus, until=0):
+        # Fetch microdescriptors for `until` percent of paths, or enough; use the table.
         changed = table is not self.table
         if changed and self.table:
             table.carry_over(self.table)
@@ -2880,10 +2881,9 @@ class Directory:
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
         until = until or least
         for _ in range(3):
-            if weights.percent() >= until or next(table.missing(), None) is None:
+            if weights.percent() >= until or not next(table.missing(), 0):
                 break
-            changed = True
-            args = self._microdescs_from, weights, until, table.missing()
+            changed, args = True, (self._microdescs_from, weights, until, table.missing())
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
@@ -2893,24 +2893,22 @@ class Directory:
             raise DirectoryError("too few microdescriptors came")
         self.table, self.consensus = table, consensus
         if changed:
-            try:
-                table.save(self._path, self.network.id, consensus)
-            except OSError as e:
-                log(WARN, "The directory cannot be stored in %s: %s", self._path, e)
-            self.on_update()
+            table.save(self._path, self.network.id, consensus)
+            if self.paths:
+                self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(digest, keys, beside):
+        def sink(digest, *found):
             if digest in wanted:
-                weights.table.set_microdesc(wanted.pop(digest), keys, beside)
+                weights.table.set_microdesc(wanted.pop(digest), *found)
 
         while (percent := weights.percent()) < until:
             done = 50 + 24 * percent // until
             self._report(done, "loading_descriptors", "Loading relay descriptors")
             wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
             if not wanted:
-                break
+                return
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)
@@ -2971,7 +2969,6 @@ class TorCore:
         self.data_dir, self.channels = data_dir, Channels()
         self.progress, network = progress or (lambda *_: None), load_network(network)
         self.directory = Directory(network, data_dir, self.channels, self.progress)
-        self.updates = 0  # of the directory
         self.descriptors, self.onion_circuits, self._exits = {}, {}, {}
         self._spares, self._tasks = [], []
 
@@ -2980,16 +2977,11 @@ class TorCore:
         directory = self.directory
         await directory.bootstrap()
         file = self.data_dir + "/guards.json"
-        self.paths = PathSelector(directory.table, directory.consensus, file)
-        directory.on_update, directory.paths = self._update, self.paths
+        self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
         self.progress(100, "done", "Done")
-
-    def _update(self):
-        self.updates += 1
-        self.paths.update(self.directory.table, self.directory.consensus)
 
     async def aclose(self):
         for task in self._tasks:
@@ -3084,7 +3076,7 @@ async def hsdir_request(tor, relay, path, body=b""):
     """Return the body of an onion-service directory's answer."""
     circuit = await tor.circuit_to(relay)
     try:
-        return await directory_request(circuit, path, 50000, None, body, 30)
+        return await directory_request(circuit, path, 50000, None, body, seconds=30)
     finally:
         circuit.close()
 
@@ -3300,9 +3292,9 @@ class OnionService:
             old, state = state, set([i.auth_key for i in ready])
             due = due if state == old else {}
             try:
-                if updates != self.tor.updates:
+                if updates != self.tor.paths.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
-                    updates = self.tor.updates
+                    updates = self.tor.paths.updates
                 for period in self._periods:
                     await self._publish(ready, due, *period)
             except MemoryError:

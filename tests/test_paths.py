@@ -594,6 +594,14 @@ def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
     assert paths.primary()[0].rsa_id == fourth.rsa_id
 
 
+def test_confirmed_guards_keep_the_order_in_which_they_were_confirmed(clock):
+    paths = selector(network(guards=100).table)
+    first, second, third = paths.primary()
+    for g in (third, first, third):
+        assert paths.succeeded(g.rsa_id)
+    assert paths.primary() == [third, first, second]
+
+
 def test_guard_that_a_restriction_chose_counts_at_once(clock):
     paths = selector(network(guards=100).table)
     refused = {g.index for g in paths.primary()}

@@ -80,8 +80,8 @@ class Stream:
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
     directory = Thing(consensus=Consensus(), network=network, table=None)
-    caches = {"onion_circuits": {}, "descriptors": {}, "updates": 0}
-    paths = Thing(param=directory.consensus.param)
+    caches = {"onion_circuits": {}, "descriptors": {}}
+    paths = Thing(param=directory.consensus.param, updates=0)
     return Thing(directory=directory, paths=paths, **caches, **fields)
 
 
@@ -512,7 +512,7 @@ def test_publishing(published):
         await published.tick(100)
         assert len(published.posts) == 12
         # A new directory gets it, the others need not.
-        published.tor.updates += 1
+        published.tor.paths.updates += 1
         minitor.hsdir_ring = lambda *_: [15, 16, 18]
         await published.tick(100)
         assert published.posts[12:] == [(18, [0, 1, 2])] * 2
@@ -596,7 +596,7 @@ class Core(minitor.TorCore):
     def __init__(self):
         self.directory = Thing(network=Thing(testing=False), table=Thing(
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
-        self.onion_circuits, self.updates = {}, 0
+        self.onion_circuits = {}
         self._exits, self._spares, self._tasks = {}, [], []
         self.log, self.down, self.gate = [], set(), None
 

@@ -1669,14 +1669,15 @@ def parse_descriptor(data, blinded, subcred, when):
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `skew`: its clock minus ours, in seconds; `opened`, `closing`: Promises of the channel
-    itself, and of why it is gone.
+    `opened`: Promise of itself; `error`: why it is gone; `skew`: its clock minus ours, in seconds.
     """
+
+    error = None
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
-        self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
+        self.opened, self._wake = Promise(), asyncio.Event()
         # Still due in the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
@@ -1692,7 +1693,7 @@ class Channel:
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
-        while not self.closing.done():
+        while not self.error:
             await asyncio.sleep(20)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
@@ -1715,7 +1716,7 @@ class Channel:
 
     async def _write(self, writer):
         try:
-            while self._queue or not self.closing.done():
+            while self._queue or not self.error:
                 await self._wake.wait()
                 self._wake.clear()
                 data, self._queue = b"".join(self._queue), []
@@ -1725,7 +1726,7 @@ class Channel:
                 self._queued -= len(data)
                 for circuit in list(self.circuits.values()):
                     circuit.resume()
-        except OSError as e:
+        except (OSError, MemoryError) as e:
             self.close("the link broke: %s" % e)
         finally:
             self._tasks[0].cancel()
@@ -1735,7 +1736,7 @@ class Channel:
         # In VERSIONS the circuit ID is two bytes shorter.
         rest = b"\0\0"
         try:
-            while not self.closing.done():
+            while not self.error:
                 data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
@@ -1749,8 +1750,7 @@ class Channel:
         at, end = 0, len(data)
         while end - at >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
-            if VERSIONS in self._due and command != VERSIONS:
-                raise ProtocolError("cell %d where VERSIONS was due" % command)
+            require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
             if command >= 128 or command == VERSIONS:
                 size, body = data[body] << 8 | data[body + 1], body + 2
                 require(size <= 16384, "a cell of %d bytes" % size)
@@ -1760,15 +1760,12 @@ class Channel:
             circuit = self.circuits.get(int.from_bytes(head[:4], "big"))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
-            elif command == RELAY:
+            elif circuit:
                 cells = [data[body:at]]
-                while at + 514 <= end and data[at : at + 5] == head:
+                while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
                     cells.append(data[at + 5 : at + 514])
                     at += 514
-                if circuit:
-                    circuit.receive(b"".join(cells))
-            elif circuit:
-                circuit.receive(data[body:at], command)
+                circuit.receive(b"".join(cells), command)
         return at
 
     def _handshake(self, command, body):
@@ -1793,26 +1790,16 @@ class Channel:
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
 
-    def adopt(self, circuit):
-        # Its circuit ID is of the initiator's half.
-        if self.closing.done():
-            raise ChannelError(self.closing.get())
-        circ_id = 0
-        while not circ_id or circ_id in self.circuits:
-            circ_id = randbelow(1 << 31) | 1 << 31
-        self.circuits[circ_id] = circuit
-        return circ_id
-
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
-        if not self.closing.done():
-            why = "%s: %s" % (self, why)
-            log(INFO, why)
-            self.closing.set(why)
-            self.opened.fail(ChannelError(why))
-            for circuit in list(self.circuits.values()):
-                circuit.fail(why, 8)
-            self._wake.set()
+        if self.error:
+            return
+        self.error = ChannelError("%s: %s" % (self, why))
+        log(INFO, "%s", self.error)
+        self.opened.fail(self.error)
+        for circuit in list(self.circuits.values()):
+            circuit.fail(why, 8)
+        self._wake.set()
 
 
 class Channels:
@@ -1822,7 +1809,7 @@ class Channels:
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """Return the open channel to the relay, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.closing.done()}
+        self._open = {r: c for r, c in self._open.items() if not c.error}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
         return await self._open[rsa_id].opened.wait()
@@ -1936,8 +1923,8 @@ class Stream:
 
     def feed(self, data):
         self._deliver -= 1
-        if self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
-            raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
+        good = self._deliver >= 0 and len(self._incoming) <= 16 * XOFF_LIMIT
+        require(good, "DATA too early on a stream, or too much")
         if not self._closing:
             self._incoming.extend(data)
 
@@ -1977,7 +1964,7 @@ class Stream:
             window = circuit.window - circuit.inflight
             count = min(BATCH, circuit.channel.room(), window, self._package)
             if count <= 0:
-                return
+                break
             pieces, at = [], 0
             while at < len(self.outgoing) and len(pieces) < count:
                 size = DATA_MAX
@@ -1991,7 +1978,7 @@ class Stream:
             self._package -= len(pieces)
             circuit.send(DATA, self.stream_id, *pieces)
         self._changed.set()
-        if self._closing:
+        if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
 
     def send_end(self, reason):
@@ -2086,7 +2073,6 @@ class Stream:
     def close(self):
         """End the stream, both ways (tor-spec 6.3), when all is sent."""
         self._closing = True
-        self._changed.set()
         self.flush()
 
     def is_closing(self):
@@ -2114,11 +2100,16 @@ class Circuit:
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
         self.channel, self.closing, self.window = channel, Promise(), window
-        self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
+        self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
         self._last_id, self.short_after = randbelow(65536), randbelow(50)
         # (tag, time) of cells that are due a SENDME.
-        self._answer, self._due = Promise(), []
-        self.circ_id = channel.adopt(self)
+        self._due = []
+        if channel.error:
+            raise channel.error
+        # Of the initiator's half.
+        while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
+            pass
+        self.circ_id, channel.circuits[circ_id] = circ_id, self
 
     def __str__(self):
         return "circuit %d over %s" % (self.circ_id & 0xFFFF, self.channel)
@@ -2152,14 +2143,10 @@ class Circuit:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
     def expect(self, command):
-        """Return a Promise of the body of the next `command`, which comes once."""
-
-        def answered(body):
-            del self.on_control[command]
-            promise.set(body)
-
-        self._answer = promise = Promise()
-        self.on_control[command] = answered
+        """Return a Promise of the body of `command`, which comes once; CircuitError."""
+        if self.closed:
+            raise self.closing.get()
+        promise = self._expected[command] = Promise()
         return promise
 
     async def ask(self, command, body, answer, seconds):
@@ -2179,11 +2166,11 @@ class Circuit:
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
-        self._last_id = self._last_id % 65535 + 1
-        while self._last_id in self.streams:
-            self._last_id = self._last_id % 65535 + 1
-        stream = Stream(self, self._last_id)
-        self.send(command, self._last_id, body)
+        stream_id = self._last_id
+        while (stream_id := stream_id % 65535 + 1) in self.streams:
+            pass
+        self._last_id, stream = stream_id, Stream(self, stream_id)
+        self.send(command, stream_id, body)
         try:
             await stream.opened.wait(seconds)
             return stream
@@ -2238,15 +2225,15 @@ class Circuit:
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
         for layer in self._layers[:-1]:
-            data, ours = layer.in_cipher.crypt(data), []
-            for at in range(0, len(data), 509):
+            data, at = layer.in_cipher.crypt(data), 0
+            while at < len(data):
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
-                    ours.insert(0, at)
-            # The layers behind never saw these: their key streams go on without.
-            for at in ours:
-                data = data[:at] + data[at + 509 :]
-        layer, touched = self._layers[-1], {}
+                    # The layers behind never saw it: their key streams go on without.
+                    data = data[:at] + data[at + 509 :]
+                else:
+                    at += 509
+        layer, touched = self._layers[-1], set()
         digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
         for at in range(0, len(view), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
@@ -2262,16 +2249,15 @@ class Circuit:
                     return
                 continue
             self._deliver -= 1
-            if self._deliver < 0 or not stream_id:
-                raise ProtocolError("more DATA than the window allows")
+            require(self._deliver >= 0 and stream_id, "more DATA than the window allows")
             stream = self.streams.get(stream_id)
             if stream:
                 stream.feed(data)
-                touched[stream_id] = stream
+                touched.add(stream)
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
                 self.send(SENDME, 0, b"\1\0\x14" + found[:20])
-        for stream in touched.values():
+        for stream in touched:
             stream.arrived()
 
     def _unasked(self, command, reason):
@@ -2297,6 +2283,8 @@ class Circuit:
                 self.window = self.vegas.acked(self.inflight, rtt)
             self.inflight -= self._increment
             self.resume()
+        elif command in self._expected:
+            self._expected.pop(command).set(data)
         elif command in self.on_control:
             self.on_control[command](data)
         else:
@@ -2314,7 +2302,8 @@ class Circuit:
             self.channel.circuits.pop(self.circ_id, None)
             if tell:  # no reason, as tor
                 self.channel.send(cell(self.circ_id, DESTROY))
-            self._answer.fail(error)
+            for promise in self._expected.values():
+                promise.fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
         return self.closing.get()
@@ -2487,18 +2476,14 @@ class PathSelector:
             g.failed_at = now()
             g.failing_since = g.failing_since or g.failed_at
 
-    def network_up(self):
-        """A relay answered: try again what failed in a long silence (4.8)."""
-        until = self.online + self.param("guard-internet-likely-down-interval", 600, 1)
-        for g in self.sample:
-            if g.failed_at > self.online and now() > until:
-                g.failed_at = 0
-        self.online = now()
-
     def succeeded(self, rsa_id):
         """A guard built a first hop; return whether no better one may be up again (4.8)."""
-        self.network_up()
-        primary = self.primary()
+        silence, primary = now() - self.online, self.primary()
+        # Those that failed in a long one are tried again.
+        if silence > self.param("guard-internet-likely-down-interval", 600, 1):
+            for g in self.sample:
+                g.failed_at = g.failed_at if g.failed_at <= self.online else 0
+        self.online = now()
         for g in [g for g in self.sample if g.rsa_id == rsa_id]:
             g.failed_at = g.failing_since = 0
             if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
@@ -3153,8 +3138,6 @@ async def _introduce(tor, descriptor, intro):
         rend.send(ESTABLISH_RENDEZVOUS, 0, cookie)
         circuits.append(await tor.circuit_to(intro))
         await established.wait(BUILD_SECONDS)
-        if rend.closed:
-            raise rend.closing.get()
         # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
         # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.paths.param, descriptor.flow)

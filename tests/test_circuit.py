@@ -32,12 +32,8 @@ class FakeChannel:
     """Keeps what a circuit sends."""
 
     def __init__(self, room=1000):
-        self.sent, self.space, self.closing = [], room, minitor.Promise()
+        self.sent, self.space, self.error = [], room, None
         self.circuits = {}
-
-    def adopt(self, circuit):
-        self.circuits[0x80000001] = circuit
-        return 0x80000001
 
     def room(self):
         return self.space

@@ -1779,7 +1779,7 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
+            parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
         else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
@@ -1798,17 +1798,15 @@ class Channel:
         log(INFO, "%s", self.error)
         self.opened.fail(self.error)
         for circuit in list(self.circuits.values()):
-            circuit.fail(why, 8)
+            circuit.close(why, 8)
         self._wake.set()
 
 
 class Channels:
-    """The open channels, one for each relay."""
-
     _open = {}
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
-        """Return the open channel to the relay, or a new one; ChannelError."""
+        """Return the relay's one open Channel, or a new one; ChannelError."""
         self._open = {r: c for r, c in self._open.items() if not c.error}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
@@ -1822,8 +1820,8 @@ class Channels:
 # === 11. Circuits and streams ===
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# Cells that are encrypted in one go.
-BATCH = 8 if MICROPYTHON else 128
+# Cells that are encrypted in one go; no more than a SENDME is for.
+BATCH = 8 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control, XOFF takes the place of stream windows.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
@@ -1846,14 +1844,13 @@ class Layer:
         """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
         trial.update(body[:5] + bytes(4) + body[9:])
-        good = trial.digest()[:4] == body[5:9]
-        if good:
+        if trial.digest()[:4] == body[5:9]:
             self.in_digest = trial
-        return good
+            return True
 
 
 def sendme_increment(param):
-    """Return for how many cells a SENDME of congestion control is; 0: there is none."""
+    """Return how many cells a SENDME of congestion control is for; 0: there is none."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
@@ -1938,7 +1935,7 @@ class Stream:
             self._deliver += STREAM_INCREMENT
             self.circuit.send(SENDME, self.stream_id, b"")
         # XON comes when half is read.
-        stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
+        stop = unread * (1 + self._stopped) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
             self._stopped, command = stop, XOFF if stop else XON
             self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
@@ -1965,16 +1962,10 @@ class Stream:
             count = min(BATCH, circuit.channel.room(), window, self._package)
             if count <= 0:
                 break
-            pieces, at = [], 0
-            while at < len(self.outgoing) and len(pieces) < count:
-                size = DATA_MAX
-                # In each window a cell with random bytes: no SENDME before its time (7.4).
-                circuit.short_after -= 1
-                if circuit.short_after < 0:
-                    size, circuit.short_after = DATA_MAX - 20, 50 + randbelow(50)
-                pieces.append(self.outgoing[at : at + size])
-                at += size
-            self.outgoing = self.outgoing[at:]
+            # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
+            first, end = DATA_MAX - 20, DATA_MAX * count - 20
+            pieces = [self.outgoing[:first]] + _pieces(self.outgoing[first:end], DATA_MAX)
+            self.outgoing = self.outgoing[end:]
             self._package -= len(pieces)
             circuit.send(DATA, self.stream_id, *pieces)
         self._changed.set()
@@ -2032,12 +2023,11 @@ class Stream:
     async def readexactly(self, n):
         """Return `n` bytes; EOFError when the stream ends before."""
         data = b""
-        while n > 0:
-            piece = await self.read(n)
+        while (left := n - len(data)) > 0:
+            piece = await self.read(left)
             if not piece:
-                raise EOFError("the stream ended %d bytes early" % n)
+                raise EOFError("the stream ended %d bytes early" % left)
             data += piece
-            n -= len(piece)
         return data
 
     async def readuntil(self, separator=b"\n", limit=65536):
@@ -2101,9 +2091,8 @@ class Circuit:
     def __init__(self, channel, window=CIRCUIT_WINDOW):
         self.channel, self.closing, self.window = channel, Promise(), window
         self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
-        self._last_id, self.short_after = randbelow(65536), randbelow(50)
-        # (tag, time) of cells that are due a SENDME.
-        self._due = []
+        # `_due`: (tag, time) of cells that are due a SENDME.
+        self._last_id, self._due = randbelow(65536), []
         if channel.error:
             raise channel.error
         # Of the initiator's half.
@@ -2131,7 +2120,7 @@ class Circuit:
         try:
             keys = finish(reply)
         except ProtocolError as e:
-            raise self.fail("hop %d: %s" % (len(self.path) + 1, e), 1)
+            raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
         self._layers.append(Layer(keys))
         self.kh = keys[72:]
@@ -2159,7 +2148,7 @@ class Circuit:
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
-            raise self.fail("no answer within %d s" % seconds, 10)
+            raise self.close("no answer within %d s" % seconds, 10)
 
     async def open_stream(self, command, body, seconds):
         """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
@@ -2216,11 +2205,11 @@ class Circuit:
             if command == RELAY:
                 self._decrypt(data)
             elif command == DESTROY:
-                self.fail("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
+                self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
                 self._message(command, 0, data)
         except (ProtocolError, MemoryError) as e:
-            self.fail(str(e) or "out of memory", 1)
+            self.close(str(e) or "out of memory", 1)
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
@@ -2290,11 +2279,8 @@ class Circuit:
         else:
             self._unasked(command, data[0] if data else 0)
 
-    def close(self):
-        self.fail("closed here")
-
-    def fail(self, text, reason=0, tell=True):
-        """Close the circuit (tor-spec 5.4); return the first CircuitError of it."""
+    def close(self, text="closed here", reason=0, tell=True):
+        """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
             error = CircuitError("%s: %s" % (self, text), reason)
             log(INFO, "%s", error)
@@ -2347,7 +2333,7 @@ _ROLES = {
 
 
 def distinct(table, i, j):
-    """Return whether the networks and families of relays `i` and `j` differ (path-spec 2.2)."""
+    """Tell whether networks and families of relays `i` and `j` differ (path-spec 2.2)."""
     (net, net6), (other, other6) = table.subnets(i), table.subnets(j)
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
@@ -2495,7 +2481,6 @@ class PathSelector:
         return True
 
     def exit_path(self, port):
-        """Return guard, middle and an exit that allows `port`."""
         # tor's LongLivedPorts, roughly.
         stable = 0 if port in (80, 443) else STABLE
         last = self.pick("exit", lambda i: self.table.exit_allows(i, port), stable)

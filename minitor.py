@@ -1775,9 +1775,8 @@ class Channel:
         require(command in self._due[:1], "cell %d out of place" % command)
         self._due.pop(0)
         if command == VERSIONS:
-            offered = _pieces(body, 2)
-            self._pads = b"\0\5" in offered
-            require(self._pads or b"\0\4" in offered, "no link protocol in common")
+            # Relays must speak 5; 4 is offered as others do.
+            require(b"\0\5" in _pieces(body, 2), "no link protocol in common")
         elif command == CERTS:
             parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
         else:
@@ -1785,9 +1784,8 @@ class Channel:
             self.skew = timestamp - now() if timestamp else 0
             # No time, and no address of ours (tor-spec 4.5).
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
-            if self._pads:
-                # None is sent here: one side alone would stand out (padding-spec 2).
-                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
+            # No padding is sent here: one side alone would stand out (padding-spec 2).
+            self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
 
     def close(self, why="closed"):
@@ -1952,14 +1950,13 @@ class Stream:
             self._deliver = self._package
             self.opened.set(data)
         else:
-            raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
+            raise ProtocolError("message %d out of place on a stream" % command)
         self.flush()
 
     def flush(self):
-        circuit = self.circuit
+        circuit, room = self.circuit, self.circuit.channel.room
         while self.outgoing:
-            window = circuit.window - circuit.inflight
-            count = min(BATCH, circuit.channel.room(), window, self._package)
+            count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
             if count <= 0:
                 break
             # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
@@ -2262,7 +2259,7 @@ class Circuit:
             spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
         elif stream_id:
             # It may have been closed here.
-            require(command in _TO_CLOSED, "relay command %d for no stream" % command)
+            require(command in _TO_CLOSED, "message %d for no stream" % command)
         elif command == SENDME:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
@@ -2463,7 +2460,7 @@ class PathSelector:
             g.failing_since = g.failing_since or g.failed_at
 
     def succeeded(self, rsa_id):
-        """A guard built a first hop; return whether no better one may be up again (4.8)."""
+        """A relay is up; return whether no better guard than it may be up again (4.8)."""
         silence, primary = now() - self.online, self.primary()
         # Those that failed in a long one are tried again.
         if silence > self.param("guard-internet-likely-down-interval", 600, 1):

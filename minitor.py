@@ -1669,10 +1669,10 @@ def parse_descriptor(data, blinded, subcred, when):
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `opened`: Promise of itself; `error`: why it is gone; `skew`: its clock minus ours, in seconds.
+    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
     """
 
-    error = None
+    closed = None
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -1693,7 +1693,7 @@ class Channel:
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
-        while not self.error:
+        while not self.closed:
             await asyncio.sleep(20)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
@@ -1716,7 +1716,7 @@ class Channel:
 
     async def _write(self, writer):
         try:
-            while self._queue or not self.error:
+            while self._queue or not self.closed:
                 await self._wake.wait()
                 self._wake.clear()
                 data, self._queue = b"".join(self._queue), []
@@ -1736,7 +1736,7 @@ class Channel:
         # In VERSIONS the circuit ID is two bytes shorter.
         rest = b"\0\0"
         try:
-            while not self.error:
+            while not self.closed:
                 data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
@@ -1790,11 +1790,11 @@ class Channel:
 
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
-        if self.error:
+        if self.closed:
             return
-        self.error = ChannelError("%s: %s" % (self, why))
-        log(INFO, "%s", self.error)
-        self.opened.fail(self.error)
+        self.closed = ChannelError("%s: %s" % (self, why))
+        log(INFO, "%s", self.closed)
+        self.opened.fail(self.closed)
         for circuit in list(self.circuits.values()):
             circuit.close(why, 8)
         self._wake.set()
@@ -1805,7 +1805,7 @@ class Channels:
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """Return the relay's one open Channel, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.error}
+        self._open = {r: c for r, c in self._open.items() if not c.closed}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
         return await self._open[rsa_id].opened.wait()
@@ -1960,8 +1960,9 @@ class Stream:
             if count <= 0:
                 break
             # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
-            first, end = DATA_MAX - 20, DATA_MAX * count - 20
-            pieces = [self.outgoing[:first]] + _pieces(self.outgoing[first:end], DATA_MAX)
+            end = min(len(self.outgoing), DATA_MAX * count - 20)
+            starts = range(-20, end, DATA_MAX)
+            pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
             self.outgoing = self.outgoing[end:]
             self._package -= len(pieces)
             circuit.send(DATA, self.stream_id, *pieces)
@@ -2077,12 +2078,12 @@ _TO_CLOSED = END, SENDME, CONNECTED, RESOLVED, XOFF, XON
 
 
 class Circuit:
-    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of the error.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of `closed`.
 
     `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, port).
     """
 
-    on_begin = kh = vegas = None
+    on_begin = kh = vegas = closed = None
     inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
@@ -2090,8 +2091,8 @@ class Circuit:
         self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
         # `_due`: (tag, time) of cells that are due a SENDME.
         self._last_id, self._due = randbelow(65536), []
-        if channel.error:
-            raise channel.error
+        if channel.closed:
+            raise channel.closed
         # Of the initiator's half.
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
             pass
@@ -2099,10 +2100,6 @@ class Circuit:
 
     def __str__(self):
         return "circuit %d over %s" % (self.circ_id & 0xFFFF, self.channel)
-
-    @property
-    def closed(self):
-        return self.closing.done()
 
     async def extend(self, relay, seconds):
         """Add `relay` (tor-spec 5.1), or the only hop by CREATE_FAST: None; CircuitError."""
@@ -2131,7 +2128,7 @@ class Circuit:
     def expect(self, command):
         """Return a Promise of the body of `command`, which comes once; CircuitError."""
         if self.closed:
-            raise self.closing.get()
+            raise self.closed
         promise = self._expected[command] = Promise()
         return promise
 
@@ -2169,7 +2166,7 @@ class Circuit:
     def send(self, command, stream_id, *pieces):
         """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
-            raise self.closing.get()
+            raise self.closed
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
@@ -2279,7 +2276,7 @@ class Circuit:
     def close(self, text="closed here", reason=0, tell=True):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
-            error = CircuitError("%s: %s" % (self, text), reason)
+            self.closed = error = CircuitError("%s: %s" % (self, text), reason)
             log(INFO, "%s", error)
             self.closing.set(error)
             self.channel.circuits.pop(self.circ_id, None)
@@ -2289,7 +2286,7 @@ class Circuit:
                 promise.fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
-        return self.closing.get()
+        return self.closed
 
 
 async def pump(stream, reader, writer):

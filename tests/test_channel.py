@@ -235,9 +235,9 @@ def test_a_bad_cell_closes_the_channel_and_says_so(relay, after, message):
 
     async def then(channel):
         circuit = minitor.Circuit(channel)
-        while not channel.error:
+        while not channel.closed:
             await asyncio.sleep(0.01)
-        assert message in str(channel.error)
+        assert message in str(channel.closed)
         assert circuit.closed and not channel.circuits
         with pytest.raises(minitor.ChannelError):
             minitor.Circuit(channel)
@@ -252,7 +252,7 @@ def test_padding_and_unknown_cells_are_tolerated(relay):
 
     async def then(channel):
         await asyncio.sleep(0.2)
-        assert not channel.error
+        assert not channel.closed
 
     connect(relay, then)
 
@@ -288,7 +288,7 @@ def test_two_callers_share_one_channel(relay):
         assert three is not one and len(count) == 2
         channels.close()
         await asyncio.sleep(0.05)
-        assert three.error
+        assert three.closed
         server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

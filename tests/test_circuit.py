@@ -32,7 +32,7 @@ class FakeChannel:
     """Keeps what a circuit sends."""
 
     def __init__(self, room=1000):
-        self.sent, self.space, self.error = [], room, None
+        self.sent, self.space, self.closed = [], room, None
         self.circuits = {}
 
     def room(self):

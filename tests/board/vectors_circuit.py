@@ -10,7 +10,7 @@ class Link:
     """A channel that hands its cells to the circuit at the other end."""
 
     def __init__(self):
-        self.error, self.cells, self.far, self.near = None, [], None, None
+        self.closed, self.cells, self.far, self.near = None, [], None, None
         self.circuits = {}
 
     def room(self):

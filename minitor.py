@@ -1740,7 +1740,7 @@ class Channel:
                 data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
-                data = rest + data if rest else data
+                data = rest + data
                 rest = data[self._cells(data) :]
         except (OSError, ProtocolError, MemoryError) as e:
             self.close("the link broke: %s" % e)
@@ -1903,7 +1903,7 @@ def congestion_control(param, wanted):
 
 
 class Stream:
-    """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
+    """A stream through a circuit: asyncio's reader and writer in one."""
 
     outgoing, _error = b"", None
     _stopped = _ended = _closing = False
@@ -1977,7 +1977,7 @@ class Stream:
 
     def end(self, error):
         self._closing, self._ended, self.outgoing = True, True, b""
-        # Clients end with MISC whatever happened, so at a service it is no error.
+        # Clients end with MISC whatever happened: at a service, no error.
         if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
         self.circuit.streams.pop(self.stream_id, None)
@@ -2316,7 +2316,7 @@ async def pump(stream, reader, writer):
 
 _NEED = FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
-# Role: position, flags it must have, flags it must not have.
+# Role: position, flags needed, flags refused.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
@@ -2350,7 +2350,7 @@ class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
     def __init__(self, table, consensus, path):
-        # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
+        # `online`: when a relay last answered; `layer_two`: {RSA identity: until}, as tor unstored.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
             stored = json.loads(read_file(path or "") or b"[]")

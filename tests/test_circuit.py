@@ -244,6 +244,24 @@ def test_sending_waits_for_room_in_the_channel():
     run(test)
 
 
+def test_a_writer_goes_on_as_soon_as_there_is_room():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.channel.space = 0
+        stream.write(bytes(2 * minitor.WRITE_AHEAD))
+        draining = asyncio.ensure_future(stream.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        # The window of the stream holds more than half of it, and not all.
+        far.channel.space = 1000
+        far.circuit.resume()
+        await asyncio.wait_for(draining, 1)
+        assert 0 < len(stream.outgoing) <= minitor.WRITE_AHEAD
+
+    run(test)
+
+
 def test_bytes_that_came_before_the_end_are_not_lost():
     async def test():
         for reason, fails in ((6, False), (12, True)):

@@ -1650,14 +1650,15 @@ def parse_descriptor(data, blinded, subcred, when):
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `skew`: its clock minus ours, in seconds; `opened`, `closing`: Promises of the channel
-    itself, and of why it is gone.
+    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
     """
+
+    closed = None
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
-        self.opened, self.closing, self._wake = Promise(), Promise(), asyncio.Event()
+        self.opened, self._wake = Promise(), asyncio.Event()
         # Still due in the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
@@ -1673,7 +1674,7 @@ class Channel:
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
-        while not self.closing.done():
+        while not self.closed:
             await asyncio.sleep(20)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
@@ -1696,7 +1697,7 @@ class Channel:
 
     async def _write(self, writer):
         try:
-            while self._queue or not self.closing.done():
+            while self._queue or not self.closed:
                 await self._wake.wait()
                 self._wake.clear()
                 data, self._queue = b"".join(self._queue), []
@@ -1706,7 +1707,7 @@ class Channel:
                 self._queued -= len(data)
                 for circuit in list(self.circuits.values()):
                     circuit.resume()
-        except OSError as e:
+        except (OSError, MemoryError) as e:
             self.close("the link broke: %s" % e)
         finally:
             self._tasks[0].cancel()
@@ -1716,11 +1717,11 @@ class Channel:
         # In VERSIONS the circuit ID is two bytes shorter.
         rest = b"\0\0"
         try:
-            while not self.closing.done():
+            while not self.closed:
                 data = await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
-                data = rest + data if rest else data
+                data = rest + data
                 rest = data[self._cells(data) :]
         except (OSError, ProtocolError, MemoryError) as e:
             self.close("the link broke: %s" % e)
@@ -1730,8 +1731,7 @@ class Channel:
         at, end = 0, len(data)
         while end - at >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
-            if VERSIONS in self._due and command != VERSIONS:
-                raise ProtocolError("cell %d where VERSIONS was due" % command)
+            require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
             if command >= 128 or command == VERSIONS:
                 size, body = data[body] << 8 | data[body + 1], body + 2
                 require(size <= 16384, "a cell of %d bytes" % size)
@@ -1741,15 +1741,12 @@ class Channel:
             circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
-            elif command == RELAY:
+            elif circuit:
                 cells = [data[body:at]]
-                while at + 514 <= end and data[at : at + 5] == head:
+                while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
                     cells.append(data[at + 5 : at + 514])
                     at += 514
-                if circuit:
-                    circuit.receive(b"".join(cells))
-            elif circuit:
-                circuit.receive(data[body:at], command)
+                circuit.receive(b"".join(cells), command)
         return at
 
     def _handshake(self, command, body):
@@ -1759,51 +1756,37 @@ class Channel:
         require(command in self._due[:1], "cell %d out of place" % command)
         self._due.pop(0)
         if command == VERSIONS:
-            offered = _pieces(body, 2)
-            self._pads = b"\0\5" in offered
-            require(self._pads or b"\0\4" in offered, "no link protocol in common")
+            # Relays must speak 5; 4 is offered as others do.
+            require(b"\0\5" in _pieces(body, 2), "no link protocol in common")
         elif command == CERTS:
-            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
+            parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
             # No time, and no address of ours (tor-spec 4.5).
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
-            if self._pads:
-                # None is sent here: one side alone would stand out (padding-spec 2).
-                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
+            # No padding is sent here: one side alone would stand out (padding-spec 2).
+            self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
-
-    def adopt(self, circuit):
-        # Its circuit ID is of the initiator's half.
-        if self.closing.done():
-            raise ChannelError(self.closing.get())
-        circ_id = 0
-        while not circ_id or circ_id in self.circuits:
-            circ_id = randbelow(1 << 31) | 1 << 31
-        self.circuits[circ_id] = circuit
-        return circ_id
 
     def close(self, why="closed"):
         """Close the channel and its circuits; what is queued is still written."""
-        if not self.closing.done():
-            why = "%s: %s" % (self, why)
-            log(INFO, why)
-            self.closing.set(why)
-            self.opened.fail(ChannelError(why))
-            for circuit in list(self.circuits.values()):
-                circuit.fail(why, 8)
-            self._wake.set()
+        if self.closed:
+            return
+        self.closed = ChannelError("%s: %s" % (self, why))
+        log(INFO, "%s", self.closed)
+        self.opened.fail(self.closed)
+        for circuit in list(self.circuits.values()):
+            circuit.close(why, 8)
+        self._wake.set()
 
 
 class Channels:
-    """The open channels, one for each relay."""
-
     _open = {}
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
-        """Return the open channel to the relay, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.closing.done()}
+        """Return the relay's one open Channel, or a new one; ChannelError."""
+        self._open = {r: c for r, c in self._open.items() if not c.closed}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
         return await self._open[rsa_id].opened.wait()
@@ -1816,8 +1799,8 @@ class Channels:
 # === 11. Circuits and streams ===
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# Cells that are encrypted in one go.
-BATCH = 8 if MICROPYTHON else 128
+# Cells that are encrypted in one go; no more than a SENDME is for.
+BATCH = 8 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control, XOFF takes the place of stream windows.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
@@ -1840,14 +1823,13 @@ class Layer:
         """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
         trial.update(body[:5] + bytes(4) + body[9:])
-        good = trial.digest()[:4] == body[5:9]
-        if good:
+        if trial.digest()[:4] == body[5:9]:
             self.in_digest = trial
-        return good
+            return True
 
 
 def sendme_increment(param):
-    """Return for how many cells a SENDME of congestion control is; 0: there is none."""
+    """Return how many cells a SENDME of congestion control is for; 0: there is none."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
@@ -1902,7 +1884,7 @@ def congestion_control(param, wanted):
 
 
 class Stream:
-    """A stream of bytes through a circuit: reader and writer in one, as asyncio has them."""
+    """A stream through a circuit: asyncio's reader and writer in one."""
 
     outgoing, _error = b"", None
     _stopped = _ended = _closing = False
@@ -1917,8 +1899,8 @@ class Stream:
 
     def feed(self, data):
         self._deliver -= 1
-        if self._deliver < 0 or len(self._incoming) > 16 * XOFF_LIMIT:
-            raise ProtocolError("DATA on stream %d too early, or too much" % self.stream_id)
+        good = self._deliver >= 0 and len(self._incoming) <= 16 * XOFF_LIMIT
+        require(good, "DATA too early on a stream, or too much")
         if not self._closing:
             self._incoming.extend(data)
 
@@ -1932,7 +1914,7 @@ class Stream:
             self._deliver += STREAM_INCREMENT
             self.circuit.send(SENDME, self.stream_id, b"")
         # XON comes when half is read.
-        stop = unread * (2 if self._stopped else 1) > XOFF_LIMIT
+        stop = unread * (1 + self._stopped) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
             self._stopped, command = stop, XOFF if stop else XON
             self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
@@ -1949,30 +1931,24 @@ class Stream:
             self._deliver = self._package
             self.opened.set(data)
         else:
-            raise ProtocolError("relay command %d on stream %d" % (command, self.stream_id))
+            raise ProtocolError("message %d out of place on a stream" % command)
         self.flush()
 
     def flush(self):
-        circuit = self.circuit
+        circuit, room = self.circuit, self.circuit.channel.room
         while self.outgoing:
-            window = circuit.window - circuit.inflight
-            count = min(BATCH, circuit.channel.room(), window, self._package)
+            count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
             if count <= 0:
-                return
-            pieces, at = [], 0
-            while at < len(self.outgoing) and len(pieces) < count:
-                size = DATA_MAX
-                # In each window a cell with random bytes: no SENDME before its time (7.4).
-                circuit.short_after -= 1
-                if circuit.short_after < 0:
-                    size, circuit.short_after = DATA_MAX - 20, 50 + randbelow(50)
-                pieces.append(self.outgoing[at : at + size])
-                at += size
-            self.outgoing = self.outgoing[at:]
+                break
+            # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
+            end = min(len(self.outgoing), DATA_MAX * count - 20)
+            starts = range(-20, end, DATA_MAX)
+            pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
+            self.outgoing = self.outgoing[end:]
             self._package -= len(pieces)
             circuit.send(DATA, self.stream_id, *pieces)
         self._changed.set()
-        if self._closing:
+        if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
 
     def send_end(self, reason):
@@ -1982,7 +1958,7 @@ class Stream:
 
     def end(self, error):
         self._closing, self._ended, self.outgoing = True, True, b""
-        # Clients end with MISC whatever happened, so at a service it is no error.
+        # Clients end with MISC whatever happened: at a service, no error.
         if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
         self.circuit.streams.pop(self.stream_id, None)
@@ -2026,12 +2002,11 @@ class Stream:
     async def readexactly(self, n):
         """Return `n` bytes; EOFError when the stream ends before."""
         data = b""
-        while n > 0:
-            piece = await self.read(n)
+        while (left := n - len(data)) > 0:
+            piece = await self.read(left)
             if not piece:
-                raise EOFError("the stream ended %d bytes early" % n)
+                raise EOFError("the stream ended %d bytes early" % left)
             data += piece
-            n -= len(piece)
         return data
 
     async def readuntil(self, separator=b"\n", limit=65536):
@@ -2067,7 +2042,6 @@ class Stream:
     def close(self):
         """End the stream, both ways (tor-spec 6.3), when all is sent."""
         self._closing = True
-        self._changed.set()
         self.flush()
 
     def is_closing(self):
@@ -2085,28 +2059,28 @@ _TO_CLOSED = END, SENDME, CONNECTED, RESOLVED, XOFF, XON
 
 
 class Circuit:
-    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of the error.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of `closed`.
 
     `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, port).
     """
 
-    on_begin = kh = vegas = None
+    on_begin = kh = vegas = closed = None
     inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
         self.channel, self.closing, self.window = channel, Promise(), window
-        self.path, self.streams, self.on_control, self._layers = [], {}, {}, []
-        self._last_id, self.short_after = randbelow(65536), randbelow(50)
-        # (tag, time) of cells that are due a SENDME.
-        self._answer, self._due = Promise(), []
-        self.circ_id = channel.adopt(self)
+        self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
+        # `_due`: (tag, time) of cells that are due a SENDME.
+        self._last_id, self._due = randbelow(65536), []
+        if channel.closed:
+            raise channel.closed
+        # Of the initiator's half.
+        while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
+            pass
+        self.circ_id, channel.circuits[circ_id] = circ_id, self
 
     def __str__(self):
         return "circuit %d over %s" % (self.circ_id & 0xFFFF, self.channel)
-
-    @property
-    def closed(self):
-        return self.closing.done()
 
     async def extend(self, relay, seconds):
         """Add `relay` (tor-spec 5.1), or the only hop by CREATE_FAST: None; CircuitError."""
@@ -2121,7 +2095,7 @@ class Circuit:
         try:
             keys = finish(reply)
         except ProtocolError as e:
-            raise self.fail("hop %d: %s" % (len(self.path) + 1, e), 1)
+            raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
         self._layers.append(Layer(keys))
         self.kh = keys[72:]
@@ -2133,14 +2107,10 @@ class Circuit:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
     def expect(self, command):
-        """Return a Promise of the body of the next `command`, which comes once."""
-
-        def answered(body):
-            del self.on_control[command]
-            promise.set(body)
-
-        self._answer = promise = Promise()
-        self.on_control[command] = answered
+        """Return a Promise of the body of `command`, which comes once; CircuitError."""
+        if self.closed:
+            raise self.closed
+        promise = self._expected[command] = Promise()
         return promise
 
     async def ask(self, command, body, answer, seconds):
@@ -2153,18 +2123,18 @@ class Circuit:
         try:
             return await promise.wait(seconds)
         except asyncio.TimeoutError:
-            raise self.fail("no answer within %d s" % seconds, 10)
+            raise self.close("no answer within %d s" % seconds, 10)
 
     async def open_stream(self, command, body, seconds):
         """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
-        self._last_id = self._last_id % 65535 + 1
-        while self._last_id in self.streams:
-            self._last_id = self._last_id % 65535 + 1
-        stream = Stream(self, self._last_id)
-        self.send(command, self._last_id, body)
+        stream_id = self._last_id
+        while (stream_id := stream_id % 65535 + 1) in self.streams:
+            pass
+        self._last_id, stream = stream_id, Stream(self, stream_id)
+        self.send(command, stream_id, body)
         try:
             await stream.opened.wait(seconds)
             return stream
@@ -2177,7 +2147,7 @@ class Circuit:
     def send(self, command, stream_id, *pieces):
         """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
-            raise self.closing.get()
+            raise self.closed
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
@@ -2210,24 +2180,24 @@ class Circuit:
             if command == RELAY:
                 self._decrypt(data)
             elif command == DESTROY:
-                self.fail("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
+                self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
                 self._message(command, 0, data)
         except (ProtocolError, MemoryError) as e:
-            self.fail(str(e) or "out of memory", 1)
+            self.close(str(e) or "out of memory", 1)
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
         for layer in self._layers[:-1]:
-            data, ours = layer.in_cipher.crypt(data), []
-            for at in range(0, len(data), 509):
+            data, at = layer.in_cipher.crypt(data), 0
+            while at < len(data):
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
-                    ours.insert(0, at)
-            # The layers behind never saw these: their key streams go on without.
-            for at in ours:
-                data = data[:at] + data[at + 509 :]
-        layer, touched = self._layers[-1], {}
+                    # The layers behind never saw it: their key streams go on without.
+                    data = data[:at] + data[at + 509 :]
+                else:
+                    at += 509
+        layer, touched = self._layers[-1], set()
         digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
         for at in range(0, len(view), 509):
             command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
@@ -2243,16 +2213,15 @@ class Circuit:
                     return
                 continue
             self._deliver -= 1
-            if self._deliver < 0 or not stream_id:
-                raise ProtocolError("more DATA than the window allows")
+            require(self._deliver >= 0 and stream_id, "more DATA than the window allows")
             stream = self.streams.get(stream_id)
             if stream:
                 stream.feed(data)
-                touched[stream_id] = stream
+                touched.add(stream)
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
                 self.send(SENDME, 0, b"\1\0\x14" + found[:20])
-        for stream in touched.values():
+        for stream in touched:
             stream.arrived()
 
     def _unasked(self, command, reason):
@@ -2268,7 +2237,7 @@ class Circuit:
             spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
         elif stream_id:
             # It may have been closed here.
-            require(command in _TO_CLOSED, "relay command %d for no stream" % command)
+            require(command in _TO_CLOSED, "message %d for no stream" % command)
         elif command == SENDME:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
@@ -2278,27 +2247,27 @@ class Circuit:
                 self.window = self.vegas.acked(self.inflight, rtt)
             self.inflight -= self._increment
             self.resume()
+        elif command in self._expected:
+            self._expected.pop(command).set(data)
         elif command in self.on_control:
             self.on_control[command](data)
         else:
             self._unasked(command, data[0] if data else 0)
 
-    def close(self):
-        self.fail("closed here")
-
-    def fail(self, text, reason=0, tell=True):
-        """Close the circuit (tor-spec 5.4); return the first CircuitError of it."""
+    def close(self, text="closed here", reason=0, tell=True):
+        """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
-            error = CircuitError("%s: %s" % (self, text), reason)
+            self.closed = error = CircuitError("%s: %s" % (self, text), reason)
             log(INFO, "%s", error)
             self.closing.set(error)
             self.channel.circuits.pop(self.circ_id, None)
             if tell:  # no reason, as tor
                 self.channel.send(cell(self.circ_id, DESTROY))
-            self._answer.fail(error)
+            for promise in self._expected.values():
+                promise.fail(error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
-        return self.closing.get()
+        return self.closed
 
 
 async def pump(stream, reader, writer):
@@ -2328,7 +2297,7 @@ async def pump(stream, reader, writer):
 
 _NEED = FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
-# Role: position, flags it must have, flags it must not have.
+# Role: position, flags needed, flags refused.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
@@ -2339,7 +2308,7 @@ _ROLES = {
 
 
 def distinct(table, i, j):
-    """Return whether the networks and families of relays `i` and `j` differ (path-spec 2.2)."""
+    """Tell whether networks and families of relays `i` and `j` differ (path-spec 2.2)."""
     (net, net6), (other, other6) = table.subnets(i), table.subnets(j)
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
@@ -2364,7 +2333,7 @@ class PathSelector:
     updates = 0
 
     def __init__(self, table, consensus, path):
-        # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
+        # `online`: when a relay last answered; `layer_two`: {RSA identity: until}, as tor unstored.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
         try:
             stored = json.loads(read_file(path or "") or b"[]")
@@ -2466,18 +2435,14 @@ class PathSelector:
             g.failed_at = now()
             g.failing_since = g.failing_since or g.failed_at
 
-    def network_up(self):
-        """A relay answered: try again what failed in a long silence (4.8)."""
-        until = self.online + self.param("guard-internet-likely-down-interval", 600, 1)
-        for g in self.sample:
-            if g.failed_at > self.online and now() > until:
-                g.failed_at = 0
-        self.online = now()
-
     def succeeded(self, rsa_id):
-        """A guard built a first hop; return whether no better one may be up again (4.8)."""
-        self.network_up()
-        primary = self.primary()
+        """A relay is up; return whether no better guard than it may be up again (4.8)."""
+        silence, primary = now() - self.online, self.primary()
+        # Those that failed in a long one are tried again.
+        if silence > self.param("guard-internet-likely-down-interval", 600, 1):
+            for g in self.sample:
+                g.failed_at = g.failed_at if g.failed_at <= self.online else 0
+        self.online = now()
         for g in [g for g in self.sample if g.rsa_id == rsa_id]:
             g.failed_at = g.failing_since = 0
             if g not in primary and [p for p in primary if p.failing_since and not p.down()]:
@@ -2492,7 +2457,6 @@ class PathSelector:
         return True
 
     def exit_path(self, port):
-        """Return guard, middle and an exit that allows `port`."""
         # tor's LongLivedPorts, roughly.
         stable = 0 if port in (80, 443) else STABLE
         last = self.pick("exit", lambda i: self.table.exit_allows(i, port), stable)
@@ -3118,8 +3082,6 @@ async def _introduce(tor, descriptor, intro):
         rend.send(ESTABLISH_RENDEZVOUS, 0, cookie)
         circuits.append(await tor.circuit_to(intro))
         await established.wait(BUILD_SECONDS)
-        if rend.closed:
-            raise rend.closing.get()
         # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
         # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
         vegas = congestion_control(tor.paths.param, descriptor.flow)

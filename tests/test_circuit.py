@@ -32,12 +32,8 @@ class FakeChannel:
     """Keeps what a circuit sends."""
 
     def __init__(self, room=1000):
-        self.sent, self.space, self.closing = [], room, minitor.Promise()
+        self.sent, self.space, self.closed = [], room, None
         self.circuits = {}
-
-    def adopt(self, circuit):
-        self.circuits[0x80000001] = circuit
-        return 0x80000001
 
     def room(self):
         return self.space
@@ -244,6 +240,24 @@ def test_sending_waits_for_room_in_the_channel():
         far.circuit.resume()
         assert sum(len(d) for _, _, d in far.received()) == 5000
         await stream.drain()
+
+    run(test)
+
+
+def test_a_writer_goes_on_as_soon_as_there_is_room():
+    async def test():
+        far = Far()
+        stream = await far.stream()
+        far.channel.space = 0
+        stream.write(bytes(2 * minitor.WRITE_AHEAD))
+        draining = asyncio.ensure_future(stream.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        # The window of the stream holds more than half of it, and not all.
+        far.channel.space = 1000
+        far.circuit.resume()
+        await asyncio.wait_for(draining, 1)
+        assert 0 < len(stream.outgoing) <= minitor.WRITE_AHEAD
 
     run(test)
 

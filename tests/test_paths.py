@@ -570,15 +570,15 @@ def test_where_all_guards_are_down_the_primary_ones_take_turns(clock):
 def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
     paths = selector(network(guards=100).table)
     first = paths.guard().rsa_id
-    paths.network_up()
+    assert paths.succeeded(bytes(20))
     paths.failed(first)
     clock[0] += 300
-    paths.network_up()
+    assert paths.succeeded(bytes(20))
     assert paths.guard().rsa_id != first
     clock[0] += 650
     for _ in range(30):
         paths.failed(paths.guard().rsa_id)
-    paths.network_up()
+    assert paths.succeeded(bytes(20))
     assert paths.guard().rsa_id == first and len(paths.sample) <= 22
 
 

@@ -10,12 +10,8 @@ class Link:
     """A channel that hands its cells to the circuit at the other end."""
 
     def __init__(self):
-        self.closing, self.cells, self.far, self.near = m.Promise(), [], None, None
+        self.closed, self.cells, self.far, self.near = None, [], None, None
         self.circuits = {}
-
-    def adopt(self, circuit):
-        self.near = circuit
-        return 0x80000001
 
     def room(self):
         return 32 - len(self.cells)
@@ -43,6 +39,7 @@ async def main():
     links = Link(), Link()
     client, service = [m.Circuit(link) for link in links]
     links[0].far, links[1].far = service, client
+    links[0].near, links[1].near = client, service
     client.add_onion_hop(keys)
     service.add_onion_hop(keys, True)
     tasks = [asyncio.create_task(link.carry()) for link in links]

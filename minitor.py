@@ -1756,8 +1756,9 @@ class Channel:
         require(command in self._due[:1], "cell %d out of place" % command)
         self._due.pop(0)
         if command == VERSIONS:
-            # Relays must speak 5; 4 is offered as others do.
-            require(b"\0\5" in _pieces(body, 2), "no link protocol in common")
+            offered = _pieces(body, 2)
+            self._pads = b"\0\5" in offered
+            require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
             parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
         else:
@@ -1765,8 +1766,9 @@ class Channel:
             self.skew = timestamp - now() if timestamp else 0
             # No time, and no address of ours (tor-spec 4.5).
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
-            # No padding is sent here: one side alone would stand out (padding-spec 2).
-            self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
+            if self._pads:
+                # None is sent here: one side alone would stand out (padding-spec 2).
+                self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
 
     def close(self, why="closed"):

@@ -180,12 +180,12 @@ def test_a_link_says_what_a_client_says(relay):
         (lambda r: r.certs.update({7: r.crosscert(r.ed_id, -30)}), "expired"),
         (lambda r: r.certs.update({2: self_signed(ec_key()).public_bytes(DER)}), "."),
         (lambda r: r.certs.update({2: b"\x30\x80"}), "."),
-        (lambda r: setattr(r, "versions", (3, 4)), "no link protocol"),
+        (lambda r: setattr(r, "versions", (3,)), "no link protocol"),
         (lambda r: setattr(r, "hello", b"\0\0\x08\0\0"), "VERSIONS"),
         (lambda r: setattr(r, "hello", b"HTTP/1.1 400 Bad Request\r\n\r\n"), "VERSIONS"),
-        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\5" + b"\0\0\0\0\x81\xff\xff"), "65535"),
-        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\5" + b"\0\0\0\0\x03" + bytes(509)), "cell 3"),
-        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\5" + b"\0\0\0\0\x08" + bytes(509)), "cell 8"),
+        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\4" + b"\0\0\0\0\x81\xff\xff"), "65535"),
+        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\4" + b"\0\0\0\0\x03" + bytes(509)), "cell 3"),
+        (lambda r: setattr(r, "hello", b"\0\0\7\0\2\0\4" + b"\0\0\0\0\x08" + bytes(509)), "cell 8"),
     ],
 )
 def test_a_relay_that_does_not_prove_its_identity_is_refused(relay, change, message):

@@ -629,15 +629,6 @@ def hmac_sha256(key, data):
     return sha256(outer + sha256(inner + data))
 
 
-def hkdf_sha256(secret, salt, info, n):
-    # RFC 5869
-    key, out, block = hmac_sha256(salt, secret), b"", b""
-    while len(out) < n:
-        block = hmac_sha256(key, block + info + bytes((len(out) // 32 + 1,)))
-        out += block
-    return out[:n]
-
-
 # === 5. Curves and signatures ===
 # RFC 7748, RFC 8032, key blinding (rend-spec-v3, A.2).  Python's integers take varying time.
 
@@ -810,11 +801,12 @@ def rsa_verify(n, digest, signature):
 # cert-spec, and dir-spec's authority certificates, consensus and microdescriptors.
 
 
-def check_ed_cert(data, what, kind, public, when):
-    """Return key type, key, signing key or None (cert-spec 2.1); `public` None: by that key."""
-    r, signer = Reader(data, what), None
-    good, expires = r.take(2) == bytes((1, kind)), r.uint(4) * 3600
-    key_type, key = r.uint(1), r.take(32)
+def check_ed_cert(data, kind, public, when):
+    """Return key and signing key (cert-spec 2.1); `public`: which that must be, or None."""
+    what, signer = "certificate of type %d" % kind, None
+    r = Reader(data, what)
+    version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
+    good, key = (version, found, key_type) == (1, kind, 3 if kind == 5 else 1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
@@ -822,28 +814,19 @@ def check_ed_cert(data, what, kind, public, when):
             signer, flags = body, size != 32
         good = good and not flags & 1
     signed, signature = data[: r.at], r.take(64)
-    require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
-    require(expires >= when, what + " has expired, or the clock is ahead")
-    public = public or signer
-    good = public and signer in (None, public) and ed25519_verify(public, signed, signature)
+    require(good and not r.left(), what + " is malformed")
+    require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
+    # Only type 5, for a TLS certificate, need not name it.
+    signer = signer or kind == 5 and public
+    good = signer and public in (None, signer) and ed25519_verify(signer, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
-    return key_type, key, signer
+    return key, signer
 
 
-def parse_crosscert(data, rsa_key, when):
-    """Return the Ed25519 identity that `rsa_key` certifies (cert-spec 2.3)."""
-    r = Reader(data, "RSA cross-certificate")
-    key, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
-    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + data[:36])
-    good = expires >= when and not r.left() and rsa_verify(rsa_key, digest, signature)
-    require(good, "RSA cross-certificate is expired or wrong")
-    return key
-
-
-def document_items(lines):
+def document_items(text):
     """Return [(keyword, arguments, object)], all bytes (dir-spec 1.2)."""
     items, inside = [(b"", b"", [])], False
-    for line in lines:
+    for line in text.split(b"\n"):
         if line.startswith(b"-----"):
             inside = line.startswith(b"-----BEGIN ")
         elif inside:
@@ -875,7 +858,7 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        items = document_items(one.split(b"\n"))
+        items = document_items(one)
         identity, signing, crosscert, signature = [one_item(items, b"dir-" + n)[1] for n in names]
         fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
         if fingerprint in identities:
@@ -934,11 +917,8 @@ class Consensus:
     """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
     def __init__(self, head):
-        items, self.head = document_items(head.split(b"\n")), head
-
-        def text(name):
-            return one_item(items, name)[0]
-
+        items, self.head = document_items(head), head
+        text = lambda name: one_item(items, name)[0]
         times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
         kind = text(b"network-status-version"), text(b"vote-status")
@@ -949,9 +929,8 @@ class Consensus:
         self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
         self.required = set(_versions(text(b"required-client-protocols")))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
-        self.srv_previous, self.srv_current = [
-            b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs
-        ]
+        srvs = [srv and b64decode(srv.split(b" ")[-1], 32) for srv in srvs]
+        self.srv_previous, self.srv_current = srvs
 
     def param(self, name, default, low=0, high=2147483647):
         return min(max(self.params.get(name, default), low), high)
@@ -1038,7 +1017,7 @@ class ConsensusParser(_Splitter):
         try:
             c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
             c.digest, c.signatures = self._hash.digest(), {}
-            for _, arguments, body in document_items((mark + signatures).split(b"\n")):
+            for _, arguments, body in document_items(mark + signatures):
                 # Without a name it is SHA-1.
                 if arguments.startswith(b"sha256 "):
                     identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
@@ -1110,9 +1089,30 @@ _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
 class Record:
-    """A descriptor, or a relay: `index`, `flags`, `rsa_id`, `address` (text), `port`, …"""
+    """A descriptor; or a relay: `address` (text), `port`, `rsa_id`, `ed_id`, `ntor_key`, …"""
 
-    specifiers, private = None, False
+
+def _tagged(r, size):
+    # [(type, value)]; lengths have `size` bytes.
+    return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
+
+
+def parse_link_specifiers(r, ntor_key):
+    """Take `specifiers` (tor-spec 5.1.2) from a Reader; return the relay, perhaps `private`."""
+    start, t, pairs = r.at, Record(), _tagged(r, 1)
+    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
+    # Relays take the first address.
+    found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
+    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
+    # EXTEND2 has room for 498, 88 of them for the rest.
+    require(good and len(t.specifiers) <= 410, "unusable link specifiers")
+    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
+    # RFC 6890.
+    a, b = place[:2]
+    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
+    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
+    return t
 
 
 def _pieces(packed, size):
@@ -1150,10 +1150,10 @@ class RelayTable:
         return len(self.flags)
 
     def relay(self, i):
-        r, fields = Record(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
-        r.rsa_id, md, address, r.port, _ = fields
-        r.ed_id, r.ntor_key, r.address = md[16:48], md[48:80], "%d.%d.%d.%d" % tuple(address)
-        r.index, r.flags = i, self.flags[i]
+        parts = self._field(i, 106, 6), self.rsa_id(i), self.ed_id(i)
+        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
+        r = parse_link_specifiers(r, self._field(i, 68, 32))
+        r.index, r.flags, r.private = i, self.flags[i], False
         return r
 
     def _field(self, i, at, size):
@@ -1174,8 +1174,7 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def subnets(self, i):
-        net, _, _, net6 = struct.unpack_from(">HHHI", self.records, i * _SIZE + 106)
-        return net, net6
+        return struct.unpack_from(">H4xI", self.records, i * _SIZE + 106)
 
     def missing(self):
         """Yield index and digest of microdescriptors to fetch."""
@@ -1272,11 +1271,6 @@ def cell(circ_id, command, body=b""):
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def _tagged(r, size):
-    # [(type, value)]; lengths have `size` bytes.
-    return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
-
-
 def address_bytes(text):
     """Return the 4 bytes of an IPv4 address, or b""."""
     try:
@@ -1286,47 +1280,26 @@ def address_bytes(text):
         return b""
 
 
-def link_specifiers(relay):
-    # tor-spec 5.1.2.
-    return relay.specifiers or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
-        address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
-    )
-
-
-def parse_link_specifiers(r, ntor_key):
-    """Take `specifiers` from a Reader; return them with a Relay's fields and `private`."""
-    start, t, pairs = r.at, Record(), _tagged(r, 1)
-    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
-    # Relays take the first address.  In EXTEND2 88 bytes follow.
-    found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
-    require(good and len(t.specifiers) <= DATA_MAX - 88, "unusable link specifiers")
-    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
-    # RFC 6890.
-    a, b = place[:2]
-    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
-    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
-    return t
-
-
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2); return the relay's identities: as given, where not None."""
+    """Verify CERTS (tor-spec 4.2) of the relay `rsa_id`; return its Ed25519 identity."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
     require(good, "CERTS: one is missing, or comes twice")
-    kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
-    link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
-    require((kind, link[:2]) == (1, (3, tls_digest)), "CERTS: for another TLS certificate")
-    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
-    at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
-    key = certs[2][at : at + 140]
-    found = sha1(key), parse_crosscert(certs[7], rsa_public_key(key), when)
-    require(found[1] == signing, "CERTS: its identities do not belong together")
-    good = rsa_id in (None, found[0]) and ed_id in (None, signing)
+    key, signing = check_ed_cert(certs[4], 4, None, when)
+    good = check_ed_cert(certs[5], 5, key, when)[0] == tls_digest
+    require(good, "CERTS: for another TLS certificate")
+    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate
+    # (cert-spec 2.3) proves it.
+    at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
+    key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
+    found, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
+    good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
+    require(good, "CERTS: the RSA cross-certificate is expired or wrong")
+    good = (found, sha1(key)) == (signing, rsa_id) and ed_id in (None, signing)
     require(good, "CERTS: not the relay expected")
-    return found
+    return signing
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -1343,7 +1316,12 @@ def ntor(rsa_id, B):
         mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
         good = reply[:2] == b"\0\x40" and consteq(mac, reply[34:66])
         require(good, "ntor: the relay lacks its onion key")
-        return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
+        # HKDF-SHA256 (RFC 5869).
+        key, keys, block = hmac_sha256(_NTOR + b":key_extract", secret), b"", b""
+        for i in 1, 2, 3:
+            block = hmac_sha256(key, block + _NTOR + b":key_expand" + bytes((i,)))
+            keys += block
+        return keys[:92]
 
     return b"\0\2\0\x54" + rsa_id + B + X, finish
 
@@ -1427,7 +1405,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
     keys = _intro_keys(exp, X, intro, subcred)
     # `flow`: with congestion control.
     plain = cookie + (b"\1\1\0" if flow else b"\0")
-    plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
+    plain += b"\1\0\x20" + relay.ntor_key + relay.specifiers
     # tor's are at least 310 bytes long.
     plain += bytes(190)[len(plain) :]
     body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
@@ -1593,7 +1571,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
 
     inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
-        inner += b"introduction-point " + _base64(link_specifiers(i))
+        inner += b"introduction-point " + _base64(i.specifiers)
         inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
         inner += b"enc-key ntor " + _base64(i.enc_key)
         inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
@@ -1612,20 +1590,18 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
 
 
 def _cert(items, keyword, kind, public, when):
-    data = one_item(items, keyword)[1]
-    key_type, key, signing = check_ed_cert(data, keyword.decode(), kind, public, when)
-    require((key_type, signing) == (1, public), "descriptor: bad certificate")
-    return key
+    return check_ed_cert(one_item(items, keyword)[1], kind, public, when)[0]
 
 
-def _intro_point(lines, signing, when):
+def _intro_point(text, signing, when):
     # The certificates are by the key `signing`.
-    items = document_items(lines[1:])
+    specifiers, _, text = text.partition(b"\n")
+    items = document_items(text)
     # Keys of other kinds may stand beside them.
     found = [item for item in items if item[1][:5] == b"ntor "]
     words = [one_item(found, name)[0][5:] for name in (b"onion-key", b"enc-key")]
     onion_key, enc_key = [b64decode(word.partition(b" ")[0], 32) for word in words]
-    target = parse_link_specifiers(Reader(b64decode(lines[0])), onion_key)
+    target = parse_link_specifiers(Reader(b64decode(specifiers)), onion_key)
     target.auth_key, target.enc_key = _cert(items, b"auth-key", 9, signing, when), enc_key
     certified = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
     require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
@@ -1636,7 +1612,7 @@ def parse_descriptor(data, blinded, subcred, when):
     """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
-    items = document_items(text.split(b"\n"))
+    items = document_items(text)
     signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
     require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
@@ -1645,9 +1621,9 @@ def parse_descriptor(data, blinded, subcred, when):
     found.subcred = subcred
     found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
     secret = blinded + subcred + struct.pack(">Q", found.revision)
-    items = document_items(_unseal(items, b"superencrypted", secret).split(b"\n"))
+    items = document_items(_unseal(items, b"superencrypted", secret))
     sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
-    items = document_items(sections[0].split(b"\n"))
+    items = document_items(sections[0])
     require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
     flow = one_item(items, b"flow-control")[0]
@@ -1655,7 +1631,7 @@ def parse_descriptor(data, blinded, subcred, when):
     found.intro_points = []
     for section in sections[1:21]:
         try:
-            found.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
+            found.intro_points.append(_intro_point(section, signing, when))
         except ProtocolError as e:
             log(INFO, "introduction point refused: %s", e)
     require(found.intro_points, "descriptor: no usable introduction point")
@@ -1782,7 +1758,7 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())[1]
+            self.ed_id = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
         else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
@@ -2135,7 +2111,7 @@ class Circuit:
             create2, finish = ntor(relay.rsa_id, relay.ntor_key)
             asked = CREATE2, create2, CREATED2
             if self.path:
-                asked = EXTEND2, link_specifiers(relay) + create2, EXTENDED2
+                asked = EXTEND2, relay.specifiers + create2, EXTENDED2
         reply = await self.ask(*asked, seconds)
         try:
             keys = finish(reply)

@@ -802,7 +802,7 @@ def rsa_verify(n, digest, signature):
 
 
 def check_ed_cert(data, kind, public, when):
-    """Return key and signing key (cert-spec 2.1); `public`: which that must be, or None."""
+    """Return the key that a certificate by the key `public` is for (cert-spec 2.1)."""
     what, signer = "certificate of type %d" % kind, None
     r = Reader(data, what)
     version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
@@ -817,31 +817,30 @@ def check_ed_cert(data, kind, public, when):
     require(good and not r.left(), what + " is malformed")
     require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
     # Only type 5, for a TLS certificate, need not name it.
-    signer = signer or kind == 5 and public
-    good = signer and public in (None, signer) and ed25519_verify(signer, signed, signature)
+    good = signer == public or kind == 5 and not signer
+    good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
-    return key, signer
+    return key
 
 
-def document_items(text):
-    """Return [(keyword, arguments, object)], all bytes (dir-spec 1.2)."""
-    items, inside = [(b"", b"", [])], False
+def document(text):
+    """Return a function: keyword to arguments and object, b"" if there is none (dir-spec 1.2)."""
+    items, inside = [(b"", [])], False
     for line in text.split(b"\n"):
         if line.startswith(b"-----"):
             inside = line.startswith(b"-----BEGIN ")
         elif inside:
-            items[-1][2].append(line)
+            items[-1][1].append(line)
         elif line:
-            word, _, rest = line.partition(b" ")
-            items.append((word, rest, []))
-    return [(word, rest, b64decode(b"".join(body))) for word, rest, body in items]
+            items.append((line + b" ", []))
 
+    def item(keyword):
+        found = [i for i in items if i[0].startswith(keyword + b" ")] or [(b"", [])]
+        require(len(found) == 1, "a document has two " + keyword.decode())
+        line, body = found[0]
+        return line[len(keyword) + 1 : -1], b64decode(b"".join(body))
 
-def one_item(items, keyword):
-    """Return arguments and object of `keyword`, b"" where there is none; two are an error."""
-    found = [item[1:] for item in items if item[0] == keyword] or [(b"", b"")]
-    require(len(found) == 1, "a document has two " + keyword.decode())
-    return found[0]
+    return item
 
 
 def parse_time(text):
@@ -858,15 +857,15 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        items = document_items(one)
-        identity, signing, crosscert, signature = [one_item(items, b"dir-" + n)[1] for n in names]
+        item = document(one)
+        identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
         fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
         if fingerprint in identities:
             key = rsa_public_key(signing)
             good = rsa_verify(rsa_public_key(identity), digest, signature)
             good = good and rsa_verify(key, fingerprint, crosscert)
             require(good, "an authority certificate has a bad signature")
-            expires = one_item(items, b"dir-key-expires")[0]
+            expires = item(b"dir-key-expires")[0]
             found[fingerprint, sha1(signing)] = key, parse_time(expires)
     return found
 
@@ -909,16 +908,16 @@ def _versions(text):
 
 
 def _integers(text):
-    words = text.decode().split()
-    return {name: int(value) for name, value in [word.split("=") for word in words]}
+    words = [word.split("=") for word in text.decode().split()]
+    return {name: int(value) for name, value in words}
 
 
 class Consensus:
     """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
     def __init__(self, head):
-        items, self.head = document_items(head), head
-        text = lambda name: one_item(items, name)[0]
+        item, self.head = document(head), head
+        text = lambda name: item(name)[0]
         times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
         kind = text(b"network-status-version"), text(b"vote-status")
@@ -1017,7 +1016,8 @@ class ConsensusParser(_Splitter):
         try:
             c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
             c.digest, c.signatures = self._hash.digest(), {}
-            for _, arguments, body in document_items(mark + signatures):
+            for signature in signatures.split(mark):
+                arguments, body = document(mark + signature)(b"directory-signature")
                 # Without a name it is SHA-1.
                 if arguments.startswith(b"sha256 "):
                     identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
@@ -1207,11 +1207,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Tell whether relay `i` is an exit to `port`, or, without one, at all."""
-        policy = self._texts(i)[0]
-        if not port:
-            return policy not in (b"", b"reject 1-65535")
-        word, _, ports = policy.partition(b" ")
+        word, _, ports = self._texts(i)[0].partition(b" ")
         try:
             inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
         except ValueError:
@@ -1271,35 +1267,25 @@ def cell(circ_id, command, body=b""):
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def address_bytes(text):
-    """Return the 4 bytes of an IPv4 address, or b""."""
-    try:
-        a, b, c, d = [int(part) for part in text.split(".")]
-        return bytes((a, b, c, d))
-    except ValueError:
-        return b""
-
-
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2) of the relay `rsa_id`; return its Ed25519 identity."""
+    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay; return its Ed25519 identity."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
     require(good, "CERTS: one is missing, or comes twice")
-    key, signing = check_ed_cert(certs[4], 4, None, when)
-    good = check_ed_cert(certs[5], 5, key, when)[0] == tls_digest
-    require(good, "CERTS: for another TLS certificate")
-    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate
-    # (cert-spec 2.3) proves it.
+    # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
     key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
-    found, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    identity, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    good = sha1(key) == rsa_id and ed_id in (None, identity)
+    require(good, "CERTS: not the relay expected")
     digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
     good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
     require(good, "CERTS: the RSA cross-certificate is expired or wrong")
-    good = (found, sha1(key)) == (signing, rsa_id) and ed_id in (None, signing)
-    require(good, "CERTS: not the relay expected")
-    return signing
+    key = check_ed_cert(certs[4], 4, identity, when)
+    good = check_ed_cert(certs[5], 5, key, when) == tls_digest
+    require(good, "CERTS: for another TLS certificate")
+    return identity
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -1537,25 +1523,26 @@ def _enc_key_ed(u):
     return ((u - 1) * pow(u + 1, _P - 2, _P) % _P).to_bytes(32, "little")
 
 
-def _layer(keyword, secret, salt, data, seal):
-    # `data` en- or decrypted; MAC (2.5.3).
+def _layer(keyword, secret, salt):
+    # To en- or decrypt; the MAC of salt and text (2.5.3).
     keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
-    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
-    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
+    mac = lambda sealed: hs_mac(keys[48:], bytes(7) + b"\x10" + sealed)
+    return AesCtr(keys[:32], keys[32:48]).crypt, mac
 
 
 def _seal(keyword, secret, plain):
     salt = urandom(16)
-    text, mac = _layer(keyword, secret, salt, plain, True)
-    return _armour(keyword, b"MESSAGE", salt + text + mac)
+    crypt, mac = _layer(keyword, secret, salt)
+    sealed = salt + crypt(plain)
+    return _armour(keyword, b"MESSAGE", sealed + mac(sealed))
 
 
-def _unseal(items, keyword, secret):
-    blob = one_item(items, keyword)[1]
-    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
+def _unseal(item, keyword, secret):
+    blob = item(keyword)[1]
+    crypt, mac = _layer(keyword, secret, blob[:16])
     error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
-    require(consteq(mac, blob[-32:]), error)
-    return plain.partition(b"\0")[0]
+    require(consteq(mac(blob[:-32]), blob[-32:]), error)
+    return crypt(blob[16:-32]).partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
@@ -1589,21 +1576,19 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
-def _cert(items, keyword, kind, public, when):
-    return check_ed_cert(one_item(items, keyword)[1], kind, public, when)[0]
+def _cert(item, keyword, kind, public, when):
+    return check_ed_cert(item(keyword)[1], kind, public, when)
 
 
 def _intro_point(text, signing, when):
-    # The certificates are by the key `signing`.
+    # The certificates are by the key `signing`; keys of other kinds may stand beside ntor's.
     specifiers, _, text = text.partition(b"\n")
-    items = document_items(text)
-    # Keys of other kinds may stand beside them.
-    found = [item for item in items if item[1][:5] == b"ntor "]
-    words = [one_item(found, name)[0][5:] for name in (b"onion-key", b"enc-key")]
-    onion_key, enc_key = [b64decode(word.partition(b" ")[0], 32) for word in words]
+    item = document(text)
+    words = [item(name)[0].split(b" ")[0] for name in (b"onion-key ntor", b"enc-key ntor")]
+    onion_key, enc_key = [b64decode(word, 32) for word in words]
     target = parse_link_specifiers(Reader(b64decode(specifiers)), onion_key)
-    target.auth_key, target.enc_key = _cert(items, b"auth-key", 9, signing, when), enc_key
-    certified = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
+    target.auth_key, target.enc_key = _cert(item, b"auth-key", 9, signing, when), enc_key
+    certified = _cert(item, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
     require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
     return target
 
@@ -1612,21 +1597,21 @@ def parse_descriptor(data, blinded, subcred, when):
     """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
-    items = document_items(text)
-    signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
+    item = document(text)
+    signing = _cert(item, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
     require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
     found = Record()
-    found.until = when + 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
-    found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
+    found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
     secret = blinded + subcred + struct.pack(">Q", found.revision)
-    items = document_items(_unseal(items, b"superencrypted", secret))
-    sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
-    items = document_items(sections[0])
-    require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
+    item = document(_unseal(item, b"superencrypted", secret))
+    sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
+    item = document(sections[0])
+    require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
-    flow = one_item(items, b"flow-control")[0]
+    flow = item(b"flow-control")[0]
     found.flow = decimal(flow[4:], 1, 254) if flow[:4] == b"1-2 " else 0
     found.intro_points = []
     for section in sections[1:21]:
@@ -1762,8 +1747,9 @@ class Channel:
         else:
             timestamp = int.from_bytes(body[:4], "big")
             self.skew = timestamp - now() if timestamp else 0
-            # No time, and no address of ours (tor-spec 4.5).
-            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
+            # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
+            place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
             if self._pads:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))

@@ -302,11 +302,11 @@ def test_descriptor_form(keys):
     assert data.startswith(b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n-")
     assert all(len(line) <= 64 for line in data.split(b"\n") if b" " not in line)
     assert data.endswith(b"\n") and data.count(b"\nsignature ") == 1
-    items = minitor.document_items(data)
-    blob = minitor.one_item(items, b"superencrypted")[1]
+    item = minitor.document(data)
+    blob = item(b"superencrypted")[1]
     assert (len(blob) - 48) % 10000 == 0
     secret = keys[1] + keys[2] + (123456789012).to_bytes(8, "big")
-    outer = minitor._unseal(items, b"superencrypted", secret)
+    outer = minitor._unseal(item, b"superencrypted", secret)
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
     assert outer.count(b"\nauth-client ") == 16
 

@@ -94,8 +94,6 @@ for address, private in ((b"\xac\x10\3\4", True), (b"\xac\x20\3\4", False)):
     spec = relay.specifiers.replace(b"\x7f\0\0\1", address)
     assert minitor.parse_link_specifiers(minitor.Reader(spec), b"").private == private
 assert minitor.parse_resolved(H("0404010203040000000a")) == ["1.2.3.4"]
-for bad in ("1.2.3.256", "1.2.3", "a.b.c.d"):
-    assert minitor.address_bytes(bad) == b""
 assert minitor.parse_resolved(b"\6\x10" + bytes(20)) == ["0:0:0:0:0:0:0:0"]
 
 print("ok")

@@ -609,15 +609,6 @@ def hmac_sha256(key, data):
     return sha256(outer + sha256(inner + data))
 
 
-def hkdf_sha256(secret, salt, info, n):
-    # RFC 5869
-    key, out, block = hmac_sha256(salt, secret), b"", b""
-    for i in range(1, (n + 63) // 32):
-        block = hmac_sha256(key, block + info + bytes((i,)))
-        out += block
-    return out[:n]
-
-
 # === 5. Curves and signatures ===
 # RFC 7748, RFC 8032, key blinding (rend-spec-v3, A.2).  Python's integers take varying time.
 
@@ -791,11 +782,12 @@ def rsa_verify(n, digest, signature):
 # cert-spec, and dir-spec's authority certificates, consensus and microdescriptors.
 
 
-def check_ed_cert(data, what, kind, public, when):
-    """Return key type, key, signing key or None (cert-spec 2.1); `public` None: by that key."""
-    r, signer = Reader(data, what), None
-    good, expires = r.take(2) == bytes((1, kind)), r.uint(4) * 3600
-    key_type, key = r.uint(1), r.take(32)
+def check_ed_cert(data, kind, public, when):
+    """Return the key that a certificate by the key `public` is for (cert-spec 2.1)."""
+    what, signer = "certificate of type %d" % kind, None
+    r = Reader(data, what)
+    version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
+    good, key = (version, found, key_type) == (1, kind, 3 if kind == 5 else 1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
         body = r.take(size)
@@ -803,43 +795,33 @@ def check_ed_cert(data, what, kind, public, when):
             signer, flags = body, size != 32
         good = good and not flags & 1
     signed, signature = data[: r.at], r.take(64)
-    require(good and not r.left(), "%s is malformed, or not of type %d" % (what, kind))
-    require(expires >= when, what + " has expired, or the clock is ahead")
-    public = public or signer
-    good = public and signer in (None, public) and ed25519_verify(public, signed, signature)
+    require(good and not r.left(), what + " is malformed")
+    require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
+    # Only type 5, for a TLS certificate, need not name it.
+    good = signer == public or kind == 5 and not signer
+    good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
-    return key_type, key, signer
-
-
-def parse_crosscert(data, rsa_key, when):
-    """Return the Ed25519 identity that `rsa_key` certifies (cert-spec 2.3)."""
-    r = Reader(data, "RSA cross-certificate")
-    key, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
-    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + data[:36])
-    good = expires >= when and not r.left() and rsa_verify(rsa_key, digest, signature)
-    require(good, "RSA cross-certificate is expired or wrong")
     return key
 
 
-def document_items(lines):
-    """Return [(keyword, arguments, object)], all bytes (dir-spec 1.2)."""
-    items, inside = [(b"", b"", [])], False
-    for line in lines:
+def document(text):
+    """Return a function: keyword to arguments and object, b"" if there is none (dir-spec 1.2)."""
+    items, inside = [(b"", [])], False
+    for line in text.split(b"\n"):
         if line.startswith(b"-----"):
             inside = line.startswith(b"-----BEGIN ")
         elif inside:
-            items[-1][2].append(line)
+            items[-1][1].append(line)
         elif line:
-            word, _, rest = line.partition(b" ")
-            items.append((word, rest, []))
-    return [(word, rest, b64decode(b"".join(body))) for word, rest, body in items]
+            items.append((line + b" ", []))
 
+    def item(keyword):
+        found = [i for i in items if i[0].startswith(keyword + b" ")] or [(b"", [])]
+        require(len(found) == 1, "a document has two " + keyword.decode())
+        line, body = found[0]
+        return line[len(keyword) + 1 : -1], b64decode(b"".join(body))
 
-def one_item(items, keyword):
-    """Return arguments and object of `keyword`, b"" where there is none; two are an error."""
-    found = [item[1:] for item in items if item[0] == keyword] or [(b"", b"")]
-    require(len(found) == 1, "a document has two " + keyword.decode())
-    return found[0]
+    return item
 
 
 def parse_time(text):
@@ -856,15 +838,15 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        items = document_items(one.split(b"\n"))
-        identity, signing, crosscert, signature = [one_item(items, b"dir-" + n)[1] for n in names]
+        item = document(one)
+        identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
         fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
         if fingerprint in identities:
             key = rsa_public_key(signing)
             good = rsa_verify(rsa_public_key(identity), digest, signature)
             good = good and rsa_verify(key, fingerprint, crosscert)
             require(good, "an authority certificate has a bad signature")
-            expires = one_item(items, b"dir-key-expires")[0]
+            expires = item(b"dir-key-expires")[0]
             found[fingerprint, sha1(signing)] = key, parse_time(expires)
     return found
 
@@ -907,19 +889,16 @@ def _versions(text):
 
 
 def _integers(text):
-    words = text.decode().split()
-    return {name: int(value) for name, value in [word.split("=") for word in words]}
+    words = [word.split("=") for word in text.decode().split()]
+    return {name: int(value) for name, value in words}
 
 
 class Consensus:
     """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
     def __init__(self, head):
-        items, self.head = document_items(head.split(b"\n")), head
-
-        def text(name):
-            return one_item(items, name)[0]
-
+        item, self.head = document(head), head
+        text = lambda name: item(name)[0]
         times = map(text, (b"valid-after", b"fresh-until", b"valid-until"))
         self.valid_after, self.fresh_until, self.valid_until = map(parse_time, times)
         kind = text(b"network-status-version"), text(b"vote-status")
@@ -930,9 +909,8 @@ class Consensus:
         self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
         self.required = set(_versions(text(b"required-client-protocols")))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
-        self.srv_previous, self.srv_current = [
-            b64decode(srv.split(b" ")[-1], 32) if srv else None for srv in srvs
-        ]
+        srvs = [srv and b64decode(srv.split(b" ")[-1], 32) for srv in srvs]
+        self.srv_previous, self.srv_current = srvs
 
     def param(self, name, default, low=0, high=2147483647):
         return min(max(self.params.get(name, default), low), high)
@@ -1019,7 +997,8 @@ class ConsensusParser(_Splitter):
         try:
             c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
             c.digest, c.signatures = self._hash.digest(), {}
-            for _, arguments, body in document_items((mark + signatures).split(b"\n")):
+            for signature in signatures.split(mark):
+                arguments, body = document(mark + signature)(b"directory-signature")
                 # Without a name it is SHA-1.
                 if arguments.startswith(b"sha256 "):
                     identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
@@ -1091,9 +1070,30 @@ _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
 
 
 class Record:
-    """A descriptor, or a relay: `index`, `flags`, `rsa_id`, `address` (text), `port`, …"""
+    """A descriptor; or a relay: `address` (text), `port`, `rsa_id`, `ed_id`, `ntor_key`, …"""
 
-    specifiers, private = None, False
+
+def _tagged(r, size):
+    # [(type, value)]; lengths have `size` bytes.
+    return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
+
+
+def parse_link_specifiers(r, ntor_key):
+    """Take `specifiers` (tor-spec 5.1.2) from a Reader; return the relay, perhaps `private`."""
+    start, t, pairs = r.at, Record(), _tagged(r, 1)
+    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
+    # Relays take the first address.
+    found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
+    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
+    # EXTEND2 has room for 498, 88 of them for the rest.
+    require(good and len(t.specifiers) <= 410, "unusable link specifiers")
+    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
+    # RFC 6890.
+    a, b = place[:2]
+    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
+    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
+    return t
 
 
 def _pieces(packed, size):
@@ -1131,10 +1131,10 @@ class RelayTable:
         return len(self.flags)
 
     def relay(self, i):
-        r, fields = Record(), struct.unpack_from(_RECORD, self.records, i * _SIZE)
-        r.rsa_id, md, address, r.port, _ = fields
-        r.ed_id, r.ntor_key, r.address = md[16:48], md[48:80], "%d.%d.%d.%d" % tuple(address)
-        r.index, r.flags = i, self.flags[i]
+        parts = self._field(i, 106, 6), self.rsa_id(i), self.ed_id(i)
+        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
+        r = parse_link_specifiers(r, self._field(i, 68, 32))
+        r.index, r.flags, r.private = i, self.flags[i], False
         return r
 
     def _field(self, i, at, size):
@@ -1155,8 +1155,7 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def subnets(self, i):
-        net, _, _, net6 = struct.unpack_from(">HHHI", self.records, i * _SIZE + 106)
-        return net, net6
+        return struct.unpack_from(">H4xI", self.records, i * _SIZE + 106)
 
     def missing(self):
         """Yield index and digest of microdescriptors to fetch."""
@@ -1189,11 +1188,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        """Tell whether relay `i` is an exit to `port`, or, without one, at all."""
-        policy = self._texts(i)[0]
-        if not port:
-            return policy not in (b"", b"reject 1-65535")
-        word, _, ports = policy.partition(b" ")
+        word, _, ports = self._texts(i)[0].partition(b" ")
         try:
             inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
         except ValueError:
@@ -1253,61 +1248,25 @@ def cell(circ_id, command, body=b""):
     return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def _tagged(r, size):
-    # [(type, value)]; lengths have `size` bytes.
-    return [(r.uint(1), r.take(r.uint(size))) for _ in range(r.uint(1))]
-
-
-def address_bytes(text):
-    """Return the 4 bytes of an IPv4 address, or b""."""
-    try:
-        a, b, c, d = [int(part) for part in text.split(".")]
-        return bytes((a, b, c, d))
-    except ValueError:
-        return b""
-
-
-def link_specifiers(relay):
-    # tor-spec 5.1.2.
-    return relay.specifiers or b"\3\0\6%s%s\2\x14%s\3\x20%s" % (
-        address_bytes(relay.address), relay.port.to_bytes(2, "big"), relay.rsa_id, relay.ed_id
-    )
-
-
-def parse_link_specifiers(r, ntor_key):
-    """Take `specifiers` from a Reader; return them with a Relay's fields and `private`."""
-    start, t, pairs = r.at, Record(), _tagged(r, 1)
-    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
-    # Relays take the first address.  In EXTEND2 88 bytes follow.
-    found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
-    require(good and len(t.specifiers) <= DATA_MAX - 88, "unusable link specifiers")
-    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
-    # RFC 6890.
-    a, b = place[:2]
-    t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
-    t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
-    return t
-
-
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2); return the relay's identities: as given, where not None."""
+    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay; return its Ed25519 identity."""
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
     require(good, "CERTS: one is missing, or comes twice")
-    kind, key, signing = check_ed_cert(certs[4], "signing key certificate", 4, None, when)
-    link = check_ed_cert(certs[5], "TLS link certificate", 5, key, when)
-    require((kind, link[:2]) == (1, (3, tls_digest)), "CERTS: for another TLS certificate")
     # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
-    at = certs[2].find(b"\x30\x81\x89\x02\x81\x81\x00")
-    key = certs[2][at : at + 140]
-    found = sha1(key), parse_crosscert(certs[7], rsa_public_key(key), when)
-    require(found[1] == signing, "CERTS: its identities do not belong together")
-    good = rsa_id in (None, found[0]) and ed_id in (None, signing)
+    at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
+    key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
+    identity, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    good = sha1(key) == rsa_id and ed_id in (None, identity)
     require(good, "CERTS: not the relay expected")
-    return found
+    digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
+    good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
+    require(good, "CERTS: the RSA cross-certificate is expired or wrong")
+    key = check_ed_cert(certs[4], 4, identity, when)
+    good = check_ed_cert(certs[5], 5, key, when) == tls_digest
+    require(good, "CERTS: for another TLS certificate")
+    return identity
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -1324,7 +1283,12 @@ def ntor(rsa_id, B):
         mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
         good = reply[:2] == b"\0\x40" and consteq(mac, reply[34:66])
         require(good, "ntor: the relay lacks its onion key")
-        return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
+        # HKDF-SHA256 (RFC 5869).
+        key, keys, block = hmac_sha256(_NTOR + b":key_extract", secret), b"", b""
+        for i in 1, 2, 3:
+            block = hmac_sha256(key, block + _NTOR + b":key_expand" + bytes((i,)))
+            keys += block
+        return keys[:92]
 
     return b"\0\2\0\x54" + rsa_id + B + X, finish
 
@@ -1408,7 +1372,7 @@ def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
     keys = _intro_keys(exp, X, intro, subcred)
     # `flow`: with congestion control.
     plain = cookie + (b"\1\1\0" if flow else b"\0")
-    plain += b"\1\0\x20" + relay.ntor_key + link_specifiers(relay)
+    plain += b"\1\0\x20" + relay.ntor_key + relay.specifiers
     # tor's are at least 310 bytes long.
     plain += bytes(190)[len(plain) :]
     body = bytes(20) + _AUTH + intro.auth_key + b"\0" + X + AesCtr(keys[:32]).crypt(plain)
@@ -1540,25 +1504,26 @@ def _enc_key_ed(u):
     return _bytes((u - 1) * pow(u + 1, _P - 2, _P) % _P)
 
 
-def _layer(keyword, secret, salt, data, seal):
-    # `data` en- or decrypted; MAC (2.5.3).
+def _layer(keyword, secret, salt):
+    # To en- or decrypt; the MAC of salt and text (2.5.3).
     keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
-    text = AesCtr(keys[:32], keys[32:48]).crypt(data)
-    return text, hs_mac(keys[48:], bytes(7) + b"\x10" + salt + (text if seal else data))
+    mac = lambda sealed: hs_mac(keys[48:], bytes(7) + b"\x10" + sealed)
+    return AesCtr(keys[:32], keys[32:48]).crypt, mac
 
 
 def _seal(keyword, secret, plain):
     salt = urandom(16)
-    text, mac = _layer(keyword, secret, salt, plain, True)
-    return _armour(keyword, b"MESSAGE", salt + text + mac)
+    crypt, mac = _layer(keyword, secret, salt)
+    sealed = salt + crypt(plain)
+    return _armour(keyword, b"MESSAGE", sealed + mac(sealed))
 
 
-def _unseal(items, keyword, secret):
-    blob = one_item(items, keyword)[1]
-    plain, mac = _layer(keyword, secret, blob[:16], blob[16:-32], False)
+def _unseal(item, keyword, secret):
+    blob = item(keyword)[1]
+    crypt, mac = _layer(keyword, secret, blob[:16])
     error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
-    require(consteq(mac, blob[-32:]), error)
-    return plain.partition(b"\0")[0]
+    require(consteq(mac(blob[:-32]), blob[-32:]), error)
+    return crypt(blob[16:-32]).partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
@@ -1574,7 +1539,7 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
 
     inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
     for i in intro_points:
-        inner += b"introduction-point " + _base64(link_specifiers(i))
+        inner += b"introduction-point " + _base64(i.specifiers)
         inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
         inner += b"enc-key ntor " + _base64(i.enc_key)
         inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
@@ -1592,23 +1557,19 @@ def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0)
     return text + b"signature %s\n" % b64encode(signature).encode()
 
 
-def _cert(items, keyword, kind, public, when):
-    data = one_item(items, keyword)[1]
-    key_type, key, signing = check_ed_cert(data, keyword.decode(), kind, public, when)
-    require((key_type, signing) == (1, public), "descriptor: bad certificate")
-    return key
+def _cert(item, keyword, kind, public, when):
+    return check_ed_cert(item(keyword)[1], kind, public, when)
 
 
-def _intro_point(lines, signing, when):
-    # The certificates are by the key `signing`.
-    items = document_items(lines[1:])
-    # Keys of other kinds may stand beside them.
-    found = [item for item in items if item[1][:5] == b"ntor "]
-    words = [one_item(found, name)[0][5:] for name in (b"onion-key", b"enc-key")]
-    onion_key, enc_key = [b64decode(word.partition(b" ")[0], 32) for word in words]
-    target = parse_link_specifiers(Reader(b64decode(lines[0])), onion_key)
-    target.auth_key, target.enc_key = _cert(items, b"auth-key", 9, signing, when), enc_key
-    certified = _cert(items, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
+def _intro_point(text, signing, when):
+    # The certificates are by the key `signing`; keys of other kinds may stand beside ntor's.
+    specifiers, _, text = text.partition(b"\n")
+    item = document(text)
+    words = [item(name)[0].split(b" ")[0] for name in (b"onion-key ntor", b"enc-key ntor")]
+    onion_key, enc_key = [b64decode(word, 32) for word in words]
+    target = parse_link_specifiers(Reader(b64decode(specifiers)), onion_key)
+    target.auth_key, target.enc_key = _cert(item, b"auth-key", 9, signing, when), enc_key
+    certified = _cert(item, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
     require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
     return target
 
@@ -1617,26 +1578,26 @@ def parse_descriptor(data, blinded, subcred, when):
     """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
-    items = document_items(text.split(b"\n"))
-    signing = _cert(items, b"descriptor-signing-key-cert", 8, blinded, when)
+    item = document(text)
+    signing = _cert(item, b"descriptor-signing-key-cert", 8, blinded, when)
     signature = b64decode(signature.rstrip(b"\n"), 64)
     require(ed25519_verify(signing, _SIGNED + text + b"\n", signature), "descriptor: bad signature")
     found = Record()
-    found.until = when + 60 * decimal(one_item(items, b"descriptor-lifetime")[0], 30, 720)
+    found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
-    found.revision = decimal(one_item(items, b"revision-counter")[0], 0, (1 << 64) - 1)
+    found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
     secret = blinded + subcred + struct.pack(">Q", found.revision)
-    items = document_items(_unseal(items, b"superencrypted", secret).split(b"\n"))
-    sections = _unseal(items, b"encrypted", secret).split(b"\nintroduction-point ")
-    items = document_items(sections[0].split(b"\n"))
-    require(b"2" in one_item(items, b"create2-formats")[0].split(b" "), "descriptor: without ntor")
+    item = document(_unseal(item, b"superencrypted", secret))
+    sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
+    item = document(sections[0])
+    require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
-    flow = one_item(items, b"flow-control")[0]
+    flow = item(b"flow-control")[0]
     found.flow = decimal(flow[4:], 1, 254) if flow[:4] == b"1-2 " else 0
     found.intro_points = []
     for section in sections[1:21]:
         try:
-            found.intro_points.append(_intro_point(section.split(b"\n"), signing, when))
+            found.intro_points.append(_intro_point(section, signing, when))
         except ProtocolError as e:
             log(INFO, "introduction point refused: %s", e)
     require(found.intro_points, "descriptor: no usable introduction point")
@@ -1764,8 +1725,9 @@ class Channel:
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
-            # No time, and no address of ours (tor-spec 4.5).
-            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + address_bytes(self.address)))
+            # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
+            place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
             if self._pads:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
@@ -2092,7 +2054,7 @@ class Circuit:
             create2, finish = ntor(relay.rsa_id, relay.ntor_key)
             asked = CREATE2, create2, CREATED2
             if self.path:
-                asked = EXTEND2, link_specifiers(relay) + create2, EXTENDED2
+                asked = EXTEND2, relay.specifiers + create2, EXTENDED2
         reply = await self.ask(*asked, seconds)
         try:
             keys = finish(reply)

@@ -55,9 +55,8 @@ def test_ed_cert():
     seed, key, when = bytes(range(32)), bytes(32), 1_700_000_000
     public = ed_public(seed)
     data = ed_cert(seed, key, when + 3600, [(4, 0, public), (99, 0, b"unknown")])
-    for by in (public, None):
-        for at in (when, (when + 3600) // 3600 * 3600):
-            assert minitor.check_ed_cert(data, "certificate", 4, by, at) == (1, key, public)
+    for at in (when, (when + 3600) // 3600 * 3600):
+        assert minitor.check_ed_cert(data, 4, public, at) == key
     for kind, by, at, error in (
         (4, public, when + 7200, "expired"),
         (4, public, (when + 3600) // 3600 * 3600 + 1, "expired"),
@@ -65,28 +64,32 @@ def test_ed_cert():
         (5, public, when, "type 5"),
     ):
         with pytest.raises(minitor.ProtocolError, match="certificate .*" + error):
-            minitor.check_ed_cert(data, "certificate", kind, by, at)
+            minitor.check_ed_cert(data, kind, by, at)
 
 
 def test_ed_cert_without_its_key():
     seed, when = bytes(range(32)), 1_700_000_000
-    data, public = ed_cert(seed, bytes(32), when + 7200), ed_public(seed)
-    assert minitor.check_ed_cert(data, "certificate", 4, public, when) == (1, bytes(32), None)
-    with pytest.raises(minitor.ProtocolError, match="another key"):
-        minitor.check_ed_cert(data, "certificate", 4, None, when)
+    data, public = ed_cert(seed, bytes(32), when + 7200, kind=5, key_type=3), ed_public(seed)
+    assert minitor.check_ed_cert(data, 5, public, when) == bytes(32)
     with pytest.raises(minitor.ProtocolError, match="signature"):
-        minitor.check_ed_cert(data, "certificate", 4, ed_public(bytes(32)), when)
+        minitor.check_ed_cert(data, 5, ed_public(bytes(32)), when)
+    # Others must have it.
+    data = ed_cert(seed, bytes(32), when + 7200)
+    with pytest.raises(minitor.ProtocolError, match="another key"):
+        minitor.check_ed_cert(data, 4, public, when)
+    with pytest.raises(minitor.ProtocolError, match="signature"):
+        minitor.check_ed_cert(data, 4, ed_public(bytes(32)), when)
 
 
 @pytest.mark.parametrize(
-    "extensions, version",
-    [([(99, 1, b"")], 1), ([(4, 0, b"short")], 1), ([], 2)],
+    "extensions, version, key_type",
+    [([(99, 1, b"")], 1, 1), ([(4, 0, b"short")], 1, 1), ([], 2, 1), ([], 1, 3)],
 )
-def test_ed_cert_refused(extensions, version):
+def test_ed_cert_refused(extensions, version, key_type):
     seed, when = bytes(32), 1_700_000_000
-    data = ed_cert(seed, bytes(32), when + 7200, extensions, version=version)
+    data = ed_cert(seed, bytes(32), when + 7200, extensions, 4, key_type, version)
     with pytest.raises(minitor.ProtocolError, match="malformed"):
-        minitor.check_ed_cert(data, "certificate", 4, ed_public(seed), when)
+        minitor.check_ed_cert(data, 4, ed_public(seed), when)
 
 
 def test_ed_cert_truncated_changed_or_longer():
@@ -100,26 +103,38 @@ def test_ed_cert_truncated_changed_or_longer():
         bad.append(bytes(changed))
     for one in bad:
         with pytest.raises(minitor.ProtocolError):
-            minitor.check_ed_cert(one, "certificate", 4, public, when)
+            minitor.check_ed_cert(one, 4, public, when)
 
 
 def test_crosscert():
-    key, when = RsaKey(), 1_700_000_000
-    rsa_key = minitor.rsa_public_key(key.der)
-    signed = bytes(range(32)) + struct.pack(">I", when // 3600 + 2)
-    digest = hashlib.sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + signed).digest()
-    data = signed + bytes([128]) + key.sign(digest)
-    assert minitor.parse_crosscert(data, rsa_key, when) == bytes(range(32))
-    other = minitor.rsa_public_key(RsaKey().der)
-    for bad, by, at in (
-        (data, rsa_key, when + 10800),
-        (data, other, when),
-        (data + b"x", rsa_key, when),
-        (data[:-1], rsa_key, when),
-        (b"x" + data[1:], rsa_key, when),
+    key, when, seed = RsaKey(), 1_700_000_000, bytes(32)
+    other, signing, identity = RsaKey(), ed_public(seed), ed_public(b"i" * 32)
+    certified = ed_cert(b"i" * 32, signing, when + 86400, [(4, 0, identity)])
+    link = ed_cert(seed, b"d" * 32, when + 86400, kind=5, key_type=3)
+
+    def parse(cross, by=key, at=when):
+        body = b"\4"
+        for kind, cert in ((2, by.der), (4, certified), (5, link), (7, cross)):
+            body += struct.pack(">BH", kind, len(cert)) + cert
+        return minitor.parse_certs(body, b"d" * 32, minitor.sha1(by.der), None, at)
+
+    def crosscert(ed_id):
+        signed = ed_id + struct.pack(">I", when // 3600 + 2)
+        digest = hashlib.sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + signed).digest()
+        return signed + bytes([128]) + key.sign(digest)
+
+    data = crosscert(identity)
+    assert parse(data) == identity
+    for bad, by, at, error in (
+        (data, key, when + 10800, "expired"),
+        (data, other, when, "wrong"),
+        (data + b"x", key, when, "wrong"),
+        (data[:-1], key, when, "truncated"),
+        (b"x" + data[1:], key, when, "wrong"),
+        (crosscert(signing), key, when, "another key"),
     ):
-        with pytest.raises(minitor.ProtocolError):
-            minitor.parse_crosscert(bad, by, at)
+        with pytest.raises(minitor.ProtocolError, match=error):
+            parse(bad, by, at)
 
 
 # ── Meta-format, authority certificates ──

@@ -261,6 +261,8 @@ class Intro(minitor.Record):
     def __init__(self, n):
         self.rsa_id, self.ed_id = bytes([n]) * 20, bytes([n]) * 32
         self.address, self.port = "127.%d.0.1" % n, 5000 + n
+        place = bytes((127, n, 0, 1)) + self.port.to_bytes(2, "big")
+        self.specifiers = b"\3\0\6" + place + b"\2\x14" + self.rsa_id + b"\3\x20" + self.ed_id
         self.ntor_key = minitor.x25519(bytes([n]) * 32)
         self.auth_key = ed_public(bytes([n]) * 32)
         self.enc_key = minitor.x25519(bytes([n + 1]) * 32)
@@ -300,11 +302,11 @@ def test_descriptor_form(keys):
     assert data.startswith(b"hs-descriptor 3\ndescriptor-lifetime 180\ndescriptor-signing-key-cert\n-")
     assert all(len(line) <= 64 for line in data.split(b"\n") if b" " not in line)
     assert data.endswith(b"\n") and data.count(b"\nsignature ") == 1
-    items = minitor.document_items(data.split(b"\n"))
-    blob = minitor.one_item(items, b"superencrypted")[1]
+    item = minitor.document(data)
+    blob = item(b"superencrypted")[1]
     assert (len(blob) - 48) % 10000 == 0
     secret = keys[1] + keys[2] + (123456789012).to_bytes(8, "big")
-    outer = minitor._unseal(items, b"superencrypted", secret)
+    outer = minitor._unseal(item, b"superencrypted", secret)
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
     assert outer.count(b"\nauth-client ") == 16
 

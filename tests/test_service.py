@@ -14,6 +14,8 @@ def ed_public(seed):
 
 
 class Thing(minitor.Record):
+    private = False
+
     def __init__(self, **fields):
         self.__dict__.update(fields)
 
@@ -107,8 +109,9 @@ def service(tmp_path):
 
 
 def introduce(service, cookie=b"c" * 20, address="11.22.33.44"):
-    relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address=address, port=9001)
-    relay.ntor_key = minitor.x25519(b"n" * 32)
+    place = bytes(map(int, address.split("."))) + b"\x23\x29"
+    specifiers = b"\3\0\6" + place + b"\2\x14" + b"r" * 20 + b"\3\x20" + b"e" * 32
+    relay = Thing(specifiers=specifiers, ntor_key=minitor.x25519(b"n" * 32))
     return minitor.hs_ntor_client(service.intros[0], b"s" * 32, cookie, relay)
 
 
@@ -285,8 +288,8 @@ def meet(answer):
     intro = Thing(auth_key=ed_public(b"a" * 32), address="11.22.33.44", private=False)
     intro.b, intro.enc_key = b"q" * 32, minitor.x25519(b"q" * 32)
     rend, introducing = Circuit([b""]), Circuit([answer])
-    relay = Thing(rsa_id=b"r" * 20, ed_id=b"e" * 32, address="11.22.33.44", port=9001)
-    relay.ntor_key = minitor.x25519(b"n" * 32)
+    specifiers = b"\3\0\6\x0b\x16\x21\x2c\x23\x29\2\x14" + b"r" * 20 + b"\3\x20" + b"e" * 32
+    relay = Thing(specifiers=specifiers, ntor_key=minitor.x25519(b"n" * 32))
     rend.path = [relay]
 
     async def circuit_to(target=None):

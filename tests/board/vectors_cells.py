@@ -29,12 +29,12 @@ random_keypair = minitor.x25519_keypair
 # CERTS of C tor.
 made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["certs"]
 body, digest, rsa_id, ed_id = [H(made[name]) for name in ("body", "digest", "rsa", "ed")]
-assert minitor.parse_certs(body, digest, None, None, made["when"]) == (rsa_id, ed_id)
-assert minitor.parse_certs(body, digest, rsa_id, ed_id, made["when"]) == (rsa_id, ed_id)
+assert minitor.parse_certs(body, digest, rsa_id, None, made["when"]) == ed_id
+assert minitor.parse_certs(body, digest, rsa_id, ed_id, made["when"]) == ed_id
 assert refused(minitor.parse_certs, body, digest, bytes(20), None, made["when"])
-assert refused(minitor.parse_certs, body, bytes(32), None, None, made["when"])
-assert refused(minitor.parse_certs, body, digest, None, None, made["when"] + 400 * 86400)
-assert refused(minitor.parse_certs, body[:-1], digest, None, None, made["when"])
+assert refused(minitor.parse_certs, body, bytes(32), rsa_id, None, made["when"])
+assert refused(minitor.parse_certs, body, digest, rsa_id, None, made["when"] + 400 * 86400)
+assert refused(minitor.parse_certs, body[:-1], digest, rsa_id, None, made["when"])
 
 # ntor.
 B = H("ccbc8541904d18af08753eae967874749e6149f873de937f57f8fd903a21c471")
@@ -66,8 +66,8 @@ reply = H(
 seed = H("4D0C72FE8AFF35559D95ECC18EB5A36883402B28CDFD48C8A530A5A3D7D578DB")
 keys = minitor.shake256(seed + b"tor-hs-ntor-curve25519-sha3-256-1:hs_key_expand", 128)
 relay = Thing()
-relay.rsa_id, relay.ed_id, relay.ntor_key = b"r" * 20, b"e" * 32, b"n" * 32
-relay.address, relay.port = "127.0.0.1", 5001
+relay.ntor_key = b"n" * 32
+relay.specifiers = b"\3\0\6\x7f\0\0\1\x13\x89\2\x14" + b"r" * 20 + b"\3\x20" + b"e" * 32
 minitor.x25519_keypair = keypair(x)
 _, finish = minitor.hs_ntor_client(intro, b"s" * 32, b"c" * 20, relay)
 assert finish(reply) == keys
@@ -79,7 +79,7 @@ assert len(body) == 310
 target, cookie, answer, keys = minitor.hs_ntor_service(intro, [bytes(32), b"s" * 32], body)
 assert cookie == b"c" * 20 and (target.address, target.port) == ("127.0.0.1", 5001)
 assert (target.rsa_id, target.ed_id, target.ntor_key) == (b"r" * 20, b"e" * 32, b"n" * 32)
-assert minitor.link_specifiers(target) == minitor.link_specifiers(relay)
+assert target.specifiers == relay.specifiers
 assert finish(answer[20:]) == keys and len(keys) == 128
 assert refused(minitor.hs_ntor_service, intro, [bytes(32)], body)
 assert refused(minitor.hs_ntor_service, intro, [b"s" * 32], body[:100])
@@ -90,13 +90,10 @@ assert len(minitor.establish_intro(intro, b"k" * 20)) == 134
 assert len(minitor.cell(1, minitor.RELAY, b"x" * 509)) == 514
 assert minitor.parse_begin(b"a.b:80\0\0\0\0\1") == 80
 assert refused(minitor.parse_begin, b"a:99999\0")
-for address, private in (("172.16.3.4", True), ("172.32.3.4", False)):
-    relay.address = address
-    spec = minitor.link_specifiers(relay)
+for address, private in ((b"\xac\x10\3\4", True), (b"\xac\x20\3\4", False)):
+    spec = relay.specifiers.replace(b"\x7f\0\0\1", address)
     assert minitor.parse_link_specifiers(minitor.Reader(spec), b"").private == private
 assert minitor.parse_resolved(H("0404010203040000000a")) == ["1.2.3.4"]
-for bad in ("1.2.3.256", "1.2.3", "a.b.c.d"):
-    assert minitor.address_bytes(bad) == b""
 assert minitor.parse_resolved(b"\6\x10" + bytes(20)) == ["0:0:0:0:0:0:0:0"]
 
 print("ok")

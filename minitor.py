@@ -2380,6 +2380,8 @@ class Guard:
 class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
+    updates = 0
+
     def __init__(self, table, consensus, path):
         # When a relay last answered; {RSA identity: until}, in memory only, as in tor.
         self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
@@ -2392,6 +2394,7 @@ class PathSelector:
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
+        self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
@@ -2769,14 +2772,14 @@ _GUARD_TRIES, _MIRROR_TRIES, _TRIES = 8, 12, 16
 class Directory:
     """The `table` and `consensus` of a network, from `bootstrap()` on.
 
-    To be set: `on_update()`, called when these have changed, and `paths`, the PathSelector.
+    To be set: `on_update`, called with these when they have changed; `paths`, the PathSelector.
     """
 
     def __init__(self, network, data_dir, channels, progress):
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self.on_update = lambda: None
+        self.on_update = lambda *_: None
         self._certs, self._percent, self._failures = {}, 0, 0
 
     def _report(self, percent, tag, summary):
@@ -2924,7 +2927,7 @@ class Directory:
                 table.save(self._path, self.network.id, consensus)
             except OSError as e:
                 log(WARN, "The directory cannot be stored in %s: %s", self._path, e)
-            self.on_update()
+            self.on_update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
@@ -2945,12 +2948,10 @@ class Directory:
                 parser.finish()
 
 
-# === 13b. Circuits for every purpose ===
-# Trying again, sharing, keeping some ready, closing what is idle.
+# === 13b. Idle circuits ===
 
 BUILD_SECONDS = 20
 DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
-SPARES = 0 if MICROPYTHON else 2
 
 
 def is_dirty(circuit):
@@ -2966,126 +2967,6 @@ async def close_idle(circuit):
         except asyncio.TimeoutError:
             if is_dirty(circuit) and not circuit.streams:
                 circuit.close()
-
-
-async def shared(circuits, name, make, fits=lambda circuit: False):
-    """Return the circuit `name` of {name: Promise}, or one that `fits`, or what `make()` gives."""
-    for other, promise in list(circuits.items()):
-        circuit = promise.get()
-        if is_dirty(circuit) if circuit else promise.done():
-            del circuits[other]
-        elif other == name or circuit and fits(circuit):
-            return await promise.wait()
-    promise = circuits[name] = Promise()
-
-    async def keep():
-        try:
-            promise.set(await make())
-            await close_idle(promise.get())
-        except TorError as e:
-            promise.fail(e)
-        finally:
-            promise.fail(CircuitError("given up"))
-
-    spawn(keep())
-    return await promise.wait()
-
-
-class TorCore:
-    """Directory, paths and circuits of an AsyncTor, which has the arguments."""
-
-    def __init__(self, data_dir, network, progress):
-        self.data_dir, self.channels = data_dir, Channels()
-        self.progress, network = progress or (lambda *_: None), load_network(network)
-        self.directory = Directory(network, data_dir, self.channels, self.progress)
-        self.updates = 0  # of the directory
-        self.descriptors, self.onion_circuits, self._exits = {}, {}, {}
-        self._spares, self._tasks = [], []
-
-    async def bootstrap(self):
-        """Get the directory and a first circuit; from then on keep both fresh."""
-        directory = self.directory
-        await directory.bootstrap()
-        file = self.data_dir + "/guards.json"
-        self.paths = PathSelector(directory.table, directory.consensus, file)
-        directory.on_update, directory.paths = self._update, self.paths
-        self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        self._spares = [await self.circuit_to()]
-        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
-        self.progress(100, "done", "Done")
-
-    def _update(self):
-        self.updates += 1
-        self.paths.update(self.directory.table, self.directory.consensus)
-
-    async def aclose(self):
-        for task in self._tasks:
-            task.cancel()
-        self.channels.close()
-        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
-
-    async def circuit_to(self, target=None, attempts=None, choose=None):
-        """Return a circuit of three hops and `target`, or one along `choose()`; CircuitError."""
-        if target and target.private and not self.directory.network.testing:
-            raise CircuitError("a relay with a private address: " + target.address)
-        attempts = attempts or (3 if target else 6)  # a target may be down for good
-        for _ in range(attempts):
-            circuit = None if choose else self._spare(target)
-            if circuit:
-                path = circuit.path + ([target] if target else [])
-            else:
-                path = choose() if choose else self.paths.onion_path(target)
-            try:
-                if not circuit:
-                    hop = path[0]
-                    channel = await self.channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
-                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
-                circuit.since = ticks_ms()
-                for hop in path[len(circuit.path) :]:
-                    await circuit.extend(hop, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
-                        path = path[:1]
-                        raise CircuitError("better guards may be up again")
-                return circuit
-            except BaseException as e:
-                n = len(circuit.path) if circuit else 0
-                if circuit:
-                    circuit.close()
-                if not isinstance(e, (ChannelError, CircuitError)):
-                    raise
-                if n < len(path):
-                    self.paths.failed(path[n].rsa_id, n)
-                error = e
-                log(INFO, "a circuit failed: %s", e)
-        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
-
-    def _spare(self, target):
-        # Not for A-B-A; but the guard may be the target, as in tor.
-        for circuit in list(self._spares):
-            self._spares.remove(circuit)
-            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
-            if not again and not is_dirty(circuit):
-                return circuit
-            circuit.close()
-
-    async def _keep_spares(self):
-        while True:
-            try:
-                while len(self._spares) < SPARES:
-                    self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
-            except TorError:
-                await asyncio.sleep(60)
-            await asyncio.sleep(1)
-
-    async def _exit_circuit(self, port):
-        table = self.directory.table
-
-        def fits(circuit):
-            i = table.find(circuit.path[-1].rsa_id)
-            return i >= 0 and table.exit_allows(i, port)
-
-        make = lambda: self.circuit_to(choose=lambda: self.paths.exit_path(port))
-        return await shared(self._exits, port, make, fits)
 
 
 # === 14. Onion client ===
@@ -3172,8 +3053,9 @@ async def _introduce(tor, descriptor, intro):
             circuit.close()
 
 
-async def _meet(tor, key):
-    # A service that lost relays publishes anew within seconds.
+async def meet(tor, key):
+    """Return a circuit to the service with the identity `key`; OnionError."""
+    # One that lost relays publishes anew within seconds.
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
@@ -3187,13 +3069,6 @@ async def _meet(tor, key):
                 raise
         await asyncio.sleep(pause)
         pause = 3
-
-
-async def onion_circuit(tor, key):
-    """Return a circuit to the service with the identity `key`, shared; OnionError."""
-    circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
-    circuit.since = ticks_ms()  # as in tor: a new one would be dear
-    return circuit
 
 
 # === 15. Onion service ===
@@ -3327,9 +3202,9 @@ class OnionService:
             old, state = state, set([i.auth_key for i in ready])
             due = due if state == old else {}
             try:
-                if updates != self.tor.updates:
+                if updates != self.tor.paths.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
-                    updates = self.tor.updates
+                    updates = self.tor.paths.updates
                 for period in self._periods:
                     await self._publish(ready, due, *period)
             except MemoryError:
@@ -3425,12 +3300,21 @@ class OnionService:
 # What programs use.
 
 
-def default_data_dir(network=None):
-    if network:
-        return network + ".minitor"
-    if MICROPYTHON:
-        return "minitor"
-    return (os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) + "/minitor"
+SPARES = 0 if MICROPYTHON else 2
+
+
+def places(data_dir, network):
+    """Return the folder for state and the network's file, or the defaults."""
+    if network is None and hasattr(os, "getenv"):
+        network = os.getenv("MINITOR_NETWORK")
+    if not data_dir:
+        data_dir = "minitor"
+        if network:
+            data_dir = network + ".minitor"
+        elif not MICROPYTHON:
+            data_dir = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+            data_dir += "/minitor"
+    return data_dir, network
 
 
 def check_target(host, port):
@@ -3439,16 +3323,19 @@ def check_target(host, port):
         raise AddressError("no host name in ASCII, no address, or no port: %r:%r" % (host, port))
 
 
-class AsyncTor(TorCore):
+class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
     """
 
     def __init__(self, data_dir=None, network=None, progress=None):
-        if network is None and hasattr(os, "getenv"):
-            network = os.getenv("MINITOR_NETWORK")
-        self.services = []
-        TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
+        self.data_dir, network = places(data_dir, network)
+        self.progress, self._channels = progress or (lambda *_: None), Channels()
+        network, parts = load_network(network), (self.data_dir, self._channels, self.progress)
+        self.directory = Directory(network, *parts)
+        # `_shared`: {key of an onion service, or port: Promise of a circuit}.
+        self.services, self.descriptors, self._shared = [], {}, {}
+        self._spares, self._tasks = [], []
 
     async def start(self):
         """Get the directory and a circuit; Circuit-, Clock-, Config-, DirectoryError."""
@@ -3457,22 +3344,116 @@ class AsyncTor(TorCore):
         except OSError as e:
             raise ConfigError("the folder %s cannot be used: %s" % (self.data_dir, e))
         try:
-            await self.bootstrap()
+            await self._bootstrap()
         except BaseException:
             await self.aclose()
             raise
         return self
 
+    async def _bootstrap(self):
+        directory = self.directory
+        await directory.bootstrap()
+        file = self.data_dir + "/guards.json"
+        self.paths = PathSelector(directory.table, directory.consensus, file)
+        directory.on_update, directory.paths = self.paths.update, self.paths
+        self.progress(95, "circuit_create", "Establishing a Tor circuit")
+        self._spares = [await self.circuit_to()]
+        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
+        self.progress(100, "done", "Done")
+
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         for service in list(self.services):
             await service.close()
-        await TorCore.aclose(self)
+        for task in self._tasks:
+            task.cancel()
+        self._channels.close()
+        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
     __aenter__ = start
 
     async def __aexit__(self, *_):
         await self.aclose()
+
+    async def circuit_to(self, target=None, attempts=None, choose=None):
+        # Of three hops and `target`, or along `choose()`; CircuitError.
+        if target and target.private and not self.directory.network.testing:
+            raise CircuitError("a relay with a private address: " + target.address)
+        attempts = attempts or (3 if target else 6)  # a target may be down for good
+        for _ in range(attempts):
+            circuit, path = (None, choose()) if choose else self._begun(target)
+            try:
+                if not circuit:
+                    hop = path[0]
+                    channel = await self._channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
+                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
+                circuit.since = ticks_ms()
+                for hop in path[len(circuit.path) :]:
+                    await circuit.extend(hop, BUILD_SECONDS)
+                    if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
+                        path = path[:1]
+                        raise CircuitError("better guards may be up again")
+                return circuit
+            except BaseException as e:
+                n = len(circuit.path) if circuit else 0
+                if circuit:
+                    circuit.close()
+                if not isinstance(e, (ChannelError, CircuitError)):
+                    raise
+                if n < len(path):
+                    self.paths.failed(path[n].rsa_id, n)
+                error = e
+                log(INFO, "a circuit failed: %s", e)
+        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
+
+    def _begun(self, target):
+        # A spare circuit or None, and the path to `target`.
+        while self._spares:
+            circuit = self._spares.pop(0)
+            # Not for A-B-A; but the guard may be the target, as in tor.
+            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
+            if not again and not is_dirty(circuit):
+                return circuit, circuit.path + ([target] if target else [])
+            circuit.close()
+        return None, self.paths.onion_path(target)
+
+    async def _keep_spares(self):
+        while True:
+            try:
+                while len(self._spares) < SPARES:
+                    self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
+            except TorError:
+                await asyncio.sleep(60)
+            await asyncio.sleep(1)
+
+    async def _circuit(self, key, port):
+        # A shared one to the onion service with this `key`, or to an exit for `port`.
+        def fits(circuit):
+            i = table.find(circuit.path[-1].rsa_id)
+            return i >= 0 and table.exit_allows(i, port)
+
+        async def keep():
+            choose = lambda: self.paths.exit_path(port)
+            try:
+                promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
+                await close_idle(promise.get())
+            except Exception as e:
+                promise.fail(e)
+
+        name, table = key or port, self.directory.table
+        for other, promise in list(self._shared.items()):
+            circuit = promise.get()
+            if is_dirty(circuit) if circuit else promise.done():
+                del self._shared[other]
+            elif other == name or circuit and not key and isinstance(other, int) and fits(circuit):
+                break
+        else:
+            promise = self._shared[name] = Promise()
+            spawn(keep())
+        circuit = await promise.wait()
+        if key:
+            circuit.since = ticks_ms()  # as in tor: a new one would be dear
+        return circuit
 
     async def open_connection(self, host, port, timeout=120):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -3506,7 +3487,7 @@ class AsyncTor(TorCore):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
         for last in (False, False, True):
-            circuit = await (onion_circuit(self, key) if key else self._exit_circuit(port))
+            circuit = await self._circuit(key, port)
             try:
                 return await circuit.open_stream(*asked)
             except (CircuitError, StreamError) as e:
@@ -3759,7 +3740,7 @@ def run_command(options):
     import shutil
 
     if options.address:
-        data_dir = options.data_dir or default_data_dir(options.network)
+        data_dir, _ = places(options.data_dir, options.network)
         private_dir(data_dir)
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))
@@ -3795,8 +3776,7 @@ def main(argv=None):
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
-    network = os.environ.get("MINITOR_NETWORK")
-    add("--network", default=network, help="another Tor network ($MINITOR_NETWORK)")
+    add("--network", help="another Tor network ($MINITOR_NETWORK)")
     add("-v", action="count", default=0, help="say more")
     add("--version", action="version", version="minitor " + __version__)
     options = parser.parse_args(argv)

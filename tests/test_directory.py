@@ -256,7 +256,7 @@ class Setup:
             network, str(path), None, lambda *args: self.progress.append(args)
         )
         self.directory._circuit = self.circuit
-        self.directory.on_update = lambda: self.updates.append(self.directory.consensus)
+        self.directory.on_update = lambda table, consensus: self.updates.append(consensus)
 
     async def circuit(self):
         if len(self.mirrors) > 1:

@@ -2978,14 +2978,12 @@ _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 def descriptor_place(tor, key, n):
     """Return start, blinding parameter and key, subcredential, directories of period `n`."""
-    directory = tor.directory
-    table, consensus = directory.table, directory.consensus
-    period = time_periods(consensus, directory.network.testing)[n]
+    table, consensus = tor.directory.table, tor.directory.consensus
+    period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    ring = [table.relay(i) for i in ring]
-    return period[3], param, blinded, subcredential(key, blinded), ring
+    return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
 
 
 async def hsdir_request(tor, relay, path, body=b""):
@@ -3010,7 +3008,7 @@ async def _try_each(items, use, kind, text):
 
 
 async def _find_descriptor(tor, key):
-    found, text = tor.descriptors.get(key), "no descriptor of %s: is it right, and up?"
+    found = tor.descriptors.get(key)
     if found and now() < found.until:
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
@@ -3019,7 +3017,8 @@ async def _find_descriptor(tor, key):
         text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
         return parse_descriptor(text, blinded, subcred, now())
 
-    found = await _try_each(ring, fetch, DescriptorError, text % onion_address(key))
+    text = "no descriptor of %s: is it right, and up?" % onion_address(key)
+    found = await _try_each(ring, fetch, DescriptorError, text)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -3038,11 +3037,10 @@ async def _introduce(tor, descriptor, intro):
             raise rend.closing.get()
         # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
         # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        vegas = congestion_control(tor.paths.param, descriptor.flow)
-        subcred = descriptor.subcred
+        vegas, subcred = congestion_control(tor.paths.param, descriptor.flow), descriptor.subcred
         body, finish = hs_ntor_client(intro, subcred, cookie, rend.path[-1], vegas)
-        joined, answer = rend.expect(RENDEZVOUS2), INTRODUCE_ACK
-        ack = await circuits[1].ask(INTRODUCE1, body, answer, BUILD_SECONDS)
+        joined = rend.expect(RENDEZVOUS2)
+        ack = await circuits[1].ask(INTRODUCE1, body, INTRODUCE_ACK, BUILD_SECONDS)
         require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
         rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
         return circuits.pop(0)
@@ -3059,10 +3057,10 @@ async def meet(tor, key):
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
-        text = "%s cannot be reached, is it up?" % onion_address(key)
+        intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(descriptor.intro_points, use, OnionError, text)
+            return await _try_each(intros, use, OnionError, text)
         except OnionError:
             descriptor.until = 0
             if now() > end:
@@ -3083,16 +3081,17 @@ _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 
 def load_service_key(key_dir):
     """Return (expanded secret key, public key) of a HiddenServiceDir, made if it has none."""
-    path, head = key_dir + "/hs_ed25519_", b"== ed25519v1-%s: type0 ==\0\0\0"
+    name, head = "hs_ed25519_secret_key", b"== ed25519v1-secret: type0 ==\0\0\0"
+    path = key_dir + "/" + name
     try:
         private_dir(key_dir)
-        if "hs_ed25519_secret_key" not in os.listdir(key_dir):
-            write_file(path + "secret_key", head % b"secret" + ed25519_expand(urandom(32)))
-        data = read_file(path + "secret_key") or b""
-        if len(data) != 96 or data[:32] != head % b"secret":
-            raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
+        if name not in os.listdir(key_dir):
+            write_file(path, head + ed25519_expand(urandom(32)))
+        data = read_file(path) or b""
+        if len(data) != 96 or data[:32] != head:
+            raise ConfigError("%s cannot be read, or is no key of version 3" % path)
         public = ed25519_public(data[32:])
-        write_file(path + "public_key", head % b"public" + public)
+        write_file(key_dir + "/hs_ed25519_public_key", head.replace(b"secret", b"public") + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
         raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
@@ -3107,25 +3106,24 @@ class OnionService:
         for port, target in ports.items():
             if isinstance(target, int):
                 target = "127.0.0.1", target
-            unix = not MICROPYTHON and isinstance(target, str) and target.startswith("unix:")
+            unix = not MICROPYTHON and isinstance(target, str) and target[:5] == "unix:"
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
         self._esk, self.key = load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
-        # `_tokens`: introductions that may be answered now; `_shown`: published auth_keys.
+        # `_tokens`: introductions that may be answered now; `_shown`: those published.
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        """Return when the descriptors were published."""
+        """Return once the descriptors are published."""
         self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
     async def close(self):
         """Take the service down."""
-        if self in self.tor.services:
-            self.tor.services.remove(self)
+        self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
         for circuit in list(self.circuits):
@@ -3162,7 +3160,7 @@ class OnionService:
         self._tasks.append(spawn(self._keep_intro(intro)))
 
     async def _keep_intro(self, intro):
-        circuit, answer = None, INTRO_ESTABLISHED
+        circuit = None
         try:
             # As tor: again three times, but not eleven circuits in five minutes.
             for _ in range(4):
@@ -3171,13 +3169,11 @@ class OnionService:
                 self._launched = self._launched[1:] + [now()]
                 circuit = await self.tor.circuit_to(intro)
                 circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
-                message = establish_intro(intro, circuit.kh)
-                await circuit.ask(ESTABLISH_INTRO, message, answer, BUILD_SECONDS)
+                body = establish_intro(intro, circuit.kh)
+                await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
                 intro.ready = True
                 # It stays until the descriptor names another.
-                while not circuit.closed and (
-                    intro.auth_key in self._shown or not self._over(intro)
-                ):
+                while not circuit.closed and (intro in self._shown or not self._over(intro)):
                     await asyncio.sleep(1)
                 intro.ready = False
                 if self._over(intro):
@@ -3190,17 +3186,17 @@ class OnionService:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when a directory wants this `state` of a descriptor.
+        # `due`: when directories want a descriptor with the introduction points `state`.
         waited, updates, state, due = 0, None, None, {}
         while True:
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
-            # All are waited for, for a while.
+            # For all of them it waits a while.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            old, state = state, set([i.auth_key for i in ready])
-            due = due if state == old else {}
+            if state != set(ready):
+                state, due = set(ready), {}
             try:
                 if updates != self.tor.paths.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
@@ -3233,9 +3229,8 @@ class OnionService:
             esk = ed25519_blind_secret(self._esk, param)
             revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-        while todo:
-            await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
-            todo = todo[_UPLOADS:]
+        for relays in _pieces(todo, _UPLOADS):
+            await asyncio.gather(*[upload(relay) for relay in relays])
 
     def _introduced(self, intro, body):
         full = len(self._tasks) >= _MAX_TASKS
@@ -3248,11 +3243,11 @@ class OnionService:
         self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
-        # Meet the client at the rendezvous point of INTRODUCE2 (3.3, 4).
+        # Meet the client of INTRODUCE2 (3.3, 4).
         subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
         try:
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = [i for i in self.intros if cookie in i.cookies]
+            used = any([cookie in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
             intro.cookies.add(cookie)
             intro.left -= 1
@@ -3330,15 +3325,15 @@ class AsyncTor:
 
     def __init__(self, data_dir=None, network=None, progress=None):
         self.data_dir, network = places(data_dir, network)
-        self.progress, self._channels = progress or (lambda *_: None), Channels()
-        network, parts = load_network(network), (self.data_dir, self._channels, self.progress)
-        self.directory = Directory(network, *parts)
+        self.progress = progress or (lambda *_: None)
+        network, self._channels = load_network(network), Channels()
+        self.directory = Directory(network, self.data_dir, self._channels, self.progress)
         # `_shared`: {key of an onion service, or port: Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
 
     async def start(self):
-        """Get the directory and a circuit; Circuit-, Clock-, Config-, DirectoryError."""
+        """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
         try:
             private_dir(self.data_dir)
         except OSError as e:
@@ -3370,13 +3365,10 @@ class AsyncTor:
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
-    __aenter__ = start
-
-    async def __aexit__(self, *_):
-        await self.aclose()
+    __aenter__, __aexit__ = start, lambda self, *_: self.aclose()
 
     async def circuit_to(self, target=None, attempts=None, choose=None):
-        # Of three hops and `target`, or along `choose()`; CircuitError.
+        # Three hops and `target`, or the path `choose()`; CircuitError.
         if target and target.private and not self.directory.network.testing:
             raise CircuitError("a relay with a private address: " + target.address)
         attempts = attempts or (3 if target else 6)  # a target may be down for good
@@ -3395,8 +3387,9 @@ class AsyncTor:
                         raise CircuitError("better guards may be up again")
                 return circuit
             except BaseException as e:
-                n = len(circuit.path) if circuit else 0
+                n = 0
                 if circuit:
+                    n = len(circuit.path)
                     circuit.close()
                 if not isinstance(e, (ChannelError, CircuitError)):
                     raise
@@ -3461,10 +3454,8 @@ class AsyncTor:
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
-        key, asked = None, (host, port)
-        if host.lower().endswith(".onion"):
-            key, asked = parse_onion_address(host), ("", port)
-        opening = self._on_circuit(key, port, BEGIN, begin(*asked), 30)
+        key = parse_onion_address(host) if host.lower().endswith(".onion") else None
+        opening = self._on_circuit(key, port, BEGIN, begin("" if key else host, port))
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -3476,20 +3467,20 @@ class AsyncTor:
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0", 30)
+        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
         stream.circuit.streams.pop(stream.stream_id, None)
         addresses = parse_resolved(stream.opened.get())
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _on_circuit(self, key, port, *asked):
+    async def _on_circuit(self, key, port, command, body):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
         for last in (False, False, True):
             circuit = await self._circuit(key, port)
             try:
-                return await circuit.open_stream(*asked)
+                return await circuit.open_stream(command, body, 30)
             except (CircuitError, StreamError) as e:
                 if not circuit.closed and e.reason not in again:
                     raise
@@ -3603,8 +3594,7 @@ class Tor:
         finally:
             future.cancel()  # after Ctrl-C
 
-    def __enter__(self):
-        return self
+    __enter__ = lambda self: self
 
     def close(self, *_):
         """Take the services down, close everything, end the thread."""
@@ -3631,11 +3621,10 @@ class Tor:
             stream, _ = await self._tor.open_connection(*address, timeout)
             end, ours = socket.socketpair()
             spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
+            end.settimeout(timeout)
             return end
 
-        end = self.run(connect())
-        end.settimeout(timeout)
-        return end
+        return self.run(connect())
 
     def urlopen(self, url, data=None, timeout=120, context=None):
         """As urllib.request.urlopen, with TorErrors; `timeout`: of each wait, in seconds."""

@@ -10,20 +10,14 @@ class Link:
     """A channel that hands its cells to the circuit at the other end."""
 
     def __init__(self):
-        self.closing, self.cells, self.far, self.waiting = m.Promise(), [], None, []
+        self.closing, self.cells, self.far, self.circuits = m.Promise(), [], None, {}
 
     def adopt(self, circuit):
+        self.circuits[0x80000001] = circuit
         return 0x80000001
-
-    def forget(self, circ_id):
-        pass
 
     def room(self):
         return 32 - len(self.cells)
-
-    def when_room(self, callback):
-        if callback not in self.waiting:
-            self.waiting.append(callback)
 
     def send(self, data):
         assert len(data) % 514 == 0
@@ -39,9 +33,8 @@ class Link:
                         count += 1
                 self.far.receive(b"".join([one[5:] for one in cells[:count]]), command)
                 cells = cells[count:]
-            waiting, self.waiting = self.waiting, []
-            for callback in waiting:
-                callback()
+            for circuit in list(self.circuits.values()):
+                circuit.resume()
             await asyncio.sleep(0)
 
 

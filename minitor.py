@@ -3126,13 +3126,13 @@ class OnionService:
         self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
-        for circuit in list(self.circuits):
+        for circuit in self.circuits:
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
 
     def _over(self, intro):
-        listed = self.tor.directory.table.find(intro.rsa_id) >= 0
-        return not listed or now() > intro.until or intro.left <= 0
+        gone = self.tor.directory.table.find(intro.rsa_id) < 0
+        return gone or now() > intro.until or intro.left <= 0
 
     async def _keep_intros(self):
         while True:
@@ -3215,8 +3215,7 @@ class OnionService:
     async def _publish(self, intros, due, start, param, blinded, subcred, ring):
         t, tor = now(), self.tor
         todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
-        for relay in todo:
-            due[blinded + relay.rsa_id] = t + 20
+        due.update({blinded + relay.rsa_id: t + 20 for relay in todo})
 
         async def upload(relay):
             try:
@@ -3396,7 +3395,6 @@ class AsyncTor:
                 if n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
                 error = e
-                log(INFO, "a circuit failed: %s", e)
         raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
 
     def _begun(self, target):
@@ -3669,9 +3667,8 @@ def web_answer(folder, method, path):
     names = path.split("/")
     try:
         at = os.path.join(folder, *names)
-        if path[-1:] == "/" and os.path.isfile(at + "index.html"):
-            at += "index.html"
-        at = os.path.realpath(at)
+        index = at + "index.html" * path.endswith("/")
+        at = os.path.realpath(index if os.path.isfile(index) else at)
         # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
         hidden = [name for name in names if name[:1] == "." and name != ".well-known"]
         if hidden or os.path.commonpath((folder, at)) != folder:

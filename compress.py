@@ -54,14 +54,14 @@ PRESETS = {
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve Tor.create_connection Tor.resolve Tor.urlopen"
-        " Tor.http_get TorCore._exit_circuit http_call",
+        " Tor.http_get http_call",
     ),
     "board": (
         True,
         "AsyncTor.start AsyncTor.aclose AsyncTor.create_onion_service OnionService.close"
         " Stream.read Stream.readexactly Stream.readline Stream.readuntil Stream.write"
         " Stream.drain Stream.close Stream.wait_closed Stream.get_extra_info set_log",
-        "AsyncTor.open_connection AsyncTor.resolve TorCore._exit_circuit",
+        "AsyncTor.open_connection AsyncTor.resolve",
     ),
 }
 # Of this text a board gets so much, line breaks left out: 9 authorities, 21 of 200 fallback mirrors.

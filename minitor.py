@@ -2844,12 +2844,10 @@ class Directory:
                 parser.finish()
 
 
-# === 13b. Circuits for every purpose ===
-# Trying again, sharing, keeping some ready, closing what is idle.
+# === 13b. Idle circuits ===
 
 BUILD_SECONDS = 20
 DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
-SPARES = 0 if MICROPYTHON else 2
 
 
 def is_dirty(circuit):
@@ -2867,120 +2865,6 @@ async def close_idle(circuit):
                 circuit.close()
 
 
-async def shared(circuits, name, make, fits=lambda circuit: False):
-    """Return the circuit `name` of {name: Promise}, or one that `fits`, or what `make()` gives."""
-    for other, promise in list(circuits.items()):
-        circuit = promise.get()
-        if is_dirty(circuit) if circuit else promise.done():
-            del circuits[other]
-        elif other == name or circuit and fits(circuit):
-            return await promise.wait()
-    promise = circuits[name] = Promise()
-
-    async def keep():
-        try:
-            promise.set(await make())
-            await close_idle(promise.get())
-        except TorError as e:
-            promise.fail(e)
-        finally:
-            promise.fail(CircuitError("given up"))
-
-    spawn(keep())
-    return await promise.wait()
-
-
-class TorCore:
-    """Directory, paths and circuits of an AsyncTor, which has the arguments."""
-
-    def __init__(self, data_dir, network, progress):
-        self.data_dir, self.channels = data_dir, Channels()
-        self.progress, network = progress or (lambda *_: None), load_network(network)
-        self.directory = Directory(network, data_dir, self.channels, self.progress)
-        self.descriptors, self.onion_circuits, self._exits = {}, {}, {}
-        self._spares, self._tasks = [], []
-
-    async def bootstrap(self):
-        """Get the directory and a first circuit; from then on keep both fresh."""
-        directory = self.directory
-        await directory.bootstrap()
-        file = self.data_dir + "/guards.json"
-        self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
-        self.progress(95, "circuit_create", "Establishing a Tor circuit")
-        self._spares = [await self.circuit_to()]
-        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
-        self.progress(100, "done", "Done")
-
-    async def aclose(self):
-        for task in self._tasks:
-            task.cancel()
-        self.channels.close()
-        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
-
-    async def circuit_to(self, target=None, attempts=None, choose=None):
-        """Return a circuit of three hops and `target`, or one along `choose()`; CircuitError."""
-        if target and target.private and not self.directory.network.testing:
-            raise CircuitError("a relay with a private address: " + target.address)
-        attempts = attempts or (3 if target else 6)  # a target may be down for good
-        for _ in range(attempts):
-            circuit = None if choose else self._spare(target)
-            if circuit:
-                path = circuit.path + ([target] if target else [])
-            else:
-                path = choose() if choose else self.paths.onion_path(target)
-            try:
-                if not circuit:
-                    hop = path[0]
-                    channel = await self.channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
-                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
-                circuit.since = ticks_ms()
-                for hop in path[len(circuit.path) :]:
-                    await circuit.extend(hop, BUILD_SECONDS)
-                    if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
-                        path = path[:1]
-                        raise CircuitError("better guards may be up again")
-                return circuit
-            except BaseException as e:
-                n = len(circuit.path) if circuit else 0
-                if circuit:
-                    circuit.close()
-                if not isinstance(e, (ChannelError, CircuitError)):
-                    raise
-                if n < len(path):
-                    self.paths.failed(path[n].rsa_id, n)
-                error = e
-                log(INFO, "a circuit failed: %s", e)
-        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
-
-    def _spare(self, target):
-        # Not for A-B-A; but the guard may be the target, as in tor.
-        for circuit in list(self._spares):
-            self._spares.remove(circuit)
-            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
-            if not again and not is_dirty(circuit):
-                return circuit
-            circuit.close()
-
-    async def _keep_spares(self):
-        while True:
-            try:
-                while len(self._spares) < SPARES:
-                    self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
-            except TorError:
-                await asyncio.sleep(60)
-            await asyncio.sleep(1)
-
-    async def _exit_circuit(self, port):
-        table = self.directory.table
-
-        def fits(circuit):
-            i = table.find(circuit.path[-1].rsa_id)
-            return i >= 0 and table.exit_allows(i, port)
-
-        make = lambda: self.circuit_to(choose=lambda: self.paths.exit_path(port))
-        return await shared(self._exits, port, make, fits)
-
-
 # === 14. Onion client ===
 # Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
 
@@ -2990,14 +2874,12 @@ _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 def descriptor_place(tor, key, n):
     """Return start, blinding parameter and key, subcredential, directories of period `n`."""
-    directory = tor.directory
-    table, consensus = directory.table, directory.consensus
-    period = time_periods(consensus, directory.network.testing)[n]
+    table, consensus = tor.directory.table, tor.directory.consensus
+    period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    ring = [table.relay(i) for i in ring]
-    return period[3], param, blinded, subcredential(key, blinded), ring
+    return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
 
 
 async def hsdir_request(tor, relay, path, body=b""):
@@ -3022,7 +2904,7 @@ async def _try_each(items, use, kind, text):
 
 
 async def _find_descriptor(tor, key):
-    found, text = tor.descriptors.get(key), "no descriptor of %s: is it right, and up?"
+    found = tor.descriptors.get(key)
     if found and now() < found.until:
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
@@ -3031,7 +2913,8 @@ async def _find_descriptor(tor, key):
         text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
         return parse_descriptor(text, blinded, subcred, now())
 
-    found = await _try_each(ring, fetch, DescriptorError, text % onion_address(key))
+    text = "no descriptor of %s: is it right, and up?" % onion_address(key)
+    found = await _try_each(ring, fetch, DescriptorError, text)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -3048,11 +2931,10 @@ async def _introduce(tor, descriptor, intro):
         await established.wait(BUILD_SECONDS)
         # A message is taken only where it is expected, and once: RENDEZVOUS2 not before
         # INTRODUCE1 is on its way, with keys bound to it (bug 41297).
-        vegas = congestion_control(tor.paths.param, descriptor.flow)
-        subcred = descriptor.subcred
+        vegas, subcred = congestion_control(tor.paths.param, descriptor.flow), descriptor.subcred
         body, finish = hs_ntor_client(intro, subcred, cookie, rend.path[-1], vegas)
-        joined, answer = rend.expect(RENDEZVOUS2), INTRODUCE_ACK
-        ack = await circuits[1].ask(INTRODUCE1, body, answer, BUILD_SECONDS)
+        joined = rend.expect(RENDEZVOUS2)
+        ack = await circuits[1].ask(INTRODUCE1, body, INTRODUCE_ACK, BUILD_SECONDS)
         require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
         rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
         return circuits.pop(0)
@@ -3063,28 +2945,22 @@ async def _introduce(tor, descriptor, intro):
             circuit.close()
 
 
-async def _meet(tor, key):
-    # A service that lost relays publishes anew within seconds.
+async def meet(tor, key):
+    """Return a circuit to the service with the identity `key`; OnionError."""
+    # One that lost relays publishes anew within seconds.
     end, pause = now() + _REND_SECONDS, 0
     while True:
         descriptor = await _find_descriptor(tor, key)
-        text = "%s cannot be reached, is it up?" % onion_address(key)
+        intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(descriptor.intro_points, use, OnionError, text)
+            return await _try_each(intros, use, OnionError, text)
         except OnionError:
             descriptor.until = 0
             if now() > end:
                 raise
         await asyncio.sleep(pause)
         pause = 3
-
-
-async def onion_circuit(tor, key):
-    """Return a circuit to the service with the identity `key`, shared; OnionError."""
-    circuit = await shared(tor.onion_circuits, key, lambda: _meet(tor, key))
-    circuit.since = ticks_ms()  # as in tor: a new one would be dear
-    return circuit
 
 
 # === 15. Onion service ===
@@ -3099,16 +2975,17 @@ _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 
 def load_service_key(key_dir):
     """Return (expanded secret key, public key) of a HiddenServiceDir, made if it has none."""
-    path, head = key_dir + "/hs_ed25519_", b"== ed25519v1-%s: type0 ==\0\0\0"
+    name, head = "hs_ed25519_secret_key", b"== ed25519v1-secret: type0 ==\0\0\0"
+    path = key_dir + "/" + name
     try:
         private_dir(key_dir)
-        if "hs_ed25519_secret_key" not in os.listdir(key_dir):
-            write_file(path + "secret_key", head % b"secret" + ed25519_expand(urandom(32)))
-        data = read_file(path + "secret_key") or b""
-        if len(data) != 96 or data[:32] != head % b"secret":
-            raise ConfigError("%ssecret_key cannot be read, or is no key of version 3" % path)
+        if name not in os.listdir(key_dir):
+            write_file(path, head + ed25519_expand(urandom(32)))
+        data = read_file(path) or b""
+        if len(data) != 96 or data[:32] != head:
+            raise ConfigError("%s cannot be read, or is no key of version 3" % path)
         public = ed25519_public(data[32:])
-        write_file(path + "public_key", head % b"public" + public)
+        write_file(key_dir + "/hs_ed25519_public_key", head.replace(b"secret", b"public") + public)
         write_file(key_dir + "/hostname", onion_address(public).encode() + b"\n")
     except OSError as e:
         raise ConfigError("the folder %s cannot hold a key: %s" % (key_dir, e))
@@ -3123,34 +3000,33 @@ class OnionService:
         for port, target in ports.items():
             if isinstance(target, int):
                 target = "127.0.0.1", target
-            unix = not MICROPYTHON and isinstance(target, str) and target.startswith("unix:")
+            unix = not MICROPYTHON and isinstance(target, str) and target[:5] == "unix:"
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
         self._esk, self.key = load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
-        # `_tokens`: introductions that may be answered now; `_shown`: published auth_keys.
+        # `_tokens`: introductions that may be answered now; `_shown`: those published.
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        """Return when the descriptors were published."""
+        """Return once the descriptors are published."""
         self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
     async def close(self):
         """Take the service down."""
-        if self in self.tor.services:
-            self.tor.services.remove(self)
+        self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
-        for circuit in list(self.circuits):
+        for circuit in self.circuits:
             circuit.close()
         self._published.fail(OnionError("the service was closed"))
 
     def _over(self, intro):
-        listed = self.tor.directory.table.find(intro.rsa_id) >= 0
-        return not listed or now() > intro.until or intro.left <= 0
+        gone = self.tor.directory.table.find(intro.rsa_id) < 0
+        return gone or now() > intro.until or intro.left <= 0
 
     async def _keep_intros(self):
         while True:
@@ -3178,7 +3054,7 @@ class OnionService:
         self._tasks.append(spawn(self._keep_intro(intro)))
 
     async def _keep_intro(self, intro):
-        circuit, answer = None, INTRO_ESTABLISHED
+        circuit = None
         try:
             # As tor: again three times, but not eleven circuits in five minutes.
             for _ in range(4):
@@ -3187,13 +3063,11 @@ class OnionService:
                 self._launched = self._launched[1:] + [now()]
                 circuit = await self.tor.circuit_to(intro)
                 circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
-                message = establish_intro(intro, circuit.kh)
-                await circuit.ask(ESTABLISH_INTRO, message, answer, BUILD_SECONDS)
+                body = establish_intro(intro, circuit.kh)
+                await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
                 intro.ready = True
                 # It stays until the descriptor names another.
-                while not circuit.closed and (
-                    intro.auth_key in self._shown or not self._over(intro)
-                ):
+                while not circuit.closed and (intro in self._shown or not self._over(intro)):
                     await asyncio.sleep(1)
                 intro.ready = False
                 if self._over(intro):
@@ -3206,17 +3080,17 @@ class OnionService:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when a directory wants this `state` of a descriptor.
+        # `due`: when directories want a descriptor with the introduction points `state`.
         waited, updates, state, due = 0, None, None, {}
         while True:
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
-            # All are waited for, for a while.
+            # For all of them it waits a while.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            old, state = state, set([i.auth_key for i in ready])
-            due = due if state == old else {}
+            if state != set(ready):
+                state, due = set(ready), {}
             try:
                 if updates != self.tor.paths.updates:
                     self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
@@ -3235,8 +3109,7 @@ class OnionService:
     async def _publish(self, intros, due, start, param, blinded, subcred, ring):
         t, tor = now(), self.tor
         todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
-        for relay in todo:
-            due[blinded + relay.rsa_id] = t + 20
+        due.update({blinded + relay.rsa_id: t + 20 for relay in todo})
 
         async def upload(relay):
             try:
@@ -3249,9 +3122,8 @@ class OnionService:
             esk = ed25519_blind_secret(self._esk, param)
             revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-        while todo:
-            await asyncio.gather(*[upload(relay) for relay in todo[:_UPLOADS]])
-            todo = todo[_UPLOADS:]
+        for relays in _pieces(todo, _UPLOADS):
+            await asyncio.gather(*[upload(relay) for relay in relays])
 
     def _introduced(self, intro, body):
         full = len(self._tasks) >= _MAX_TASKS
@@ -3264,11 +3136,11 @@ class OnionService:
         self._tasks.append(spawn(self._answer(intro, body)))
 
     async def _answer(self, intro, body):
-        # Meet the client at the rendezvous point of INTRODUCE2 (3.3, 4).
+        # Meet the client of INTRODUCE2 (3.3, 4).
         subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
         try:
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = [i for i in self.intros if cookie in i.cookies]
+            used = any([cookie in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
             intro.cookies.add(cookie)
             intro.left -= 1
@@ -3316,12 +3188,21 @@ class OnionService:
 # What programs use.
 
 
-def default_data_dir(network=None):
-    if network:
-        return network + ".minitor"
-    if MICROPYTHON:
-        return "minitor"
-    return (os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) + "/minitor"
+SPARES = 0 if MICROPYTHON else 2
+
+
+def places(data_dir, network):
+    """Return the folder for state and the network's file, or the defaults."""
+    if network is None and hasattr(os, "getenv"):
+        network = os.getenv("MINITOR_NETWORK")
+    if not data_dir:
+        data_dir = "minitor"
+        if network:
+            data_dir = network + ".minitor"
+        elif not MICROPYTHON:
+            data_dir = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+            data_dir += "/minitor"
+    return data_dir, network
 
 
 def check_target(host, port):
@@ -3330,40 +3211,133 @@ def check_target(host, port):
         raise AddressError("no host name in ASCII, no address, or no port: %r:%r" % (host, port))
 
 
-class AsyncTor(TorCore):
+class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
     """
 
     def __init__(self, data_dir=None, network=None, progress=None):
-        if network is None and hasattr(os, "getenv"):
-            network = os.getenv("MINITOR_NETWORK")
-        self.services = []
-        TorCore.__init__(self, data_dir or default_data_dir(network), network, progress)
+        self.data_dir, network = places(data_dir, network)
+        self.progress = progress or (lambda *_: None)
+        network, self._channels = load_network(network), Channels()
+        self.directory = Directory(network, self.data_dir, self._channels, self.progress)
+        # `_shared`: {key of an onion service, or port: Promise of a circuit}.
+        self.services, self.descriptors, self._shared = [], {}, {}
+        self._spares, self._tasks = [], []
 
     async def start(self):
-        """Get the directory and a circuit; Circuit-, Clock-, Config-, DirectoryError."""
+        """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
         try:
             private_dir(self.data_dir)
         except OSError as e:
             raise ConfigError("the folder %s cannot be used: %s" % (self.data_dir, e))
         try:
-            await self.bootstrap()
+            await self._bootstrap()
         except BaseException:
             await self.aclose()
             raise
         return self
 
+    async def _bootstrap(self):
+        directory = self.directory
+        await directory.bootstrap()
+        file = self.data_dir + "/guards.json"
+        self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
+        self.progress(95, "circuit_create", "Establishing a Tor circuit")
+        self._spares = [await self.circuit_to()]
+        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
+        self.progress(100, "done", "Done")
+
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         for service in list(self.services):
             await service.close()
-        await TorCore.aclose(self)
+        for task in self._tasks:
+            task.cancel()
+        self._channels.close()
+        await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
-    __aenter__ = start
+    __aenter__, __aexit__ = start, lambda self, *_: self.aclose()
 
-    async def __aexit__(self, *_):
-        await self.aclose()
+    async def circuit_to(self, target=None, attempts=None, choose=None):
+        # Three hops and `target`, or the path `choose()`; CircuitError.
+        if target and target.private and not self.directory.network.testing:
+            raise CircuitError("a relay with a private address: " + target.address)
+        attempts = attempts or (3 if target else 6)  # a target may be down for good
+        for _ in range(attempts):
+            circuit, path = (None, choose()) if choose else self._begun(target)
+            try:
+                if not circuit:
+                    hop = path[0]
+                    channel = await self._channels.get(hop.address, hop.port, hop.rsa_id, hop.ed_id)
+                    circuit = Circuit(channel, self.paths.param("circwindow", 1000, 100, 1000))
+                circuit.since = ticks_ms()
+                for hop in path[len(circuit.path) :]:
+                    await circuit.extend(hop, BUILD_SECONDS)
+                    if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
+                        path = path[:1]
+                        raise CircuitError("better guards may be up again")
+                return circuit
+            except BaseException as e:
+                n = 0
+                if circuit:
+                    n = len(circuit.path)
+                    circuit.close()
+                if not isinstance(e, (ChannelError, CircuitError)):
+                    raise
+                if n < len(path):
+                    self.paths.failed(path[n].rsa_id, n)
+                error = e
+        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
+
+    def _begun(self, target):
+        # A spare circuit or None, and the path to `target`.
+        while self._spares:
+            circuit = self._spares.pop(0)
+            # Not for A-B-A; but the guard may be the target, as in tor.
+            again = target and target.rsa_id in [r.rsa_id for r in circuit.path[1:]]
+            if not again and not is_dirty(circuit):
+                return circuit, circuit.path + ([target] if target else [])
+            circuit.close()
+        return None, self.paths.onion_path(target)
+
+    async def _keep_spares(self):
+        while True:
+            try:
+                while len(self._spares) < SPARES:
+                    self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
+            except TorError:
+                await asyncio.sleep(60)
+            await asyncio.sleep(1)
+
+    async def _circuit(self, key, port):
+        # A shared one to the onion service with this `key`, or to an exit for `port`.
+        def fits(circuit):
+            i = table.find(circuit.path[-1].rsa_id)
+            return i >= 0 and table.exit_allows(i, port)
+
+        async def keep():
+            choose = lambda: self.paths.exit_path(port)
+            try:
+                promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
+                await close_idle(promise.get())
+            except Exception as e:
+                promise.fail(e)
+
+        name, table = key or port, self.directory.table
+        for other, promise in list(self._shared.items()):
+            circuit = promise.get()
+            if is_dirty(circuit) if circuit else promise.done():
+                del self._shared[other]
+            elif other == name or circuit and not key and isinstance(other, int) and fits(circuit):
+                break
+        else:
+            promise = self._shared[name] = Promise()
+            spawn(keep())
+        circuit = await promise.wait()
+        if key:
+            circuit.since = ticks_ms()  # as in tor: a new one would be dear
+        return circuit
 
     async def open_connection(self, host, port, timeout=120):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -3371,10 +3345,8 @@ class AsyncTor(TorCore):
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
-        key, asked = None, (host, port)
-        if host.lower().endswith(".onion"):
-            key, asked = parse_onion_address(host), ("", port)
-        opening = self._on_circuit(key, port, BEGIN, begin(*asked), 30)
+        key = parse_onion_address(host) if host.lower().endswith(".onion") else None
+        opening = self._on_circuit(key, port, BEGIN, begin("" if key else host, port))
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
@@ -3386,20 +3358,20 @@ class AsyncTor(TorCore):
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
-        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0", 30)
+        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
         stream.circuit.streams.pop(stream.stream_id, None)
         addresses = parse_resolved(stream.opened.get())
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _on_circuit(self, key, port, *asked):
+    async def _on_circuit(self, key, port, command, body):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
         for last in (False, False, True):
-            circuit = await (onion_circuit(self, key) if key else self._exit_circuit(port))
+            circuit = await self._circuit(key, port)
             try:
-                return await circuit.open_stream(*asked)
+                return await circuit.open_stream(command, body, 30)
             except (CircuitError, StreamError) as e:
                 if not circuit.closed and e.reason not in again:
                     raise
@@ -3513,8 +3485,7 @@ class Tor:
         finally:
             future.cancel()  # after Ctrl-C
 
-    def __enter__(self):
-        return self
+    __enter__ = lambda self: self
 
     def close(self, *_):
         """Take the services down, close everything, end the thread."""
@@ -3541,11 +3512,10 @@ class Tor:
             stream, _ = await self._tor.open_connection(*address, timeout)
             end, ours = socket.socketpair()
             spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
+            end.settimeout(timeout)
             return end
 
-        end = self.run(connect())
-        end.settimeout(timeout)
-        return end
+        return self.run(connect())
 
     def urlopen(self, url, data=None, timeout=120, context=None):
         """As urllib.request.urlopen, with TorErrors; `timeout`: of each wait, in seconds."""
@@ -3590,9 +3560,8 @@ def web_answer(folder, method, path):
     names = path.split("/")
     try:
         at = os.path.join(folder, *names)
-        if path[-1:] == "/" and os.path.isfile(at + "index.html"):
-            at += "index.html"
-        at = os.path.realpath(at)
+        index = at + "index.html" * path.endswith("/")
+        at = os.path.realpath(index if os.path.isfile(index) else at)
         # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
         hidden = [name for name in names if name[:1] == "." and name != ".well-known"]
         if hidden or os.path.commonpath((folder, at)) != folder:
@@ -3650,7 +3619,7 @@ def run_command(options):
     import shutil
 
     if options.address:
-        data_dir = options.data_dir or default_data_dir(options.network)
+        data_dir, _ = places(options.data_dir, options.network)
         private_dir(data_dir)
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))
@@ -3686,8 +3655,7 @@ def main(argv=None):
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
-    network = os.environ.get("MINITOR_NETWORK")
-    add("--network", default=network, help="another Tor network ($MINITOR_NETWORK)")
+    add("--network", help="another Tor network ($MINITOR_NETWORK)")
     add("-v", action="count", default=0, help="say more")
     add("--version", action="version", version="minitor " + __version__)
     options = parser.parse_args(argv)

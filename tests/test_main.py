@@ -211,12 +211,13 @@ def test_address_is_kept_and_private(tmp_path):
 
 
 def test_default_data_dir(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINITOR_NETWORK", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert minitor.default_data_dir() == str(tmp_path / "minitor")
+    assert minitor.places(None, None)[0] == str(tmp_path / "minitor")
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert minitor.default_data_dir() == "/home/someone/.local/state/minitor"
-    assert minitor.default_data_dir("a/network") == "a/network.minitor"
+    assert minitor.places(None, None)[0] == "/home/someone/.local/state/minitor"
+    assert minitor.places(None, "a/network")[0] == "a/network.minitor"
 
 
 class FakeTor:

@@ -1,4 +1,4 @@
-"""Sections 13b to 15 without a network: sharing, keys on disk, introductions, ports, refusals."""
+"""Sections 13b to 16 without a network: sharing, keys on disk, introductions, ports, refusals."""
 
 import asyncio
 import os
@@ -82,7 +82,7 @@ class Stream:
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
     directory = Thing(consensus=Consensus(), network=network, table=None)
-    caches = {"onion_circuits": {}, "descriptors": {}}
+    caches = {"descriptors": {}}
     paths = Thing(param=directory.consensus.param, updates=0)
     return Thing(directory=directory, paths=paths, **caches, **fields)
 
@@ -357,7 +357,7 @@ def test_streams_share_one_attempt(monkeypatch, tmp_path):
     def port_of(body):
         return minitor.parse_begin(body)
 
-    monkeypatch.setattr(minitor, "_meet", fake_meet)
+    monkeypatch.setattr(minitor, "meet", fake_meet)
     failures = []
 
     async def main():
@@ -378,7 +378,7 @@ def test_streams_share_one_attempt(monkeypatch, tmp_path):
         for _ in range(2):
             with pytest.raises(minitor.OnionError, match="down"):
                 await connect("b", 80)
-        assert built[-2:] == [keys["b"]] * 2 and len(tor.onion_circuits) <= 3
+        assert built[-2:] == [keys["b"]] * 2 and len(tor._shared) <= 3
         # A service that refuses is not met again, one that falls silent is.
         before = len(built)
         failures.append(minitor.StreamError("refused", 3))
@@ -593,14 +593,13 @@ def test_lost_introduction_circuit(published):
 # ─── circuits ───
 
 
-class Core(minitor.TorCore):
-    """A TorCore whose circuits are made of nothing."""
+class Core(minitor.AsyncTor):
+    """An AsyncTor whose circuits are made of nothing."""
 
     def __init__(self):
         self.directory = Thing(network=Thing(testing=False), table=Thing(
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
-        self.onion_circuits = {}
-        self._exits, self._spares, self._tasks = {}, [], []
+        self._shared, self._spares, self._tasks = {}, [], []
         self.log, self.down, self.gate = [], set(), None
 
         def failed(rsa_id, hop):
@@ -618,7 +617,7 @@ class Core(minitor.TorCore):
                 raise minitor.ChannelError("down")
             return Thing(circuits={})
 
-        self.channels = Thing(get=get)
+        self._channels = Thing(get=get)
 
     def relay(self, i):
         return Thing(rsa_id=bytes([i]) * 20, ed_id=b"", address="11.22.33.%d" % i, port=1)
@@ -711,23 +710,23 @@ def test_spare_circuits(core):
 
 def test_exit_circuits_are_shared(core, monkeypatch):
     async def main():
-        a, b, c = await asyncio.gather(*[core._exit_circuit(p) for p in (80, 80, 443)])
+        a, b, c = await asyncio.gather(*[core._circuit(None, p) for p in (80, 80, 443)])
         assert a is b and c is not a
         # Its exit allows this port, too; not that one.
-        assert await core._exit_circuit(22) is a
-        assert await core._exit_circuit(1080) not in (a, c)
+        assert await core._circuit(None, 22) is a
+        assert await core._circuit(None, 1080) not in (a, c)
         a.since -= 2 * minitor.DIRTY_MS
-        assert await core._exit_circuit(80) is c
+        assert await core._circuit(None, 80) is c
         c.close()
-        d = await core._exit_circuit(80)
+        d = await core._circuit(None, 80)
         assert d not in (a, c)
         d.since -= minitor.DIRTY_MS + 1
-        assert await core._exit_circuit(80) is not d
+        assert await core._circuit(None, 80) is not d
         core.down = {2}
         for _ in range(2):
             with pytest.raises(minitor.CircuitError):
-                await core._exit_circuit(8080)
-        assert len(core._exits) <= 4
+                await core._circuit(None, 8080)
+        assert len(core._shared) <= 4
 
     asyncio.run(main())
 

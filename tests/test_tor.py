@@ -65,10 +65,10 @@ class FakeTor(AsyncTor):
     def where(self, port):
         return self.ports.get(port, port)
 
-    async def bootstrap(self):
+    async def _bootstrap(self):
         self.progress(100, "done", "Done")
 
-    async def _exit_circuit(self, port):
+    async def _circuit(self, key, port):
         self.circuits.append(FakeCircuit(self))
         return self.circuits[-1]
 
@@ -488,7 +488,7 @@ def test_failed_start_leaves_no_thread(monkeypatch, tmp_path):
         raise minitor.DirectoryError("no")
 
     monkeypatch.setattr(minitor, "AsyncTor", FakeTor)
-    monkeypatch.setattr(FakeTor, "bootstrap", fail)
+    monkeypatch.setattr(FakeTor, "_bootstrap", fail)
     before = threading.active_count()
     with pytest.raises(minitor.DirectoryError):
         minitor.Tor(str(tmp_path))
@@ -504,7 +504,7 @@ def test_interrupting_the_start(monkeypatch, tmp_path):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(minitor, "AsyncTor", FakeTor)
-    monkeypatch.setattr(FakeTor, "bootstrap", stubborn)
+    monkeypatch.setattr(FakeTor, "_bootstrap", stubborn)
     before, start = threading.active_count(), time.monotonic()
     threading.Timer(0.3, lambda: os.kill(os.getpid(), 2)).start()
     with pytest.raises(KeyboardInterrupt):
@@ -594,13 +594,13 @@ def test_async(monkeypatch, tmp_path, web):
 
 def test_network_comes_from_the_environment(monkeypatch, tmp_path):
     network = tmp_path / "network"
-    network.write_text("TestingTorNetwork 1\n")
     seen = []
-    monkeypatch.setattr(minitor.TorCore, "__init__", lambda self, *args: seen.append(args))
+    monkeypatch.setattr(minitor, "load_network", seen.append)
+    monkeypatch.setattr(minitor, "Directory", lambda network, data_dir, *_: seen.append(data_dir))
     monkeypatch.setenv("MINITOR_NETWORK", str(network))
     minitor.AsyncTor()
     minitor.AsyncTor("data", "other")
-    assert [s[:2] for s in seen] == [(str(network) + ".minitor", str(network)), ("data", "other")]
+    assert seen == [str(network), str(network) + ".minitor", "other", "data"]
 
 
 def test_urllib_is_not_imported_until_needed():

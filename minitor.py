@@ -42,9 +42,13 @@ if MICROPYTHON:
         return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
 else:
+    import socket
     import ssl
+    import threading
+    from concurrent import futures
     from hmac import compare_digest as consteq
     from operator import sub as ticks_diff
+    from types import SimpleNamespace
 
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
@@ -66,18 +70,16 @@ _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 
 
 def b32encode(data):
-    # Of a multiple of 5 bytes.
     n = uint(data)
     return "".join([_BASE32[n >> i & 31] for i in range(len(data) * 8 - 5, -1, -5)])
 
 
-def now():
-    """Return whole seconds since 1970."""
+def now():  # In whole seconds since 1970.
     return int(time.time()) + _EPOCH
 
 
 def randbelow(n):
-    # 128 bits leave no bias, as n is 2^64 at most.
+    # No bias, as n is 2^64 at most.
     return uint(urandom(16)) % n
 
 
@@ -129,8 +131,7 @@ def cache_file(path, data):
         log(WARN, "cannot write %s: %s", path, e)
 
 
-DEBUG, INFO, NOTICE, WARN, ERR = 0, 1, 2, 3, 4
-SEVERITIES = "debug info notice warn err".split()
+DEBUG, INFO, NOTICE, WARN, ERR = range(5)
 _log = [NOTICE, None]
 
 
@@ -142,10 +143,10 @@ def set_log(severity, sink=None):
 def log(severity, text, *args):
     """Log `text % args`: never private keys or addresses of clients."""
     if severity >= _log[0]:
-        text = text % args if args else text
         if _log[1]:
-            return _log[1](severity, text)
-        line = time.gmtime()[:6] + (SEVERITIES[severity], text)
+            return _log[1](severity, text % args)
+        name = "debug info notice warn err".split()[severity]
+        line = time.gmtime()[:6] + (name, text % args)
         print("%d-%02d-%02d %02d:%02d:%02d [%s] %s" % line, file=sys.stderr)
 
 
@@ -154,21 +155,15 @@ class Promise:
 
     def __init__(self):
         self._event = asyncio.Event()
-        self._value = self._error = None
+        self.value = self._error = None
 
     def done(self):
         return self._event.is_set()
 
-    def get(self):
-        return self._value
-
     def set(self, value=None, error=None):
         if not self.done():
-            self._value, self._error = value, error
+            self.value, self._error = value, error
             self._event.set()
-
-    def fail(self, error):
-        self.set(None, error)
 
     async def wait(self, seconds=None):
         """Wait for it; asyncio.TimeoutError after `seconds`."""
@@ -176,7 +171,7 @@ class Promise:
             await asyncio.wait_for(self._event.wait(), seconds)
         if self._error is not None:
             raise self._error
-        return self._value
+        return self.value
 
 
 _tasks = set()
@@ -217,7 +212,7 @@ async def tls_connect(address, port, seconds):
         context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # As tor's are: a fixed one, or none, would stand out.
+    # As tor's: a fixed one, or none, would stand out.
     name = "www.%s.com" % b32encode(urandom(20))[: 4 + randbelow(22)]
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
@@ -237,7 +232,7 @@ async def hang_up(writer):
 
 
 # === 2. Errors ===
-# Messages say what happened, to which relay, address or file, and what to do.
+# Messages say what happened, where, and what to do.
 
 
 class TorError(Exception):
@@ -405,7 +400,7 @@ class _Sha1(_Hash):
 
 
 def _roots(last, power):
-    # 64 bits after the point (FIPS 180-4 4.2.3).
+    # FIPS 180-4 4.2.3.
     for p in range(2, last + 1):
         if all(p % q for q in range(2, p)):
             x = 0
@@ -609,6 +604,15 @@ def hmac_sha256(key, data):
     return sha256(outer + sha256(inner + data))
 
 
+def hkdf_sha256(secret, salt, info, n):
+    # RFC 5869.
+    key, out, block = hmac_sha256(salt, secret), b"", b""
+    while len(out) < n:
+        block = hmac_sha256(key, block + info + bytes([len(out) // 32 + 1]))
+        out += block
+    return out[:n]
+
+
 # === 5. Curves and signatures ===
 # RFC 7748, RFC 8032, key blinding (rend-spec-v3, A.2).  Python's integers take varying time.
 
@@ -712,13 +716,13 @@ _BASE = _decode(b"X" + b"f" * 31)
 
 
 def ed25519_valid(public):
-    """Return whether `public` is of prime order: no torsion."""
+    """Return whether `public` has no torsion."""
     A = _decode(public)
     return A and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
 
 
 def ed25519_expand(seed):
-    # 32 bytes of scalar, 32 of prefix.
+    # Scalar and prefix.
     esk = sha512(seed)
     return _bytes(_clamp(esk[:32])) + esk[32:]
 
@@ -857,9 +861,9 @@ FLAG_WORDS = (
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
 ).split()
 BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
-STABLE, V2DIR, PROTO_FLOWCTRL1, PROTO_HSDIR2, PROTO_HSINTRO4 = 128, 256, 512, 1024, 2048
+STABLE, V2DIR, FLOWCTRL1, HSDIR2, HSINTRO4 = 128, 256, 512, 1024, 2048
 # KNOWN: the microdescriptor is there.
-PROTO_HSREND2, PROTO_RELAY2, KNOWN, USABLE = 4096, 8192, 16384, 32768
+HSREND2, RELAY2, KNOWN, USABLE = 4096, 8192, 16384, 32768
 
 # What the network may require, unless its consensus is newer than this release.
 _SUPPORTED = (
@@ -978,7 +982,6 @@ class ConsensusParser(_Splitter):
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
         net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
         weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
-        # Few are distinct.
         words = get(b"s ", b"") + get(b"pr", b"")
         if words not in self._bits:
             found = set(_versions(words))
@@ -1283,12 +1286,7 @@ def ntor(rsa_id, B):
         mac = hmac_sha256(_NTOR + b":mac", verify + rsa_id + B + Y + X + _NTOR + b"Server")
         good = reply[:2] == b"\0\x40" and consteq(mac, reply[34:66])
         require(good, "ntor: the relay lacks its onion key")
-        # HKDF-SHA256 (RFC 5869).
-        key, keys, block = hmac_sha256(_NTOR + b":key_extract", secret), b"", b""
-        for i in 1, 2, 3:
-            block = hmac_sha256(key, block + _NTOR + b":key_expand" + bytes((i,)))
-            keys += block
-        return keys[:92]
+        return hkdf_sha256(secret, _NTOR + b":key_extract", _NTOR + b":key_expand", 92)
 
     return b"\0\2\0\x54" + rsa_id + B + X, finish
 
@@ -1301,7 +1299,7 @@ def fast_finish(x, reply):
 
 
 def begin(host, port):
-    """Return the body of BEGIN to host:port ("" for an onion service); IPv6 will do (6.2)."""
+    """Return BEGIN's body; `host` "": of an onion service; IPv6 will do (tor-spec 6.2)."""
     return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
 
 
@@ -1325,7 +1323,7 @@ def parse_resolved(body):
     return found
 
 
-# rend-spec-v3 3, 4.  `intro`: a relay with `auth_key` and `enc_key`; their secrets: `seed`, `b`.
+# rend-spec-v3 3, 4.  `intro`: a relay with `auth_key` and `enc_key`; secret: `esk`, `b`.
 
 _HS = b"tor-hs-ntor-curve25519-sha3-256-1"
 _EXTRACT, _EXPAND = _HS + b":hs_key_extract", _HS + b":hs_key_expand"
@@ -1340,9 +1338,8 @@ def establish_intro(intro, kh):
     # 3.1.1; `kh`: KH of the circuit's last hop.
     data = _AUTH + intro.auth_key + b"\0"
     data += hs_mac(kh, data)
-    return data + b"\0\x40" + ed25519_sign(
-        intro.esk, intro.auth_key, b"Tor establish-intro cell v1" + data
-    )
+    signed = b"Tor establish-intro cell v1" + data
+    return data + b"\0\x40" + ed25519_sign(intro.esk, intro.auth_key, signed)
 
 
 def _intro_keys(exp, X, intro, subcred):
@@ -1421,9 +1418,9 @@ def parse_onion_address(text):
 
 
 def time_periods(consensus, testing):
-    """Return a service's two time periods, and the one of them that clients use (2.2.1).
+    """Return a service's two time periods, and which of them clients use (2.2.1).
 
-    Each is (number, minutes, shared random value, start of its protocol run).
+    Each: number, minutes, shared random value, start of its protocol run.
     """
     after = consensus.valid_after
     interval = consensus.fresh_until - after
@@ -1455,7 +1452,7 @@ def hsdir_ring(table, consensus, blinded, period, use):
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
     spread = consensus.param("hsdir_spread_" + use, 4 if use == "store" else 3, 1, 128)
     number, length, value, _ = period
-    places, needed, found = [], HSDIR | PROTO_HSDIR2 | USABLE, []
+    places, needed, found = [], HSDIR | HSDIR2 | USABLE, []
     for n in range(replicas):
         start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
@@ -1562,7 +1559,7 @@ def _cert(item, keyword, kind, public, when):
 
 
 def _intro_point(text, signing, when):
-    # The certificates are by the key `signing`; keys of other kinds may stand beside ntor's.
+    # Certified by the key `signing`; other kinds of keys may stand beside ntor's.
     specifiers, _, text = text.partition(b"\n")
     item = document(text)
     words = [item(name)[0].split(b" ")[0] for name in (b"onion-key ntor", b"enc-key ntor")]
@@ -1620,7 +1617,7 @@ class Channel:
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self._wake = Promise(), asyncio.Event()
-        # Still due in the handshake.
+        # Of the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
 
@@ -1739,7 +1736,7 @@ class Channel:
             return
         self.closed = ChannelError("%s: %s" % (self, why))
         log(INFO, "%s", self.closed)
-        self.opened.fail(self.closed)
+        self.opened.set(error=self.closed)
         for circuit in list(self.circuits.values()):
             circuit.close(why, 8)
         self._wake.set()
@@ -1843,7 +1840,6 @@ class Vegas:
 
 
 def congestion_control(param, wanted):
-    """Return a Vegas if consensus and peer want it."""
     return Vegas(param) if not MICROPYTHON and wanted and sendme_increment(param) else None
 
 
@@ -1926,7 +1922,7 @@ class Stream:
         if error.reason != END_DONE and not (error.reason == 1 and self.circuit.on_begin):
             self._error = error
         self.circuit.streams.pop(self.stream_id, None)
-        self.opened.fail(error)
+        self.opened.set(error=error)
         self._changed.set()
 
     def accept(self):
@@ -2019,9 +2015,6 @@ class Stream:
         return default
 
 
-_TO_CLOSED = END, SENDME, CONNECTED, RESOLVED, XOFF, XON
-
-
 class Circuit:
     """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of `closed`.
 
@@ -2038,7 +2031,6 @@ class Circuit:
         self._last_id, self._due = randbelow(65536), []
         if channel.closed:
             raise channel.closed
-        # Of the initiator's half.
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
             pass
         self.circ_id, channel.circuits[circ_id] = circ_id, self
@@ -2201,7 +2193,8 @@ class Circuit:
             spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
         elif stream_id:
             # It may have been closed here.
-            require(command in _TO_CLOSED, "message %d for no stream" % command)
+            late = command in (END, SENDME, CONNECTED, RESOLVED, XOFF, XON)
+            require(late, "message %d for no stream" % command)
         elif command == SENDME:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
@@ -2228,10 +2221,29 @@ class Circuit:
             if tell:  # no reason, as tor
                 self.channel.send(cell(self.circ_id, DESTROY))
             for promise in self._expected.values():
-                promise.fail(error)
+                promise.set(error=error)
             for stream in list(self.streams.values()):
                 stream.end(StreamError(str(error), 8))
         return self.closed
+
+
+BUILD_SECONDS = 20
+DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
+
+
+def is_dirty(circuit):
+    """Tell whether `circuit`, in use `since` then, gets no new stream."""
+    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
+
+
+async def close_idle(circuit):
+    """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
+    while not circuit.closed:
+        try:
+            await circuit.closing.wait(30)
+        except asyncio.TimeoutError:
+            if is_dirty(circuit) and not circuit.streams:
+                circuit.close()
 
 
 async def pump(stream, reader, writer):
@@ -2259,15 +2271,15 @@ async def pump(stream, reader, writer):
 # === 12. Paths and guards ===
 # Which relays a circuit goes through (path-spec 2, guard-spec, proposal 333: vanguards-lite).
 
-_NEED = FAST | PROTO_RELAY2 | PROTO_FLOWCTRL1
+_NEED = FAST | RELAY2 | FLOWCTRL1
 _NEVER = NOEDCONSENSUS | MIDDLEONLY
 # Role: position, flags needed, flags refused.
 _ROLES = {
     "guard": ("g", _NEED | GUARD | STABLE | V2DIR, _NEVER),
     "middle": ("m", _NEED | USABLE, NOEDCONSENSUS),
     "exit": ("e", _NEED | USABLE | EXIT, _NEVER | BADEXIT),
-    "intro": ("m", _NEED | USABLE | PROTO_HSINTRO4, _NEVER),
-    "rend": ("m", _NEED | USABLE | PROTO_HSREND2, _NEVER),
+    "intro": ("m", _NEED | USABLE | HSINTRO4, _NEVER),
+    "rend": ("m", _NEED | USABLE | HSREND2, _NEVER),
 }
 
 
@@ -2344,7 +2356,7 @@ class PathSelector:
     def pick(self, role, accept, stable=STABLE):
         """Return the index of a relay for `role` that `accept(index)` takes."""
         position, need, never = _ROLES[role]
-        # If none is left: without these flags, as in tor; then those that failed lately, too.
+        # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
             left = self.weigh(position, need, never)
@@ -2357,7 +2369,7 @@ class PathSelector:
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
-        """Return what percentage of paths has microdescriptors (path-spec 2.1.0)."""
+        """Return for how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
         percent = 100
         for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
             have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
@@ -2461,7 +2473,7 @@ class PathSelector:
 
 
 # === 13. Directory client ===
-# Which network this is; its directory: fetched, checked, cached, refreshed (dir-spec 4 and 5).
+# The network, and its directory (dir-spec 4 and 5).
 
 # Of tor 0.4.9.11: v3 identities of the authorities; where these, and then 200 fallback mirrors,
 # are: 4 bytes address, 2 port, 20 RSA identity in 32 digits to base 91.
@@ -2653,7 +2665,6 @@ async def http_request(stream, path, limit, sink=None, body=b""):
 
 
 async def directory_request(circuit, *request, seconds=None):
-    """Return http_request's answer from the directory at the end of `circuit`."""
     stream = await circuit.open_stream(BEGIN_DIR, b"", 30)
     try:
         return await asyncio.wait_for(http_request(stream, *request), seconds or _FETCH_SECONDS)
@@ -2844,27 +2855,6 @@ class Directory:
                 parser.finish()
 
 
-# === 13b. Idle circuits ===
-
-BUILD_SECONDS = 20
-DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
-
-
-def is_dirty(circuit):
-    """Tell whether `circuit`, in use `since` then, gets no new stream."""
-    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
-
-
-async def close_idle(circuit):
-    """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
-    while not circuit.closed:
-        try:
-            await circuit.closing.wait(30)
-        except asyncio.TimeoutError:
-            if is_dirty(circuit) and not circuit.streams:
-                circuit.close()
-
-
 # === 14. Onion client ===
 # Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
 
@@ -2883,7 +2873,6 @@ def descriptor_place(tor, key, n):
 
 
 async def hsdir_request(tor, relay, path, body=b""):
-    """Return the body of an onion-service directory's answer."""
     circuit = await tor.circuit_to(relay)
     try:
         return await directory_request(circuit, path, 50000, None, body, seconds=30)
@@ -3011,7 +3000,6 @@ class OnionService:
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        """Return once the descriptors are published."""
         self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
         await self._published.wait()
 
@@ -3022,7 +3010,7 @@ class OnionService:
             task.cancel()
         for circuit in self.circuits:
             circuit.close()
-        self._published.fail(OnionError("the service was closed"))
+        self._published.set(error=OnionError("the service was closed"))
 
     def _over(self, intro):
         gone = self.tor.directory.table.find(intro.rsa_id) < 0
@@ -3085,7 +3073,7 @@ class OnionService:
         while True:
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
-            # For all of them it waits a while.
+            # It waits a while for all.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
@@ -3159,7 +3147,7 @@ class OnionService:
         circuit, target = stream.circuit, self.ports.get(port)
         circuit.since = ticks_ms()
         if target is None:
-            # No second guess.  DESTROY waits, or overtakes END.
+            # No second guess.  DESTROY would overtake END.
             circuit.on_begin = None
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
@@ -3320,13 +3308,13 @@ class AsyncTor:
             choose = lambda: self.paths.exit_path(port)
             try:
                 promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
-                await close_idle(promise.get())
+                await close_idle(promise.value)
             except Exception as e:
-                promise.fail(e)
+                promise.set(error=e)
 
         name, table = key or port, self.directory.table
         for other, promise in list(self._shared.items()):
-            circuit = promise.get()
+            circuit = promise.value
             if is_dirty(circuit) if circuit else promise.done():
                 del self._shared[other]
             elif other == name or circuit and not key and isinstance(other, int) and fits(circuit):
@@ -3360,7 +3348,7 @@ class AsyncTor:
         check_target(host, 443)
         stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
         stream.circuit.streams.pop(stream.stream_id, None)
-        addresses = parse_resolved(stream.opened.get())
+        addresses = parse_resolved(stream.opened.value)
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
@@ -3402,41 +3390,35 @@ class AsyncTor:
         return service
 
 
-if not MICROPYTHON:
-    import socket
-    import threading
-    from concurrent import futures
-    from types import SimpleNamespace
+def _http_opener(tor, context):
+    # urllib with http and https alone, no proxy, and every connection from `tor`.
+    import http.client as http  # slow, and most programs never ask
+    import urllib.request as web
 
-    def _http_opener(tor, context):
-        # urllib with http and https alone, no proxy, and every connection from `tor`.
-        import http.client as http  # slow, and most programs never ask
-        import urllib.request as web
+    class Link(http.HTTPConnection):
+        def connect(self):
+            self.sock = tor.create_connection((self.host, self.port), self.timeout)
 
-        class Link(http.HTTPConnection):
-            def connect(self):
-                self.sock = tor.create_connection((self.host, self.port), self.timeout)
+    class TlsLink(http.HTTPSConnection, Link):
+        pass  # HTTPSConnection wraps what Link connects
 
-        class TlsLink(http.HTTPSConnection, Link):
-            pass  # HTTPSConnection wraps what Link connects
+    errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
 
-        errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
+    class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
+        http_open = lambda self, request: self.do_open(Link, request)
+        https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
 
-        class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
-            http_open = lambda self, request: self.do_open(Link, request)
-            https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
+        def redirect_request(self, request, response, *where):
+            response.close()  # urllib would read it all
+            new = super().redirect_request(request, response, *where)
+            if (new.type, new.host) != (request.type, request.host):
+                new.headers = {}  # cookies and passwords were for the first server
+            return new
 
-            def redirect_request(self, request, response, *where):
-                response.close()  # urllib would read it all
-                new = super().redirect_request(request, response, *where)
-                if (new.type, new.host) != (request.type, request.host):
-                    new.headers = {}  # cookies and passwords were for the first server
-                return new
-
-        opener = web.OpenerDirector()
-        opener.addheaders = [("User-Agent", "Mozilla/5.0")]
-        opener.add_handler(Handler())
-        return opener
+    opener = web.OpenerDirector()
+    opener.addheaders = [("User-Agent", "Mozilla/5.0")]
+    opener.add_handler(Handler())
+    return opener
 
 
 def http_call(url, function, *arguments):
@@ -3466,7 +3448,7 @@ class Tor:
     async def _main(self):
         await self._stop
         await self._tor.aclose()
-        # More than once: `wait_for` before Python 3.12 may lose a cancellation.
+        # Repeated: `wait_for` before Python 3.12 may lose a cancellation.
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in others:
                 task.cancel()
@@ -3538,7 +3520,6 @@ class Tor:
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
 <p>This page came from an onion service hosted by minitor, Tor in one Python file.
-<p>For something else, <code>minitor.py --serve FOLDER</code> or <code>--serve PORT</code>.
 """
 
 
@@ -3562,7 +3543,7 @@ def web_answer(folder, method, path):
         at = os.path.join(folder, *names)
         index = at + "index.html" * path.endswith("/")
         at = os.path.realpath(index if os.path.isfile(index) else at)
-        # Hidden files stay hidden, so there is no ".." either; a link must not lead outside.
+        # Hidden files stay hidden, so no ".." either; a link must not lead outside.
         hidden = [name for name in names if name[:1] == "." and name != ".well-known"]
         if hidden or os.path.commonpath((folder, at)) != folder:
             raise ValueError
@@ -3647,7 +3628,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--serve", nargs="?", const="", metavar="WHAT",
-        help="host a page of its own, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
+        help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
     add = parser.add_argument

@@ -196,7 +196,7 @@ def test_consensus(net, size):
         assert (relay.rsa_id, relay.address, relay.port) == (fake.rsa_id, fake.address, 9001)
         assert table.weights[relay.index] == 1000 and not relay.flags & minitor.USABLE
         assert bool(relay.flags & minitor.EXIT) == ("Exit" in fake.flags)
-        wanted = minitor.GUARD | minitor.PROTO_RELAY2 | minitor.PROTO_HSDIR2
+        wanted = minitor.GUARD | minitor.RELAY2 | minitor.HSDIR2
         assert relay.flags & wanted == wanted
         assert not relay.flags & (minitor.BADEXIT)
 
@@ -219,9 +219,9 @@ def test_flags_follow_the_lines(net):
     m = minitor
     for bit in (m.FAST, m.MIDDLEONLY, m.BADEXIT, m.NOEDCONSENSUS):
         assert flags & bit
-    for bit in (m.GUARD, m.EXIT, m.PROTO_FLOWCTRL1, m.PROTO_RELAY2):
+    for bit in (m.GUARD, m.EXIT, m.FLOWCTRL1, m.RELAY2):
         assert not flags & bit
-    assert flags & m.PROTO_HSDIR2 and flags & m.PROTO_HSINTRO4 and flags & m.PROTO_HSREND2
+    assert flags & m.HSDIR2 and flags & m.HSINTRO4 and flags & m.HSREND2
 
 
 def test_relays_without_microdescriptor_are_left_out(net):

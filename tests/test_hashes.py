@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 import minitor
 
@@ -142,3 +144,40 @@ def test_hmac():
     for size in (0, 1, 63, 64, 65, 200):
         key, data = os.urandom(size), os.urandom(2 * size)
         assert minitor.hmac_sha256(key, data) == hmac.new(key, data, "sha256").digest()
+
+
+# RFC 5869, A.1 to A.3.
+@pytest.mark.parametrize(
+    "secret, salt, info, okm",
+    [
+        (
+            b"\x0b" * 22,
+            bytes(range(13)),
+            bytes(range(0xF0, 0xFA)),
+            "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865",
+        ),
+        (
+            bytes(range(80)),
+            bytes(range(0x60, 0xB0)),
+            bytes(range(0xB0, 0x100)),
+            "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c"
+            "59045a99cac7827271cb41c65e590e09da3275600c2f09b8367793a9aca3db71"
+            "cc30c58179ec3e87c14c01d5c1f3434f1d87",
+        ),
+        (
+            b"\x0b" * 22,
+            b"",
+            b"",
+            "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8",
+        ),
+    ],
+)
+def test_hkdf_vectors(secret, salt, info, okm):
+    assert minitor.hkdf_sha256(secret, salt, info, len(okm) // 2).hex() == okm
+
+
+@pytest.mark.parametrize("n", [1, 20, 31, 32, 33, 64, 72, 92, 8160])
+def test_hkdf(n):
+    secret, salt, info = os.urandom(64), os.urandom(20), os.urandom(30)
+    theirs = HKDF(hashes.SHA256(), n, salt, info).derive(secret)
+    assert minitor.hkdf_sha256(secret, salt, info, n) == theirs

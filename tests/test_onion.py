@@ -163,7 +163,7 @@ def test_disaster_value():
 class Table:
     def __init__(self, count, hsdirs):
         self.ids = [hashlib.sha256(b"%d" % i).digest() for i in range(count)]
-        flags = minitor.HSDIR | minitor.PROTO_HSDIR2 | minitor.USABLE
+        flags = minitor.HSDIR | minitor.HSDIR2 | minitor.USABLE
         self.flags = [flags if i % hsdirs == 0 else flags & ~minitor.HSDIR for i in range(count)]
 
     def ed_id(self, i):

@@ -16,11 +16,11 @@ START = 1_800_000_000
 NOWHERE = "missing-folder/guards.json"
 REAL = Path(os.environ.get("MINITOR_REAL", Path(__file__).parents[2] / "shared" / "real"))
 PROTOCOLS = (
-    minitor.PROTO_RELAY2
-    | minitor.PROTO_FLOWCTRL1
-    | minitor.PROTO_HSINTRO4
-    | minitor.PROTO_HSREND2
-    | minitor.PROTO_HSDIR2
+    minitor.RELAY2
+    | minitor.FLOWCTRL1
+    | minitor.HSINTRO4
+    | minitor.HSREND2
+    | minitor.HSDIR2
 )
 PLAIN = FAST | STABLE | V2DIR | PROTOCOLS
 # Those of the public network's consensus of 2024-05-17.
@@ -281,7 +281,7 @@ def test_stable_and_fast_are_given_up_where_none_is_left(clock):
 
 def test_relays_without_needed_protocols_are_passed_over(clock):
     net = network(exits=1)
-    net.table.flags[30] &= ~minitor.PROTO_FLOWCTRL1
+    net.table.flags[30] &= ~minitor.FLOWCTRL1
     with pytest.raises(minitor.CircuitError):
         selector(net.table).exit_path(80)
 
@@ -716,14 +716,14 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
     net = network(exits=0, middles=12)
     for i in range(len(net.table)):
         if i != 35:
-            net.table.flags[i] &= ~minitor.PROTO_HSREND2
+            net.table.flags[i] &= ~minitor.HSREND2
         if i != 36:
-            net.table.flags[i] &= ~minitor.PROTO_HSINTRO4
+            net.table.flags[i] &= ~minitor.HSINTRO4
     paths = selector(net.table)
     assert paths.pick("intro", lambda i: True, STABLE) == 36
     paths.layer_two = {net.id(i): START + DAY for i in (37, 38, 39, 40)}
     assert paths.onion_path()[2].index == 35
-    net.table.flags[35] &= ~minitor.PROTO_HSREND2
+    net.table.flags[35] &= ~minitor.HSREND2
     with pytest.raises(minitor.CircuitError):
         paths.onion_path()
 

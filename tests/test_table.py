@@ -190,7 +190,7 @@ def test_of_a_build_with_other_flags_or_records(tmp_path, monkeypatch):
     assert minitor.load_table(path, NETWORK)
     # The words are numbered as the constants are.
     for n, word in enumerate(minitor.FLAG_WORDS):
-        name = "PROTO_" + word.replace("=", "") if "=" in word else word
+        name = "" + word.replace("=", "") if "=" in word else word
         assert getattr(minitor, name.upper()) == 1 << n
     assert (minitor.KNOWN, minitor.USABLE) == (1 << n + 1, 1 << n + 2)
 

@@ -92,7 +92,7 @@ async def promises():
     async def work():
         first.set(1)
         first.set(2)
-        second.fail(minitor.CircuitError("gone", 3))
+        second.set(error=minitor.CircuitError("gone", 3))
         assert second.done()
 
     minitor.spawn(work())

@@ -110,7 +110,7 @@ async def main():
     error = await client.closing.wait(5)
     assert "out of place" in str(error) and client.closed
     await service.closing.wait(5)
-    assert "destroyed" in str(service.closing.get())
+    assert "destroyed" in str(service.closing.value)
     try:
         await waiting.read(1)
         assert False

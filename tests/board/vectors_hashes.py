@@ -62,6 +62,9 @@ assert hexlify(minitor.hmac_sha256(b"Jefe", b"what do ya want for nothing?")) ==
 assert hexlify(
     minitor.hmac_sha256(b"\xaa" * 131, b"Test Using Larger Than Block-Size Key - Hash Key First")
 ) == ("60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54")
+salt, info = b("000102030405060708090a0b0c"), b("f0f1f2f3f4f5f6f7f8f9")
+assert hexlify(minitor.hkdf_sha256(b"\x0b" * 22, salt, info, 42)) == (
+    "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865")
 
 # AES in counter mode: SP 800-38A, F.5.1 and F.5.5, whole and split.
 for key, out in (

@@ -58,7 +58,7 @@ assert hsdir_index(b"\x42" * 32, period) == H(
 
 
 class Table:
-    flags = [minitor.HSDIR | minitor.PROTO_HSDIR2 | minitor.USABLE] * 100
+    flags = [minitor.HSDIR | minitor.HSDIR2 | minitor.USABLE] * 100
 
     def ed_id(self, i):
         return minitor.sha256(bytes([i]))

@@ -5,7 +5,7 @@ import os
 import minitor as m
 
 PLAIN = m.FAST | m.STABLE | m.V2DIR
-PLAIN |= m.PROTO_RELAY2 | m.PROTO_FLOWCTRL1 | m.PROTO_HSINTRO4 | m.PROTO_HSREND2
+PLAIN |= m.RELAY2 | m.FLOWCTRL1 | m.HSINTRO4 | m.HSREND2
 FILE = "guards-%d.json" % m.randbelow(1 << 30)
 
 

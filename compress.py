@@ -64,8 +64,9 @@ PRESETS = {
         "AsyncTor.open_connection AsyncTor.resolve",
     ),
 }
-# Of this text a board gets so much, line breaks left out: 9 authorities, 21 of 200 fallback mirrors.
-SHORTER = ("_PLACES", 32 * (9 + 21))
+# Of these texts a board gets so much, line breaks left out: 9 authorities, 21 of 200 fallback
+# mirrors; no words for reasons, which have numbers.
+SHORTER = {"_PLACES": 32 * (9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
 # What programs name: their public methods with their parameters, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
@@ -481,6 +482,9 @@ class Shake:
 def message(node):
     """Return (text, arguments) of an expression that formats a text, or None."""
     text = getattr(node, "value", None) or getattr(getattr(node, "left", None), "value", None)
+    behind = isinstance(node, ast.BinOp) and getattr(node.right, "value", None)
+    if isinstance(behind, str) and isinstance(node.left, ast.Name):
+        return "%s" + behind, [node.left]
     if not isinstance(text, str) or not re.search("[a-z]{2}", re.sub("%.", "", text)):
         return None
     if isinstance(node, ast.Constant):
@@ -491,14 +495,18 @@ def message(node):
 
 
 def messages(tree):
-    """List (call, where its text stands among the arguments) of errors and logs, from the top."""
+    """List (call, where its text stands among the arguments) of errors and logs, from the top.
+
+    `require` makes an error of its second argument, and methods `close` of their first.
+    """
     errors = {name for name in dir(builtins) if name.endswith("Error")}
     errors |= {name for name, root in roots(tree).items() if root == "TorError"}
     found = []
     for n in ast.walk(tree):
-        name = getattr(n.func, "id", None) if isinstance(n, ast.Call) else None
-        if name in errors or name == "log":
-            place = int(name == "log")
+        function = getattr(n, "func", None)
+        name = getattr(function, "id", None)
+        if name in errors or name in ("log", "require") or getattr(function, "attr", "") == "close":
+            place = int(name in ("log", "require"))
             if len(n.args) > place and message(n.args[place]):
                 found.append((n, place))
     return sorted(found, key=lambda pair: (pair[0].lineno, pair[0].col_offset))
@@ -513,6 +521,13 @@ def texts(tree):
 CODED = """
 def coded(*parts):
     return "E" + " ".join([str(part) for part in parts])
+
+
+def require(good, code):
+    if not good:
+        if not isinstance(code, str):
+            code = coded(*code) if isinstance(code, tuple) else coded(code)
+        raise ProtocolError(code)
 """
 
 
@@ -520,14 +535,20 @@ def encode(tree, table):
     """Replace each text by its place in `table` and the values that belong in it: "E12 3"."""
     for n, place in messages(tree):
         text, arguments = message(n.args[place])
-        if text in table:
-            if place:
-                arguments = arguments + n.args[place + 1 :]
-            call = [ast.Constant(table.index(text))] + arguments
-            n.args[place:] = [ast.Call(ast.Name("coded", ast.Load()), call, [])] + (
-                n.args[place + 1 :] if not place else []
-            )
-    tree.body[:0] = ast.parse(CODED).body
+        if text not in table:
+            continue
+        name = getattr(n.func, "id", None)
+        if name == "log":
+            arguments = arguments + n.args[2:]
+            del n.args[2:]
+        parts = [ast.Constant(table.index(text))] + arguments
+        n.args[place] = ast.Call(ast.Name("coded", ast.Load()), parts, [])
+        if name == "require":
+            # All is well nearly always: then no text shall be made.
+            n.args[place] = ast.Tuple(parts, ast.Load()) if arguments else parts[0]
+    coded, require = ast.parse(CODED).body
+    tree.body[:0] = [coded]
+    tree.body = [require if "require" in binds(s) else s for s in tree.body]
     return ast.fix_missing_locations(tree)
 
 
@@ -741,8 +762,7 @@ class Build:
         cut(tree, [path for path in cuts.split() if path not in more])
         stay = public(tree) | set(entries)
         if self.micropython:
-            if SHORTER[0] not in more:
-                self._cut_text(tree)
+            self._cut_texts(tree, more)
             tree = check(Shake(encode(tree, self.codes), entries).result())
             tree, once = use_once(tree, stay)
             tree, names, attributes = shorten(tree, stay)
@@ -753,11 +773,12 @@ class Build:
             tree = check(Shake(tree, entries).result())
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
-    def _cut_text(self, tree):
-        name, size = SHORTER
+    def _cut_texts(self, tree, whole):
         for s in tree.body:
-            if name in binds(s) and isinstance(s, ast.Assign):
-                s.value.value = s.value.value.replace("\n", "")[:size]
+            for name in set(binds(s)) & set(SHORTER) - set(whole):
+                found = [n for n in ast.walk(s) if isinstance(n, ast.Constant)]
+                text = max(found, key=lambda n: len(str(n.value)))
+                text.value = text.value.replace("\n", "")[: SHORTER[name]]
 
     def _minified(self, text, stay):
         try:

@@ -87,7 +87,7 @@ async def main():
         assert await stream.readexactly(n) == piece[:n]
         left -= n
     await uploading
-    assert await stream.read() == b"" and stream.is_closing()
+    assert await stream.read() == b""
     try:
         stream.write(b"late")
         assert False
@@ -97,7 +97,7 @@ async def main():
         await client.open_stream(m.BEGIN, m.begin("", 81), 5)
         assert False
     except m.StreamError as e:
-        assert e.reason == m.END_CONNECTREFUSED and "refused" in str(e)
+        assert e.reason == m.END_CONNECTREFUSED
     await asyncio.sleep(0)
     assert not client.streams and not service.streams
 
@@ -108,9 +108,8 @@ async def main():
     waiting = await client.open_stream(m.BEGIN, m.begin("", 82), 5)
     service.send(m.RENDEZVOUS2, 0, b"again")
     error = await client.closing.wait(5)
-    assert "out of place" in str(error) and client.closed
-    await service.closing.wait(5)
-    assert "destroyed" in str(service.closing.value)
+    assert error.reason == 1 and client.closed is error
+    assert (await service.closing.wait(5)).reason == 0
     try:
         await waiting.read(1)
         assert False

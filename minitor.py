@@ -834,7 +834,7 @@ def parse_time(text):
     year, month, day, hour, minute = [decimal(text[a:b], low, high) for a, b, low, high in bounds]
     # Leap years are every fourth from 1901 to 2099.
     day += 367 * year - 7 * (year + (month + 9) // 12) // 4 + 275 * month // 9 - 719574
-    return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:], 0, 60)
+    return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:19], 0, 60)
 
 
 def parse_authority_certs(text, identities):
@@ -913,8 +913,7 @@ class Consensus:
         self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
         self.required = set(_versions(text(b"required-client-protocols")))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
-        srvs = [srv and b64decode(srv.split(b" ")[-1], 32) for srv in srvs]
-        self.srv_previous, self.srv_current = srvs
+        self.srv_previous, self.srv_current = [s and b64decode(s.split(b" ")[-1], 32) for s in srvs]
 
     def param(self, name, default, low=0, high=2147483647):
         return min(max(self.params.get(name, default), low), high)
@@ -1004,7 +1003,7 @@ class ConsensusParser(_Splitter):
                 arguments, body = document(mark + signature)(b"directory-signature")
                 # Without a name it is SHA-1.
                 if arguments.startswith(b"sha256 "):
-                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:])
+                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
                     c.signatures[identity, key] = body
         except ValueError:
             raise ProtocolError("a document is malformed")
@@ -1084,14 +1083,14 @@ def _tagged(r, size):
 def parse_link_specifiers(r, ntor_key):
     """Take `specifiers` (tor-spec 5.1.2) from a Reader; return the relay, perhaps `private`."""
     start, t, pairs = r.at, Record(), _tagged(r, 1)
-    t.specifiers, t.ntor_key = bytes(r.data[start : r.at]), ntor_key
+    t.specifiers, t.ntor_key = r.data[start : r.at], ntor_key
     # Relays take the first address.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
     place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = [len(part) for part in (place, t.rsa_id, t.ed_id, ids)] == [6, 20, 32, 2]
+    good = list(map(len, (place, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
     # EXTEND2 has room for 498, 88 of them for the rest.
     require(good and len(t.specifiers) <= 410, "unusable link specifiers")
-    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), place[4] << 8 | place[5]
+    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), uint(place[4:])
     # RFC 6890.
     a, b = place[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
@@ -1564,7 +1563,7 @@ def _intro_point(text, signing, when):
     item = document(text)
     words = [item(name)[0].split(b" ")[0] for name in (b"onion-key ntor", b"enc-key ntor")]
     onion_key, enc_key = [b64decode(word, 32) for word in words]
-    target = parse_link_specifiers(Reader(b64decode(specifiers)), onion_key)
+    target = parse_link_specifiers(Reader(b64decode(specifiers.split(b" ")[0])), onion_key)
     target.auth_key, target.enc_key = _cert(item, b"auth-key", 9, signing, when), enc_key
     certified = _cert(item, b"enc-key-cert", 11, signing, when) == _enc_key_ed(enc_key)
     require(certified and any(onion_key) and any(enc_key), "descriptor: bad key")
@@ -1633,13 +1632,13 @@ class Channel:
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
         while not self.closed:
-            await asyncio.sleep(20)
+            await asyncio.sleep(5)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
             elif idle > 240:
                 self.send(cell(0, PADDING))
-        # A peer that reads nothing must not keep the socket for ever.
+        # Even if the peer reads nothing.
         await asyncio.sleep(2)
         for task in self._tasks:
             task.cancel()
@@ -1662,8 +1661,9 @@ class Channel:
                 writer.write(data)
                 self._used = ticks_ms()
                 await writer.drain()
+                full = self.room() < 1
                 self._queued -= len(data)
-                for circuit in list(self.circuits.values()):
+                for circuit in list(self.circuits.values()) * full:
                     circuit.resume()
         except (OSError, MemoryError) as e:
             self.close("the link broke: %s" % e)
@@ -1763,7 +1763,7 @@ class Channels:
 # Cells that are encrypted in one go; no more than a SENDME is for.
 BATCH = 8 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
-# With congestion control, XOFF takes the place of stream windows.
+# With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
 READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
@@ -1811,7 +1811,7 @@ class Vegas:
         """Return `cwnd` after a SENDME; `inflight`: with the cells it is for; `rtt`: in ms."""
         cwnd, increment = self.cwnd, self.increment
         alpha, beta, gamma, delta = self._marks
-        self._rtt = rtt = (2 * rtt + self._rtt) / 3 if self._rtt else max(rtt, 1)
+        self._rtt = rtt = max((2 * rtt + self._rtt) / 3 if self._rtt else rtt, 1)
         if rtt < self._least_rtt or cwnd == self._least and not self._slow:
             self._least_rtt = rtt
         bdp = int(cwnd * self._least_rtt / rtt)
@@ -2353,14 +2353,14 @@ class PathSelector:
                 # Not 0: without weights, all are alike.
                 yield i, self.table.weights[i] * factors[flags & kind] or 1
 
-    def pick(self, role, accept, stable=STABLE):
+    def pick(self, role, accept, stable=STABLE, even=0):
         """Return the index of a relay for `role` that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
             left = self.weigh(position, need, never)
-            left = [(i, w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
+            left = [(i, even or w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
             at = randbelow(sum(w for _, w in left) or 1)
             for i, w in left:
                 at -= w
@@ -2454,7 +2454,7 @@ class PathSelector:
 
         path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
-            path.append(self.pick(role, apart, stable))
+            path.append(self.pick(role, apart, stable, second and len(path) == 2))
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
     def _layer_two(self):
@@ -2653,7 +2653,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
                 piece = decoder.decompress(data, most + 1)
             except Exception as e:
                 raise ProtocolError("bad compressed data: %s" % e)
-            # Not more is all there is in `data`.
+            # Less is all there is in `data`.
             require(len(piece) <= most, "the directory's answer is too long")
             limit -= len(piece)
             (sink or pieces.append)(piece)
@@ -2675,7 +2675,7 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
-# For the first directory, for others a little more; between looks at the clock.
+# For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities.
 _TRIES = 4
@@ -2699,7 +2699,7 @@ class Directory:
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
         cached = load_table(self._path, self.network.id)
         if cached:
-            # If it is too old, most of its microdescriptors are still good.
+            # Of an old one, most microdescriptors are still good.
             self.table = cached[0]
             try:
                 cached[1].check_times(now())
@@ -2716,7 +2716,7 @@ class Directory:
                 await self._fill(self.table, self.consensus, 101)
                 when = self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
-                # In steps: the clock may be set, or the machine sleep.
+                # The clock may be set, or the machine sleep.
                 while now() < when:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
@@ -2746,8 +2746,8 @@ class Directory:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
             place = places[randbelow(len(places))]
         self._report(5, "conn", "Connecting to a relay")
-        # 90 in all, where all are silent, on a host.
-        seconds = _CONNECT_SECONDS + failures // 2
+        # At first 90 in all, on a host; guards get longer.
+        seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
             circuit = Circuit(await self._channels.get(*place, seconds=seconds))
             await circuit.extend(None, seconds)
@@ -2810,7 +2810,7 @@ class Directory:
         return table, consensus
 
     async def _fill(self, table, consensus, until=0):
-        # Fetch microdescriptors for `until` percent of paths, or enough; use the table.
+        # Fetch microdescriptors for `until` percent of paths; use the table.
         changed = table is not self.table
         if changed and self.table:
             table.carry_over(self.table)
@@ -3068,7 +3068,7 @@ class OnionService:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when directories want a descriptor with the introduction points `state`.
+        # `due`: when directories want a descriptor of `state`.
         waited, updates, state, due = 0, None, None, {}
         while True:
             await asyncio.sleep(1)
@@ -3086,7 +3086,7 @@ class OnionService:
                 for period in self._periods:
                     await self._publish(ready, due, *period)
             except MemoryError:
-                pass  # again in 20 seconds
+                await asyncio.sleep(20)
             if [t for t in due.values() if t > now() + 20]:
                 self._shown = state
                 self._published.set()
@@ -3148,7 +3148,7 @@ class OnionService:
         circuit.since = ticks_ms()
         if target is None:
             # No second guess.  DESTROY would overtake END.
-            circuit.on_begin = None
+            circuit.on_begin = lambda *_: asyncio.sleep(0)
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
@@ -3196,7 +3196,11 @@ def places(data_dir, network):
 def check_target(host, port):
     named = 0 < len(host) < 256 and not host.lower().strip(_BASE32 + "0189-_.:")
     if not named or not isinstance(port, int) or not 0 < port < 65536:
-        raise AddressError("no host name in ASCII, no address, or no port: %r:%r" % (host, port))
+        raise AddressError("no name in ASCII, no address, or not 1 to 65535: %r:%r" % (host, port))
+
+
+def is_onion(host):
+    return host.lower().rstrip(".").endswith(".onion")
 
 
 class AsyncTor:
@@ -3299,7 +3303,7 @@ class AsyncTor:
             await asyncio.sleep(1)
 
     async def _circuit(self, key, port):
-        # A shared one to the onion service with this `key`, or to an exit for `port`.
+        # A shared one: to the onion service `key`, or an exit for `port`.
         def fits(circuit):
             i = table.find(circuit.path[-1].rsa_id)
             return i >= 0 and table.exit_allows(i, port)
@@ -3333,7 +3337,7 @@ class AsyncTor:
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
-        key = parse_onion_address(host) if host.lower().endswith(".onion") else None
+        key = parse_onion_address(host) if is_onion(host) else None
         opening = self._on_circuit(key, port, BEGIN, begin("" if key else host, port))
         try:
             stream = await asyncio.wait_for(opening, timeout)
@@ -3346,6 +3350,8 @@ class AsyncTor:
     async def resolve(self, host):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
+        if is_onion(host):
+            raise AddressError(host + " has no IP address")
         stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
         stream.circuit.streams.pop(stream.stream_id, None)
         addresses = parse_resolved(stream.opened.value)
@@ -3356,7 +3362,7 @@ class AsyncTor:
     async def _on_circuit(self, key, port, command, body):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
-        for last in (False, False, True):
+        for last in (False, key, True):
             circuit = await self._circuit(key, port)
             try:
                 return await circuit.open_stream(command, body, 30)
@@ -3376,7 +3382,7 @@ class AsyncTor:
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
-            check_target("localhost", number)
+            check_target("port", number)
         key_dir = key_dir or self.data_dir + "/onion_service"
         if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
@@ -3391,8 +3397,8 @@ class AsyncTor:
 
 
 def _http_opener(tor, context):
-    # urllib with http and https alone, no proxy, and every connection from `tor`.
-    import http.client as http  # slow, and most programs never ask
+    # urllib with http and https alone, no proxy, all connections from `tor`.
+    import http.client as http  # slow
     import urllib.request as web
 
     class Link(http.HTTPConnection):
@@ -3437,7 +3443,8 @@ class Tor:
     def __init__(self, data_dir=None, network=None, progress=None):
         self._tor, self._loop = AsyncTor(data_dir, network, progress), asyncio.new_event_loop()
         self._stop, run = self._loop.create_future(), self._loop.run_until_complete
-        self._thread = threading.Thread(target=run, args=(self._main(),), daemon=True)
+        main = lambda: run(self._main()) or self._loop.close()
+        self._thread = threading.Thread(target=main, daemon=True)
         self._thread.start()
         try:
             self.run(self._tor.start())
@@ -3446,7 +3453,7 @@ class Tor:
             raise
 
     async def _main(self):
-        await self._stop
+        await asyncio.wait([self._stop])
         await self._tor.aclose()
         # Repeated: `wait_for` before Python 3.12 may lose a cancellation.
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -3472,9 +3479,8 @@ class Tor:
     def close(self, *_):
         """Take the services down, close everything, end the thread."""
         if not self._stop.done():
-            self._loop.call_soon_threadsafe(self._stop.set_result, None)
+            self._loop.call_soon_threadsafe(self._stop.cancel)
         self._thread.join()
-        self._loop.close()
 
     __exit__ = close
 
@@ -3543,7 +3549,7 @@ def web_answer(folder, method, path):
         at = os.path.join(folder, *names)
         index = at + "index.html" * path.endswith("/")
         at = os.path.realpath(index if os.path.isfile(index) else at)
-        # Hidden files stay hidden, so no ".." either; a link must not lead outside.
+        # Hidden files stay hidden, so no ".."; a link must not lead outside.
         hidden = [name for name in names if name[:1] == "." and name != ".well-known"]
         if hidden or os.path.commonpath((folder, at)) != folder:
             raise ValueError
@@ -3568,7 +3574,7 @@ async def web_serve(folder, reader, writer):
         with body:
             size = body.seek(0, 2)
             body.seek(0)
-            # Neither Date nor Server: they would tell about the clock and the machine.
+            # Neither Date nor Server: they tell about the clock and the machine.
             head = "HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
             piece = (head % (status, size)).encode()
             while piece:
@@ -3604,7 +3610,7 @@ def run_command(options):
         private_dir(data_dir)
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))
-    check_target("localhost", options.port)
+    check_target("port", options.port)
     target = options.get or serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
@@ -3616,7 +3622,7 @@ def run_command(options):
             with open(options.o or 1, "wb", closefd=bool(options.o)) as out:
                 http_call(options.get, shutil.copyfileobj, response, out)
         if response.length:
-            raise StreamError("%s: %d bytes are missing" % (options.get, response.length))
+            raise StreamError(options.get + " ends early")
 
 
 def main(argv=None):

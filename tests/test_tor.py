@@ -413,17 +413,36 @@ def test_resolve(tor):
     inner.answer = b"\xf1\0" + bytes(4)
     with pytest.raises(minitor.StreamError):
         tor.resolve("example.com")
-    with pytest.raises(minitor.AddressError):
-        tor.resolve("exa mple.com")
+    for bad in ("exa mple.com", "a" * 56 + ".onion", "A.ONION."):
+        with pytest.raises(minitor.AddressError):
+            tor.resolve(bad)
 
 
 @pytest.mark.parametrize("address", [
     ("example.com", 0), ("example.com", 65536), ("example.com", "80"), ("", 80), ("a\0b", 80),
     ("a:80\0", 80), ("x" * 256, 80), ("short.onion", 80), ("a" * 56 + ".onion", 80),
+    ("a" * 56 + ".onion.", 80), ("www." + "a" * 56 + ".Onion.", 80),
 ])
 def test_bad_addresses(tor, address):
     with pytest.raises(minitor.AddressError):
         tor.create_connection(address)
+
+
+def test_closing_from_several_threads(tor):
+    failed = []
+
+    def close():
+        try:
+            tor.close()
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=close) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and tor._loop.is_closed()
 
 
 def test_closed_means_closed(tor):

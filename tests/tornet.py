@@ -308,14 +308,13 @@ class TorNet:
         threading.Thread(target=self._hum, daemon=True).start()
         self.progress("the network is usable after %.0f s" % (time.monotonic() - started))
 
-    def _round(self, seconds):
-        # Build and drop a circuit over every pair of relays.
-        pairs = list(itertools.combinations([r.fingerprint for r in self.relays], 2))
-        control, ours = self.hummer.control(), set()
-        for pair in pairs:
-            time.sleep(seconds / len(pairs))
+    def _build(self, client, paths, pause=0):
+        # Have `client` build circuits, and drop them.
+        control, ours, states = client.control(), set(), {}
+        for path in paths:
+            time.sleep(pause)
             try:
-                ours.add(control.command("EXTENDCIRCUIT 0 %s,%s" % pair)[0].split()[1])
+                ours.add(control.command("EXTENDCIRCUIT 0 " + path)[0].split()[1])
             except TorNetError:
                 # A relay that was killed.
                 pass
@@ -333,16 +332,21 @@ class TorNet:
                 pass
         control.close()
 
+    def _pairs(self):
+        return [",".join(pair) for pair in
+                itertools.combinations([r.fingerprint for r in self.relays], 2)]
+
     def _hum(self):
+        pairs = self._pairs()
         while not self.stopped:
             try:
-                self._round(HUM_SECONDS)
+                self._build(self.hummer, pairs, HUM_SECONDS / len(pairs))
             except (OSError, TorNetError):
                 # The network is being stopped.
                 return
 
-    def settle(self):
-        """Return when every relay has heard of the circuits that ended, as on a busy network.
+    def settle(self, *clients):
+        """Return when relays and `clients` have heard of circuits that ended, as on a busy network.
 
         tor (0.4.9.11) leaves a DESTROY in its queue when the one before has not left the buffer
         (circuitmux_append_destroy_cell), until another cell goes the same way.  Without traffic
@@ -351,7 +355,9 @@ class TorNet:
         they hum along at a slower pace.
         """
         for _ in range(4):
-            self._round(0)
+            self._build(self.hummer, self._pairs())
+        for client in clients:
+            self._build(client, [""] * 4)
 
     def _take_range(self):
         # An abstract socket is a lock that ends with its process, whoever that belonged to.
@@ -591,7 +597,9 @@ class TorNet:
 
         folder: its data directory; one that is given again makes a warm start.
         """
-        client = Client(self.tor, folder or self._folder("client"), self._common_text()
+        # It would wait for a minute and more until it has learned from a hundred circuits.
+        text = self._common_text() + "LearnCircuitBuildTimeout 0\nCircuitBuildTimeout 5\n"
+        client = Client(self.tor, folder or self._folder("client"), text
                         + "SocksPort 127.0.0.1:auto\nClientOnly 1\n" + torrc + "\n")
         if os.path.exists(client.log_file):
             os.unlink(client.log_file)

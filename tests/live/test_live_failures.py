@@ -58,7 +58,7 @@ def test_restart_with_the_same_key(tornet, target, client, tmp_path):
         address = first.address
         assert curl_ok(client, "http://%s/" % address) == HELLO
         assert first.interrupt() == 0, first.err[-2000:]
-    tornet.settle()
+    tornet.settle(client)
     for end in ("interrupt", "kill"):
         with serve(tornet, tmp_path, target.port) as again:
             assert again.address == address
@@ -66,7 +66,7 @@ def test_restart_with_the_same_key(tornet, target, client, tmp_path):
             retry(lambda: curl_ok(client, "http://%s/" % address, seconds=30), 150)
             reachable(client, address, 30)
             getattr(again, end)()
-        tornet.settle()
+        tornet.settle(client)
 
 
 def test_key_moves_to_tor_and_back(tornet, target, client, tmp_path):

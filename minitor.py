@@ -2657,7 +2657,7 @@ async def http_request(stream, path, limit, sink=None, body=b""):
             require(len(piece) <= most, "the directory's answer is too long")
             limit -= len(piece)
             (sink or pieces.append)(piece)
-            # Another may follow.
+            # One more may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
     good = not decoder and fields.get("content-length") in (None, str(size))
     require(good, "the directory's answer is cut off")
@@ -2823,6 +2823,7 @@ class Directory:
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
             changed, args = True, (self._microdescs_from, weights, until, table.missing())
+            self._report(45, "requesting_descriptors", "Asking for relay descriptors")
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
@@ -3530,7 +3531,6 @@ OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
 
 
 def web_answer(folder, method, path):
-    """Return status (and header lines) and body (an open file) of the answer."""
     import html
     import io
     import mimetypes
@@ -3574,7 +3574,7 @@ async def web_serve(folder, reader, writer):
         with body:
             size = body.seek(0, 2)
             body.seek(0)
-            # Neither Date nor Server: they tell about the clock and the machine.
+            # Neither Date nor Server: these tell about clock and machine.
             head = "HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
             piece = (head % (status, size)).encode()
             while piece:

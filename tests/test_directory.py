@@ -11,7 +11,7 @@ import pytest
 import minitor
 from fakenet import FakeNet, FakeRelay
 
-PHASES = (5, 25, 40, 50, 75)
+PHASES = (5, 25, 40, 45, 50, 75)
 
 
 class FakeStream:

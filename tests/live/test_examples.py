@@ -1,5 +1,6 @@
 """The programs in examples/, in the private network, as processes of their own."""
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_host_asyncio_app(environment, tmp_path):
                 visitor.sendall(b"So am I\n")
                 assert visitor.recv(1000) == b"Thank you.\n"
                 assert visitor.recv(1000) == b""
+        assert program.interrupt() == 0
+
+
+def test_microdot_app(environment, tmp_path):
+    pytest.importorskip("microdot", reason="python -m pip install microdot")
+    with started([EXAMPLES / "microdot_app.py"], environment) as program:
+        with minitor.Tor(str(tmp_path / "data"), environment["MINITOR_NETWORK"]) as tor:
+            base = "http://" + program.address
+            assert "<h1>0 notes</h1>" in tor.http_get(base)
+            with tor.urlopen(base + "/notes", data="läuft".encode()) as response:
+                assert response.status == 201
+            assert json.loads(tor.http_get(base + "/notes")) == ["läuft"]
+            with pytest.raises(minitor.StreamError, match="404"):
+                tor.http_get(base + "/nothing")
         assert program.interrupt() == 0
 
 

@@ -33,8 +33,8 @@ def relays(tornet):
     """Kills relays, and starts them again after the test."""
     killed = []
 
-    def kill(relay):
-        killed.append(tornet.kill(relay))
+    def kill(*some):
+        killed.extend([tornet.kill(relay) for relay in some])
         tornet.settle()
 
     yield kill
@@ -181,8 +181,7 @@ def test_guard_of_the_service_dies(tornet, target, client, relays, tmp_path):
         assert sha256hex(curl_ok(client, url)) == sha256hex(payload(3 * MB))
         before = _connections(service.pid, tornet)
         assert before, "the service has no link to a relay"
-        for relay in before:
-            relays(relay)
+        relays(*before)
         reachable(client, service.address, 120)
 
 
@@ -269,8 +268,7 @@ def test_relay_dies_in_mid_transfer_of_the_service(tornet, target, client, relay
 def test_get_while_relays_are_down(tornet, target, relays, tmp_path):
     """Two relays of the consensus do not answer: service and client find other paths."""
     with serve(tornet, tmp_path / "serve", target.port) as service:
-        for name in ("relay7", "relay1family"):
-            relays(tornet.relay(name))
+        relays(tornet.relay("relay7"), tornet.relay("relay1family"))
         for i in range(3):
             folder = tmp_path / str(i)
             assert get(tornet, folder / "data", "http://%s/" % service.address,

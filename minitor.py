@@ -123,14 +123,6 @@ def write_file(path, data):
     (os.rename if MICROPYTHON else os.replace)(partial, path)
 
 
-def cache_file(path, data):
-    """As write_file, but on failure just warn."""
-    try:
-        write_file(path, data)
-    except OSError as e:
-        log(WARN, "cannot write %s: %s", path, e)
-
-
 DEBUG, INFO, NOTICE, WARN, ERR = range(5)
 _log = [NOTICE, None]
 
@@ -148,6 +140,14 @@ def log(severity, text, *args):
         name = "debug info notice warn err".split()[severity]
         line = time.gmtime()[:6] + (name, text % args)
         print("%d-%02d-%02d %02d:%02d:%02d [%s] %s" % line, file=sys.stderr)
+
+
+def cache_file(path, data):
+    """As write_file, but on failure just warn."""
+    try:
+        write_file(path, data)
+    except OSError as e:
+        log(WARN, "cannot write %s: %s", path, e)
 
 
 class Promise:
@@ -3180,7 +3180,7 @@ class OnionService:
 SPARES = 0 if MICROPYTHON else 2
 
 
-def places(data_dir, network):
+def folders(data_dir, network):
     """Return the folder for state and the network's file, or the defaults."""
     if network is None and hasattr(os, "getenv"):
         network = os.getenv("MINITOR_NETWORK")
@@ -3210,7 +3210,7 @@ class AsyncTor:
     """
 
     def __init__(self, data_dir=None, network=None, progress=None):
-        self.data_dir, network = places(data_dir, network)
+        self.data_dir, network = folders(data_dir, network)
         self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()
         self.directory = Directory(network, self.data_dir, self._channels, self.progress)
@@ -3444,8 +3444,8 @@ class Tor:
     def __init__(self, data_dir=None, network=None, progress=None):
         self._tor, self._loop = AsyncTor(data_dir, network, progress), asyncio.new_event_loop()
         self._stop, run = self._loop.create_future(), self._loop.run_until_complete
-        main = lambda: run(self._main()) or self._loop.close()
-        self._thread = threading.Thread(target=main, daemon=True)
+        live = lambda: run(self._main()) or self._loop.close()
+        self._thread = threading.Thread(target=live, daemon=True)
         self._thread.start()
         try:
             self.run(self._tor.start())
@@ -3606,7 +3606,7 @@ def run_command(options):
     import shutil
 
     if options.address:
-        data_dir, _ = places(options.data_dir, options.network)
+        data_dir, _ = folders(options.data_dir, options.network)
         private_dir(data_dir)
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))

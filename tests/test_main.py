@@ -213,11 +213,11 @@ def test_address_is_kept_and_private(tmp_path):
 def test_default_data_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("MINITOR_NETWORK", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert minitor.places(None, None)[0] == str(tmp_path / "minitor")
+    assert minitor.folders(None, None)[0] == str(tmp_path / "minitor")
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert minitor.places(None, None)[0] == "/home/someone/.local/state/minitor"
-    assert minitor.places(None, "a/network")[0] == "a/network.minitor"
+    assert minitor.folders(None, None)[0] == "/home/someone/.local/state/minitor"
+    assert minitor.folders(None, "a/network")[0] == "a/network.minitor"
 
 
 class FakeTor:

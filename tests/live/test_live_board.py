@@ -55,7 +55,7 @@ def test_board_restarts_with_the_same_key(tornet, target, client, tmp_path):
                    target.port) as board:
             addresses.append(board.wait_out(ADDRESS, 240)[1])
             forget(client)
-            retry(lambda: curl_ok(client, "http://%s/" % addresses[0], seconds=30), 150)
+            retry(lambda: curl_ok(client, "http://%s/" % addresses[0], seconds=30), 60)
         tornet.settle(client)
     assert addresses[0] == addresses[1]
 

@@ -28,9 +28,16 @@ def tor_service(tornet, target):
     service.stop()
 
 
+RESTARTED = []
+
+
 @pytest.fixture
 def relays(tornet):
     """Kills relays, and starts them again after the test."""
+    # C tor does not connect for a minute to what refused it (OR_CONNECT_FAILURE_LIFETIME): relays
+    # of the test before are still unreachable until then.
+    if RESTARTED:
+        time.sleep(max(0, RESTARTED.pop() + 61 - time.monotonic()))
     killed = []
 
     def kill(*some):
@@ -40,6 +47,7 @@ def relays(tornet):
     yield kill
     for relay in killed:
         tornet.restart(relay)
+    RESTARTED.append(time.monotonic())
 
 
 def reachable(client, address, seconds):

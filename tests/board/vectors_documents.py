@@ -136,4 +136,5 @@ try:
     assert False
 except minitor.ConfigError:
     pass
+os.remove(PATH)
 print("ok")

@@ -1565,13 +1565,13 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
     def inner():
         yield b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
         for i in intro_points:
-            text = b"introduction-point " + _base64(i.specifiers)
-            text += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
-            text += b"enc-key ntor " + _base64(i.enc_key)
-            yield text + cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
+            yield b"introduction-point " + _base64(i.specifiers)
+            yield b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
+            yield b"enc-key ntor " + _base64(i.enc_key)
+            yield cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
 
     def outer(size=0):
-        yield head
+        yield from _pieces(head, 480)
         for piece in _armour(b"encrypted", b"MESSAGE", sealed, b""):
             size += len(piece)
             yield piece

@@ -42,6 +42,7 @@ if MICROPYTHON:
         return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
 else:
+    import io
     import socket
     import ssl
     import threading
@@ -117,6 +118,11 @@ def write_file(path, data):
             f.flush()
             os.fsync(f.fileno())
     (os.rename if MICROPYTHON else os.replace)(partial, path)
+
+
+def spool(path):
+    """Return a file for what is written once and read again, on a host in memory."""
+    return open(path, "w+b") if MICROPYTHON else io.BytesIO()
 
 
 DEBUG, INFO, NOTICE, WARN, ERR = range(5)
@@ -471,6 +477,7 @@ class _Sha3(_Hash):
 
 Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
+Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
 
 
 # AES without OpenSSL is bit-sliced: a plane is a bit of the 4 bytes of a row, of 2048 blocks.
@@ -628,7 +635,7 @@ def shake256(data, n):
 
 
 def sha512(data):
-    return (_Sha512 if MICROPYTHON else hashlib.sha512)(data).digest()
+    return Sha512(data).digest()
 
 
 def hmac_sha256(key, data):
@@ -764,11 +771,20 @@ def ed25519_public(esk):
     return _multiply((_int(esk[:32]), _BASE))
 
 
-def ed25519_sign(esk, public, message):
-    r = _int(sha512(esk[32:] + message)) % _L
+def ed25519_sign(esk, public, message, file=None):
+    """Sign `message`, and with it what is in `file`."""
+
+    def hashed(start):
+        h = Sha512(start + message)
+        if file:
+            file.seek(0)
+            while piece := file.read(512):
+                h.update(piece)
+        return _int(h.digest())
+
+    r = hashed(esk[32:]) % _L
     R = _multiply((r, _BASE))
-    h = _int(sha512(R + public + message))
-    return R + _bytes((r + h * _int(esk[:32])) % _L)
+    return R + _bytes((r + hashed(R + public) * _int(esk[:32])) % _L)
 
 
 def ed25519_verify(public, message, signature):
@@ -1518,9 +1534,17 @@ def make_ed_cert(kind, key, when, esk, public):
 _base64 = binascii.b2a_base64  # ends the line
 
 
-def _armour(keyword, label, data):
-    lines = b"".join([_base64(data[i : i + 48]) for i in range(0, len(data), 48)])
-    return b"%s\n-----BEGIN %s-----\n%s-----END %s-----\n" % (keyword, label, lines, label)
+def _armour(keyword, label, pieces, end=b"\n"):
+    # Yield an item, its object in base64.
+    yield b"%s\n-----BEGIN %s-----\n" % (keyword, label)
+    data = b""
+    for piece in pieces:
+        data += piece
+        n = len(data) // 48 * 48
+        if n:
+            yield b"".join([_base64(data[i : i + 48]) for i in range(0, n, 48)])
+            data = data[n:]
+    yield (_base64(data) if data else b"") + b"-----END %s-----%s" % (label, end)
 
 
 def _enc_key_ed(u):
@@ -1530,56 +1554,74 @@ def _enc_key_ed(u):
 
 
 def _layer(keyword, secret, salt):
-    # To en- or decrypt; the MAC of salt and text (2.5.3).
+    # To en- or decrypt; the MAC of salt and text to come (2.5.3).
     keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
-    mac = lambda sealed: hs_mac(keys[48:], bytes(7) + b"\x10" + sealed)
+    mac = Sha3_256(bytes(7) + b"\x20" + keys[48:] + bytes(7) + b"\x10" + salt)
     return AesCtr(keys[:32], keys[32:48]).crypt, mac
 
 
-def _seal(keyword, secret, plain):
-    salt = urandom(16)
+def _seal(keyword, secret, salt, pieces):
     crypt, mac = _layer(keyword, secret, salt)
-    sealed = salt + crypt(plain)
-    return _armour(keyword, b"MESSAGE", sealed + mac(sealed))
+    yield salt
+    for piece in pieces:
+        piece = crypt(piece)
+        mac.update(piece)
+        yield piece
+    yield mac.digest()
 
 
 def _unseal(item, keyword, secret):
     blob = item(keyword)[1]
     crypt, mac = _layer(keyword, secret, blob[:16])
     error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
-    require(consteq(mac(blob[:-32]), blob[-32:]), error)
+    mac.update(blob[16:-32])
+    require(consteq(mac.digest(), blob[-32:]), error)
     return crypt(blob[16:-32]).partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """A descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
+def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
+    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
     signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
-        return _armour(keyword, b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
+        made = make_ed_cert(kind, key, when, esk, by)
+        return b"".join(_armour(keyword, b"ED25519 CERT", [made]))
 
-    inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
-    for i in intro_points:
-        inner += b"introduction-point " + _base64(i.specifiers)
-        inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
-        inner += b"enc-key ntor " + _base64(i.enc_key)
-        inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
-    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
+    def inner():
+        yield b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
+        for i in intro_points:
+            yield b"introduction-point " + _base64(i.specifiers)
+            yield b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
+            yield b"enc-key ntor " + _base64(i.enc_key)
+            yield cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
+
+    def outer(size=0):
+        yield from _pieces(head, 480)
+        for piece in _armour(b"encrypted", b"MESSAGE", sealed, b""):
+            size += len(piece)
+            yield piece
+        left = -(len(head) + size) % 10000
+        for at in range(0, left, 480):
+            yield bytes(min(480, left - at))
+
+    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up: nobody shall see whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
-        outer += ("auth-client %s %s %s\n" % made_up).encode()
-    outer += _seal(b"encrypted", secret, inner)[:-1]
-    outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime 180\n"
-    text += cert(b"descriptor-signing-key-cert", 8, public, esk, blinded)
-    text += b"revision-counter %d\n" % revision + _seal(b"superencrypted", secret, outer)
-    signature = ed25519_sign(signer, public, _SIGNED + text)
-    return text + b"signature %s\n" % b64encode(signature).encode()
+        head += ("auth-client %s %s %s\n" % made_up).encode()
+    sealed = _seal(b"encrypted", secret, urandom(16), inner())
+    text = _seal(b"superencrypted", secret, urandom(16), outer())
+    file.write(b"hs-descriptor 3\ndescriptor-lifetime 180\n")
+    file.write(cert(b"descriptor-signing-key-cert", 8, public, esk, blinded))
+    file.write(b"revision-counter %d\n" % revision)
+    for piece in _armour(b"superencrypted", b"MESSAGE", text):
+        file.write(piece)
+    signature = ed25519_sign(signer, public, _SIGNED, file)
+    file.write(b"signature %s\n" % b64encode(signature).encode())
 
 
 def _cert(item, keyword, kind, public, when):
@@ -2644,15 +2686,22 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=b""):
-    """GET, or POST `body`; return the answer's body of at most `limit` bytes; TorErrors.
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
 
     With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
-    method, fields = ("POST", "Content-Length: %d\r\n" % len(body)) if body else ("GET", "")
+    method, fields, size = "GET", "", 0
+    if body:
+        method, size = "POST", body.seek(0, 2)
+        fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode() + body)
+    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    for at in range(0, size, WRITE_AHEAD // 2):
+        await stream.drain()
+        body.seek(at)  # others may read it, too
+        stream.write(body.read(WRITE_AHEAD // 2))
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -2892,7 +2941,7 @@ def descriptor_place(tor, key, n):
     return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
 
 
-async def hsdir_request(tor, relay, path, body=b""):
+async def hsdir_request(tor, relay, path, body=None):
     circuit = await tor.circuit_to(relay)
     try:
         return await directory_request(circuit, path, 50000, None, body, seconds=30)
@@ -3120,17 +3169,19 @@ class OnionService:
 
         async def upload(relay):
             try:
-                await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
+                await hsdir_request(tor, relay, "/tor/hs/3/publish", file)
                 due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except TorError as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
-        if todo:
-            esk = ed25519_blind_secret(self._esk, param)
-            revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
-            text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-        for relays in _pieces(todo, _UPLOADS):
-            await asyncio.gather(*[upload(relay) for relay in relays])
+        if not todo:
+            return
+        esk = ed25519_blind_secret(self._esk, param)
+        revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
+        with spool(self.key_dir + "/descriptor") as file:
+            make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
+            for relays in _pieces(todo, _UPLOADS):
+                await asyncio.gather(*[upload(relay) for relay in relays])
 
     def _introduced(self, intro, body):
         full = len(self._tasks) >= _MAX_TASKS

@@ -469,7 +469,8 @@ def published(service, monkeypatch):
     monkeypatch.setattr(minitor, "distinct", lambda table, i, j: i != j)
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [15, 16, 17])
     monkeypatch.setattr(minitor, "now", lambda: 1460545200 + clock[0])
-    monkeypatch.setattr(minitor, "make_descriptor", lambda *args: [i.rsa_id[0] for i in args[4]])
+    write = lambda file, *args: file.write(bytes([i.rsa_id[0] for i in args[4]]))
+    monkeypatch.setattr(minitor, "make_descriptor", write)
 
     async def circuit_to(target, attempts=None):
         if target.rsa_id[0] in service.refusing:
@@ -478,10 +479,10 @@ def published(service, monkeypatch):
         service.built[-1].path = [target]
         return service.built[-1]
 
-    async def hsdir_request(tor, relay, path, text):
+    async def hsdir_request(tor, relay, path, file):
         if relay.rsa_id[0] in service.refusing:
             raise minitor.DirectoryError("refused")
-        service.posts.append((relay.rsa_id[0], sorted(text)))
+        service.posts.append((relay.rsa_id[0], sorted(file.getvalue())))
 
     async def fast(seconds):
         clock[0] += 1 if seconds else 0

@@ -84,7 +84,17 @@ intros = [
     for i in found.intro_points
 ]
 assert intros == made["intro"]
-text = minitor.make_descriptor(esk, blinded, subcred, 7, found.intro_points, when)
+urandom, seeds = minitor.urandom, list(range(1000))
+minitor.urandom = lambda n: minitor.sha256(b"%d" % seeds.pop())[:n]
+with minitor.spool("descriptor.test") as file:
+    minitor.make_descriptor(file, esk, blinded, subcred, 7, found.intro_points, when)
+    file.seek(0)
+    text = file.read()
+if minitor.MICROPYTHON:
+    minitor.os.remove("descriptor.test")
+minitor.urandom = urandom
+# What was made when a descriptor was still one text in memory.
+assert minitor.hexlify(minitor.sha256(text)[:8]) == "80d376b5dcbfeef3"
 again = minitor.parse_descriptor(text, blinded, subcred, when)
 assert again.revision == 7 and [i.enc_key for i in again.intro_points] == [
     i.enc_key for i in found.intro_points

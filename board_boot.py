@@ -1,6 +1,6 @@
 """Starts minitor and an application on a board: copy it there as main.py.
 
-Beside it: minitor.mpy, the application, and settings.json (SETTINGS, below, has the rest of it):
+Beside it: minitor*.mpy, the application, and settings.json (SETTINGS, below, has the rest of it):
     {"ssid": "the WiFi", "password": "its password", "app": "thermostat"}
 The application is a module with the first or the second of these coroutine functions, or both:
     handler(reader, writer)    answers a visitor of the onion service

@@ -14,8 +14,9 @@ class or constant stays when its name is mentioned, a method when its attribute 
 
 For CPython the outcome is minified by python-minifier and, once more, packed into a file
 that unpacks itself.  For boards texts of errors and logs become codes, integer constants
-are put where they are used, and names of our own give way to ones that the firmware
-already holds, or to short ones; then mpy-cross compiles it.
+are put where they are used, what is needed now and then only goes into overlays
+(minitor0.mpy and so on, beside minitor.mpy), and names of our own give way to ones that
+the firmware already holds, or to short ones; then mpy-cross compiles it.
 
 An image replaces all that the flash held, an onion service's key too.
 
@@ -36,6 +37,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "minitor.py"
@@ -157,7 +159,8 @@ def binds(statement):
     """Return the names that a statement binds in the block where it stands."""
     if isinstance(statement, FUNCTIONS + (ast.ClassDef,)):
         return {statement.name}
-    return set(bound(statement))
+    inner = [n for n in ast.walk(statement) if isinstance(n, (ast.comprehension, ast.arguments))]
+    return set(bound(statement)) - {name for n in inner for name in bound(n)}
 
 
 def used(node):
@@ -515,7 +518,7 @@ def messages(tree):
 def texts(tree):
     """Return the texts of errors and logs; the place of a text in the list is its code."""
     found = [message(n.args[place])[0] for n, place in messages(tree)]
-    return list(dict.fromkeys([LACKS] + found))
+    return list(dict.fromkeys([LACKS] + found + [STALE]))
 
 
 CODED = """
@@ -560,6 +563,303 @@ def explain(line, table):
         return "%s (%s)" % (found.group(), table[n]) if n < len(table) else found.group()
 
     return re.sub(r"\bE(\d+)\b", text, line)
+
+
+# ── Overlays ──
+
+# What a board needs only now and then: functions, and with each all that nothing else uses.
+# Every entry is a module of its own, loaded while one of them runs, and dropped afterwards; it
+# may call what stands in the entries before it.
+# Code that is native stays in the main module: it is never freed.
+OVERLAYS = (
+    "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
+    " ed25519_blind_secret rsa_public_key rsa_verify sha512 parse_certs check_ed_cert"
+    " establish_intro load_service_key onion_address OnionService._add_intro",
+    "Directory.bootstrap Directory._fill Directory._ask Directory._next_time load_network"
+    " Network.__init__ Consensus.__init__ PathSelector.__init__ PathSelector.update",
+    "OnionService._publish descriptor_place",
+)
+OVERLAY = "minitor%d"
+# A function there is called by a number: its place in `args`, and the overlay's.  Before it
+# stand the build's number and the overlays that this one needs.
+FAR = """
+import gc, sys
+_users = [0] * COUNT
+_held = [()] * COUNT
+
+def _hold(i):
+    if not _users[i]:
+        gc.collect()
+        try:
+            _held[i] = __import__(OVERLAY % i).args
+            if _held[i][0] != TAG:
+                raise ImportError(STALE % i)
+        except BaseException:
+            sys.modules.pop(OVERLAY % i, None)
+            raise
+    for j in _held[i][1]:
+        _hold(j)
+    _users[i] += 1
+
+def _drop(i):
+    _users[i] -= 1
+    for j in _held[i][1]:
+        _drop(j)
+    if not _users[i]:
+        _held[i] = ()
+        del sys.modules[OVERLAY % i]
+        gc.collect()
+
+def _far(n, *args, **named):
+    _hold(n % COUNT)
+    try:
+        return _held[n % COUNT][n // COUNT](*args, **named)
+    finally:
+        _drop(n % COUNT)
+
+async def _afar(n, *args, **named):
+    _hold(n % COUNT)
+    try:
+        return await _held[n % COUNT][n // COUNT](*args, **named)
+    finally:
+        _drop(n % COUNT)
+"""
+STUB = "def %s(*args, **named):\n    return %s(%d, *args, **named)"
+STALE = OVERLAY + ".mpy is of another build than minitor.mpy: copy all files of one"
+
+
+class Part:
+    """A part of the module: a statement, or a method, or (`node`: the class) the rest of a class.
+
+    `names` and `attributes` that it mentions; `overlay`: where it lives, None: in the main module.
+    """
+
+    def __init__(self, owner, node, top):
+        self.owner, self.node, self.top, self.overlay, self.number = owner, node, top, None, None
+        self.binds = {node.name} if hasattr(node, "name") else binds(node)
+        within = [node]
+        if isinstance(node, ast.ClassDef):
+            within = node.bases + [m for m in node.body if not isinstance(m, FUNCTIONS)]
+        walked = [n for part in within for n in ast.walk(part)]
+        self.names = {n.id for n in walked if isinstance(n, ast.Name)}
+        self.attributes = {n.attr for n in walked if isinstance(n, ast.Attribute)}
+        decorated = [n for n in walked if getattr(n, "decorator_list", None)]
+        # An empty list, say, is there to be filled: it must not be made anew.
+        filled = [n for n in walked if not getattr(n, "elts", getattr(n, "keys", True))]
+        filled += [n for n in walked if isinstance(n, ast.Call) and not n.args]
+        constant = isinstance(node, ast.Assign) and not filled
+        self.movable = (constant or hasattr(node, "name")) and not decorated
+
+
+def module_parts(tree):
+    """List all Parts of the module."""
+    found, tops = [], roots(tree)
+    for s in tree.body:
+        owner = s if isinstance(s, ast.ClassDef) else None
+        found.append(Part(None, s, tops.get(owner and owner.name)))
+        methods = owner.body if owner else ()
+        found += [Part(owner, m, tops[owner.name]) for m in methods if isinstance(m, FUNCTIONS)]
+    return found
+
+
+def public_part(part, stay):
+    """Return whether a function or class is called by a name that stays."""
+    name = getattr(part.node, "name", "")
+    if not part.owner:
+        return bool(part.binds & stay)
+    owner = part.owner.name
+    return owner + "." + name in stay or owner in stay and name[0] != "_"
+
+
+def place(all_parts, stay, texts):
+    """Set `overlay` of parts: of those in OVERLAYS, and of what only one of these uses."""
+    listed = {name: i for i, names in enumerate(OVERLAYS) for name in names.split()}
+    for part in all_parts:
+        if isinstance(part.node, FUNCTIONS) and part.movable:
+            owner = part.owner.name + "." if part.owner else ""
+            part.overlay = listed.get(owner + part.node.name)
+    methods = [part for part in all_parts if part.owner]
+    bound_names = [part.node.name for part in methods]
+    moved = True
+    while moved:
+        moved = False
+        for part in [p for p in all_parts if p.overlay is None and p.movable]:
+            if public_part(part, stay) or not part.binds:
+                continue
+            if part.owner:
+                name = part.node.name
+                if bound_names.count(name) > 1 or texts.match(name):
+                    continue
+                if any(name in p.names for p in all_parts if p.node is part.owner):
+                    continue
+                users = [p for p in all_parts if name in p.attributes and p is not part]
+            else:
+                inside = [p for p in methods if p.owner is part.node]
+                if not all(p.movable and p.overlay is None for p in inside):
+                    continue
+                users = [p for p in all_parts if part.binds & p.names]
+                users = [p for p in users if p is not part and p not in inside]
+            where = {p.overlay for p in users}
+            if len(where) == 1 and None not in where:
+                moved, part.overlay = True, where.pop()
+                for p in () if part.owner else inside:
+                    p.overlay = part.overlay
+
+
+class Calls(ast.NodeTransformer):
+    """Let one part call the functions of overlays by numbers, in its own one by their names.
+
+    `stubs` gets the functions that are mentioned otherwise.
+    """
+
+    def __init__(self, part, functions, single, exports, stubs):
+        self.part, self.functions, self.single = part, functions, single
+        self.exports, self.stubs = exports, stubs
+        local = list(bound(part.node))
+        self.local = set(local) - ({part.node.name} if local.count(part.binds) == 1 else set())
+
+    def _target(self, node):
+        name = getattr(node, "id", None) or getattr(node, "attr", None)
+        for f in self.functions.get(name, ()):
+            if isinstance(node, ast.Name):
+                if not f.owner and name not in self.local:
+                    return f
+            elif f.owner:
+                own = getattr(node.value, "id", None) == "self" and self.part.top
+                if own == f.top and (own, name) in self.single or name in self.single and not own:
+                    return f
+        return None
+
+    def visit_Call(self, node):
+        f = self._target(node.func)
+        if not f:
+            return self.generic_visit(node)
+        first = [self.visit(node.func.value)] if f.owner else []
+        node.args = first + [self.visit(a) for a in node.args]
+        node.keywords = [self.visit(k) for k in node.keywords]
+        node.func = ast.Name(f.name, ast.Load())
+        if self.part.overlay is None:
+            node.func, number = far(f, self.exports)
+            node.args.insert(0, ast.Constant(number))
+        return node
+
+    def visit_Name(self, node):
+        f = self._target(node)
+        if f and self.part.overlay is None:
+            self.stubs.add(f)
+        return node
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        f = self._target(node)
+        if f and self.part.overlay is not None and isinstance(node.value, ast.Name):
+            return ast.parse("lambda *args: %s(%s, *args)" % (f.name, node.value.id)).body[0].value
+        self.stubs.update([f for f in self.functions.get(node.attr, ()) if f.owner])
+        return node
+
+
+def far(part, exports):
+    """Return a Name to call the function of an overlay by, and its number."""
+    found = exports[part.overlay]
+    if part not in found:
+        found.append(part)
+    number = (found.index(part) + 2) * len(OVERLAYS) + part.overlay
+    name = "_afar" if isinstance(part.node, ast.AsyncFunctionDef) else "_far"
+    return ast.Name(name, ast.Load()), number
+
+
+def separate(tree, stay, stale):
+    """Take the overlays out: mark their statements with `overlay`; methods become functions.
+
+    Returns the tree and the functions that each has to offer; `stale`: the code of that text.
+    """
+    tag = zlib.crc32(ast.unparse(tree).encode()) >> 12
+    every = module_parts(tree)
+    place(every, stay, computed(tree))
+    whole = {p.node for p in every if p.overlay is not None and isinstance(p.node, ast.ClassDef)}
+    functions, methods, exports, stubs = {}, [], [[] for _ in OVERLAYS], set()
+    for p in every:
+        if p.owner:
+            methods.append((p.top, p.node.name))
+        if p.overlay is not None and isinstance(p.node, FUNCTIONS) and p.owner not in whole:
+            functions.setdefault(p.node.name, []).append(p)
+            p.name = "%s__%s" % (p.owner.name, p.node.name) if p.owner else p.node.name
+            if public_part(p, stay) or p.owner and p.node.name[:2] == "__":
+                stubs.add(p)
+    # Methods whose name is enough to know them by: with `self`, or with any object.
+    names = [name for _, name in methods]
+    others = {n.attr for n in ast.walk(tree)
+              if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    others |= set(STATIC + HELD + FOREIGN)
+    single = {pair for pair in methods if methods.count(pair) == 1}
+    single |= {name for name in names if names.count(name) == 1 and name not in others}
+    for p in every:
+        node = p.node
+        if isinstance(node, ast.ClassDef):
+            continue
+        Calls(p, functions, single, exports, stubs).generic_visit(node)
+    body = []
+    for s in tree.body:
+        body.append(s)
+        s.overlay = None
+    for p in every:
+        if p.owner in whole:
+            continue
+        if not p.owner:
+            p.node.overlay = p.overlay
+        if p in stubs:
+            call, number = far(p, exports)
+            stub = ast.parse(STUB % (p.node.name, call.id, number)).body[0]
+            block = p.owner.body if p.owner else body
+            stub.overlay = None
+            block.insert(block.index(p.node), stub)
+        if p.owner and p.overlay is not None:
+            p.owner.body.remove(p.node)
+            p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
+            body.insert(body.index(p.owner) + 1, p.node)
+    if any(exports):
+        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag, "STALE": "E%d %%d" % stale}
+        machinery = Fold(values).visit(ast.parse(FAR)).body
+        for s in machinery:
+            s.overlay = None
+        body[:0] = machinery
+    tree.body = body
+    return tidy(tree), exports, tag
+
+
+def modules_of(tree, stay, exports, tag):
+    """Return the text of the main module, and of each overlay (None: it is empty)."""
+    sources, found = {}, []
+    for s in sorted(tree.body, key=lambda s: s.overlay is None):
+        for name in binds(s):  # of an overlay's function and its stub, the function
+            sources.setdefault(name, s)
+    for i, offered in enumerate(exports):
+        body = [s for s in tree.body if s.overlay == i]
+        needs = sorted({n for s in body for n in used(s)} & set(sources))
+        lines, deps, wanted = [], set(), {}
+        for name in needs:
+            s = sources[name]
+            if isinstance(s, IMPORTS):
+                s = type(s)(**dict(vars(s), names=[a for a in s.names if name in bound(a)]))
+                lines.append(ast.unparse(s))
+            elif s.overlay != i:
+                module = "minitor" if s.overlay is None else OVERLAY % s.overlay
+                wanted.setdefault(module, []).append(name)
+                deps |= {s.overlay} - {None}
+        for module in sorted(wanted):
+            lines.append("from %s import %s" % (module, ", ".join(wanted[module])))
+        names = ["%d" % tag, repr(bytes(sorted(deps)))] + [p.node.name for p in offered]
+        text = [ast.unparse(s) for s in body]
+        if deps and max(deps) > i:
+            raise BuildError("an overlay needs a later one: %s" % wanted)
+        found.append("\n".join(lines + text + ["args = " + ", ".join(names)]) if body else None)
+    body = [s for s in tree.body if s.overlay is None]
+    there = {n for s in body for n in used(s)} | stay
+    for s in body:
+        if isinstance(s, IMPORTS):
+            s.names = [a for a in s.names if set(bound(a)) & there]
+    body = [s for s in body if not isinstance(s, IMPORTS) or s.names]
+    return [ast.unparse(ast.Module(body, []))] + found
 
 
 # ── Names ──
@@ -620,7 +920,8 @@ def own_attributes(tree):
     tops, foreign, users = roots(tree), modules(tree), {}
     found, stay = set(), set(PUBLIC_ATTRIBUTES + STATIC + HELD + FOREIGN) | NATIVE
     for c, part in parts(tree):
-        family = tops[c.name] if c else None
+        owner = c or getattr(part, "owner", None)
+        family = tops[owner.name] if owner else None
         for name in sorted(binds(part)) if c else ():
             users.setdefault(name, set()).add(family)
             (stay if c.name in PUBLIC and name[0] != "_" else found).add(name)
@@ -640,7 +941,7 @@ def given(tree):
     """Return the names of arguments that a call here, or a program's, gives by keyword."""
     found = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for c, f in parts(tree):
-        if isinstance(f, FUNCTIONS) and (c or f).name in PUBLIC:
+        if isinstance(f, FUNCTIONS) and (c or getattr(f, "owner", f)).name in PUBLIC:
             if f.name[0] != "_" or f.name == "__init__":
                 found |= {n.arg for n in ast.walk(f.args) if isinstance(n, ast.arg)}
     return found
@@ -765,10 +1066,11 @@ class Build:
             self._cut_texts(tree, more)
             tree = check(Shake(encode(tree, self.codes), entries).result())
             tree, once = use_once(tree, stay)
-            tree, names, attributes = shorten(tree, stay)
+            tree, exports, tag = separate(tree, stay, self.codes.index(STALE))
+            tree, names, attributes = shorten(check(tree), stay)
             values = {name: repr(value) for name, value in dict(values, **once).items()}
             self.map = {"names": names, "attributes": attributes, "values": values}
-            self.text = ast.unparse(tree)
+            self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
             tree = check(Shake(tree, entries).result())
             self.text = self._minified(ast.unparse(tree), sorted(stay))
@@ -804,15 +1106,19 @@ class Build:
             literal = literal.replace(character, escape)
         return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
 
-    def mpy(self, architecture):
-        """Return the .mpy for one of ARCHITECTURES."""
-        return mpy(self.text.encode(), "minitor.py", architecture, 3)
+    def modules(self, architecture):
+        """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
+        for i, text in enumerate([self.text] + self.overlays):
+            if text:
+                name = OVERLAY % (i - 1) if i else "minitor"
+                yield name + ".mpy", mpy(text.encode(), name + ".py", architecture, 3)
 
     def files(self, architectures=ARCHITECTURES):
         """Yield (path, content) of what the build consists of: bytes."""
         if self.micropython:
             for architecture in architectures:
-                yield "%s-%s/minitor.mpy" % (self.what, architecture), self.mpy(architecture)
+                for name, data in self.modules(architecture):
+                    yield "%s-%s/%s" % (self.what, architecture, name), data
         else:
             yield self.what + "/minitor.py", self.text.encode()
             yield self.what + "-packed/minitor.py", self.packed()
@@ -972,9 +1278,9 @@ def image(options):
     files = {
         "main.py": MAIN,
         "settings.json": options.settings.read_bytes(),
-        "minitor.mpy": Build(source, "board", options.entry, options.severity).mpy(architecture),
         "board_boot.mpy": mpy(BOOT.read_bytes(), BOOT.name, architecture),
     }
+    files.update(Build(source, "board", options.entry, options.severity).modules(architecture))
     files.update(application(options.app, architecture) if options.app else ())
     app = settings["app"].replace(".", "/")
     if not {app + ".mpy", app + "/__init__.mpy"} & set(files):

@@ -20,6 +20,12 @@ def build(what, more=()):
     return compress.Build(SOURCE, what, more)
 
 
+def write(build, folder, architecture):
+    """Put a board's build, minitor.mpy and its overlays, into `folder`."""
+    for name, data in build.modules(architecture):
+        (folder / name).write_bytes(data)
+
+
 def mentioned(micropython, *texts):
     """Return the names of minitor, on that runtime, that the texts of tests mention."""
     names = compress.module_names(compress.fold(ast.parse(SOURCE), micropython)[0])

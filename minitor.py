@@ -378,7 +378,7 @@ _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 if MICROPYTHON and NARROW:
     # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
     _SCRATCH = bytearray(640)
-    _ROUNDS = struct.pack("<80Q", *_roots(409, 3))
+    _ROUNDS = pack("<80Q", *_roots(409, 3))
     _LANES = bytes(_lanes())
 
     @micropython.viper
@@ -628,7 +628,7 @@ else:
                 counter[:] = (uint(counter) + 1 & (1 << 128) - 1).to_bytes(16, "big")
 
     def _sha1(state, mask=0xFFFFFFFF):
-        w, start = list(struct.unpack_from(">16I", state, 20)), struct.unpack_from("<5I", state)
+        w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
             w.append((x << 1 | x >> 31) & mask)
@@ -643,7 +643,7 @@ else:
                 x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
             a, b, c, d, e = x & mask, a, (b << 30 | b >> 2) & mask, c, d
         w = [(x + y) & mask for x, y in zip((a, b, c, d, e), start)]
-        struct.pack_into("<5I", state, 0, *w)
+        pack_into("<5I", state, 0, *w)
         _xor(state, 20, state, 20, 64)
 
     def _sha512(state, mask=_MASK):
@@ -651,7 +651,7 @@ else:
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
 
-        w, start = list(struct.unpack_from(">16Q", state, 64)), struct.unpack_from("<8Q", state)
+        w, start = list(unpack_from(">16Q", state, 64)), unpack_from("<8Q", state)
         while len(w) < 80:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
@@ -661,11 +661,11 @@ else:
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
             a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
         w = [(x + y) & mask for x, y in zip((a, b, c, d, e, f, g, h), start)]
-        struct.pack_into("<8Q", state, 0, *w)
+        pack_into("<8Q", state, 0, *w)
         _xor(state, 64, state, 64, 128)
 
     def _keccak(state, mask=_MASK):
-        a = list(struct.unpack_from("<25Q", state))
+        a = list(unpack_from("<25Q", state))
         b = a[:]
         for bits in _BITS[:-1]:
             c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
@@ -682,7 +682,7 @@ else:
                 a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
             for j in range(7):
                 a[0] ^= (bits >> j & 1) << (1 << j) - 1
-        struct.pack_into("<25Q", state, 0, *a)
+        pack_into("<25Q", state, 0, *a)
 
 
 
@@ -735,8 +735,8 @@ class _Hash:
             n >>= 8
 
     def digest(self):
-        numbers = struct.unpack_from("<" + self._format, self.finish())
-        return struct.pack(">" + self._format, *numbers)
+        numbers = unpack_from("<" + self._format, self.finish())
+        return pack(">" + self._format, *numbers)
 
     def stamp(self, data, at):
         """Write the digest's first four bytes to data[at:]."""
@@ -747,7 +747,7 @@ class _Hash:
 
 class _Sha1(_Hash):
     _size, _at, _turn, _format = 64, 20, 3, "5I"
-    _start = struct.pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+    _start = pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
     def _absorb(self, state):
         _sha1(state)
@@ -755,7 +755,7 @@ class _Sha1(_Hash):
 
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
-    _start = struct.pack("<8Q128x", *_roots(19, 2))
+    _start = pack("<8Q128x", *_roots(19, 2))
 
     def _absorb(self, state):
         _sha512(state)
@@ -1113,7 +1113,7 @@ def rsa_public_key(der):
     require(size == 140 or 270 <= size <= 526, "bad RSA key")
     head = b"0\x81\x89\2\x81\x81\0"
     if size > 140:
-        head = struct.pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
+        head = pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
     n = der[len(head) : -5]
     require(der == head + n + b"\2\3\1\0\1" and n[0] > 127 and n[-1] & 1, "bad RSA key")
     return n
@@ -1136,7 +1136,7 @@ def check_ed_cert(data, kind, public, when):
     """Return the key that a certificate by the key `public` is for (cert-spec 2.1)."""
     what, signer = "certificate of type %d" % kind, None
     r = Reader(data, what)
-    version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
+    version, found, expires, key_type = unpack(">BBIB", r.take(7))
     good, key = (version, found, key_type) == (1, kind, 3 if kind == 5 else 1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
@@ -1471,7 +1471,7 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay is malformed, not in order, or one too many")
-        self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        self.records += pack(_RECORD, rsa_id, md_digest, address, port, net6)
         self.flags.append(flags)
         self.weights.append(weight)
 
@@ -1503,7 +1503,7 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def subnets(self, i):
-        return struct.unpack_from(">H4xI", self.records, i * _SIZE + 106)
+        return unpack_from(">H4xI", self.records, i * _SIZE + 106)
 
     def missing(self):
         """Yield index and digest of microdescriptors to fetch."""
@@ -1516,10 +1516,10 @@ class RelayTable:
         if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
-            struct.pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
+            pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
 
     def _texts(self, i):
-        numbers = struct.unpack_from(">HHH", self.records, i * _SIZE + 100)
+        numbers = unpack_from(">HHH", self.records, i * _SIZE + 100)
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
@@ -1545,7 +1545,7 @@ class RelayTable:
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
-        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
+        body = b"".join([pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
         cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
@@ -1593,7 +1593,7 @@ def reason_text(reasons, number):
 
 
 def cell(circ_id, command, body=b""):
-    return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
+    return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
@@ -1664,7 +1664,7 @@ def parse_resolved(body):
         if kind == 4:
             found.append("%d.%d.%d.%d" % tuple(value))
         elif kind == 6:
-            found.append(":".join(["%x" % n for n in struct.unpack(">8H", value)]))
+            found.append(":".join(["%x" % n for n in unpack(">8H", value)]))
     return found
 
 
@@ -1777,7 +1777,7 @@ def time_periods(consensus, testing):
     found = []
     for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):
         n = number + 1 - rotated - back
-        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, n)
+        disaster = b"shared-random-disaster" + pack(">QQ", length, n)
         found.append((n, length, value or sha3_256(disaster), start - back * run))
     return found[0], found[1], found[rotated]
 
@@ -1785,7 +1785,7 @@ def time_periods(consensus, testing):
 def blinding_param(key, period):
     # A.2.
     text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
-    return sha3_256(text + struct.pack(">QQ", *period[:2]))
+    return sha3_256(text + pack(">QQ", *period[:2]))
 
 
 def subcredential(key, blinded):
@@ -1799,9 +1799,9 @@ def hsdir_ring(table, consensus, blinded, period, use):
     number, length, value, _ = period
     places, needed, found = [], HSDIR | HSDIR2 | USABLE, []
     for n in range(replicas):
-        start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
+        start = b"store-at-idx" + blinded + pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
-    value += struct.pack(">QQ", number, length)
+    value += pack(">QQ", number, length)
     for i, flags in enumerate(table.flags):
         if flags & needed == needed:
             at = sha3_256(b"node-idx" + table.ed_id(i) + value)
@@ -1822,13 +1822,13 @@ def revision_counter(esk, seconds):
     total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
         count = min(256, n - at)
-        total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
+        total += sum(unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
 
 
 def make_ed_cert(kind, key, when, esk, public):
     # cert-spec 2.1, good for 54 hours.
-    body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
+    body = pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign(esk, public, body)
 
 
@@ -1873,7 +1873,7 @@ _SIGNED = b"Tor onion service descriptor sig v3"
 
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
     """Return a descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
+    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -1928,7 +1928,7 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + struct.pack(">Q", found.revision)
+    secret = blinded + subcred + pack(">Q", found.revision)
     item = document(_unseal(item, b"superencrypted", secret))
     sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
     item = document(sections[0])
@@ -1973,7 +1973,7 @@ class Channel:
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
-            self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
+            self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
@@ -2123,7 +2123,7 @@ class Layer:
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
-        Df, Db, Kf, Kb = struct.unpack_from(form, keys)
+        Df, Db, Kf, Kb = unpack_from(form, keys)
         if service:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
         self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
@@ -2478,10 +2478,10 @@ class Circuit:
             size = len(data)
             if size < DATA_MAX:
                 data = (data + bytes(4) + urandom(DATA_MAX - size))[:DATA_MAX]
-            digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
+            digest.update(pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
-            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
+            cells += pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
@@ -2489,7 +2489,7 @@ class Circuit:
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        head = struct.pack(">IB", self.circ_id, kind)
+        head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def _send_cells(self, kind, command, stream_id, pieces):
@@ -2497,7 +2497,7 @@ class Circuit:
         cells, at, layer = bytearray(514 * len(pieces)), 0, self._layers[-1]
         for data in pieces:
             n, body = len(data), at + 5
-            struct.pack_into(
+            pack_into(
                 ">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n
             )
             at += 514
@@ -2554,7 +2554,7 @@ class Circuit:
                 size = view[at + 9] << 8 | view[at + 10]
                 good = layer.opens(view, at)
             else:
-                command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
+                command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
                 view[at + 5 : at + 9] = b"\0\0\0\0"
                 digest.update(view[at : at + 509])
                 good = digest.digest()[:4] == tag
@@ -2970,7 +2970,7 @@ class Network:
                 n = 0
                 for digit in entry:
                     n = n * 91 + ord(digit) - 36
-                fields = struct.unpack(">4BH20s", n.to_bytes(26, "big"))
+                fields = unpack(">4BH20s", n.to_bytes(26, "big"))
                 places.append(("%d.%d.%d.%d" % fields[:4],) + fields[4:])
         for line in (text or "").split("\n"):
             words = line.split("#")[0].lower().split()

@@ -115,8 +115,9 @@ wait_for_ms wrap_socket current_task intersection start_server version_info get_
 get_extra_info implementation new_event_loop load_cert_chain open_connection print_exception
 server_hostname verify_callback run_until_complete getpeercert
 """.split()
-# To mpy-cross these are no names.
+# To mpy-cross these are no names; and this one tells how long viper's integers are.
 NATIVE = {"const", "micropython", "native", "viper", "ptr8", "ptr16", "ptr32", "uint", "int"}
+NATIVE.add("NARROW")
 # The arguments of all functions take their names from these.
 ARGUMENTS = "key index start stop end step count sep item data n e s t r v".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -1023,6 +1024,17 @@ def check(tree):
     return tree
 
 
+def bare(tree):
+    """Take the brackets off `a, b = (c, d)`: with them MicroPython makes a tuple first."""
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Tuple):
+            values = getattr(n.value, "elts", ())
+            if isinstance(n.value, ast.Tuple) and 1 < len(values) < 4:
+                # No name, but it is written as one.
+                n.value = ast.Name(", ".join([ast.unparse(value) for value in values]), ast.Load())
+    return tree
+
+
 # ── Builds ──
 
 
@@ -1108,7 +1120,9 @@ class Build:
 
     def modules(self, architecture):
         """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
-        for i, text in enumerate([self.text] + self.overlays):
+        tree = Fold({"NARROW": architecture != "x64"}).visit(ast.parse(self.text))
+        tree.body = [s for s in tree.body if binds(s) != {"NARROW"}]
+        for i, text in enumerate([ast.unparse(bare(tidy(tree)))] + self.overlays):
             if text:
                 name = OVERLAY % (i - 1) if i else "minitor"
                 yield name + ".mpy", mpy(text.encode(), name + ".py", architecture, 3)

@@ -27,6 +27,7 @@ from array import array
 from struct import pack, pack_into, unpack, unpack_from
 
 MICROPYTHON = sys.implementation.name == "micropython"
+NARROW = sys.maxsize == (1 << 31) - 1
 
 if MICROPYTHON:
     import gc
@@ -356,43 +357,288 @@ def b32decode(text):
 _MASK = (1 << 64) - 1
 
 
-class _Hash:
-    def __init__(self, data=b"", state=None):
-        self._state, self._length, self._rest = state or (self._start, 0, b"")
-        self.update(data)
-
-    def copy(self):
-        return type(self)(b"", (self._state, self._length, self._rest))
-
-    def update(self, data):
-        self._length += len(data)
-        data = memoryview(self._rest + bytes(data))
-        while len(data) >= self._size:
-            self._absorb(data[: self._size])
-            data = data[self._size :]
-        self._rest = bytes(data)
-
-    def digest(self):
-        end = self.copy()
-        n = self._size // 8
-        n += -(self._length + 1 + n) % self._size
-        end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
-        return pack(self._format, *end._state)
+def _roots(last, power):
+    # FIPS 180-4 4.2.3, by Newton.
+    for p in range(2, last + 1):
+        if all([p % q for q in range(2, p)]):
+            n, x, y = p << 64 * power, 1 << 70, 1 << 69
+            while y < x:
+                x, y = y, ((power - 1) * y + n // y ** (power - 1)) // power
+            yield x & _MASK
 
 
-class _Sha1(_Hash):
-    _size = 64
-    _format = ">5I"
-    _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+def _lanes():
+    # The order of FIPS 202 3.2.2 and 3.2.3: where a lane goes, and its column; in bytes.
+    x, y = 1, 0
+    for i in range(24):
+        x, y = y, (2 * x + 3 * y) % 5
+        yield 8 * (x + 5 * y)
+        yield 8 * x
 
-    def _absorb(self, block, mask=0xFFFFFFFF):
-        w = list(unpack(">16I", block))
+
+_BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
+
+
+# Each changes a state in place: numbers, little-endian, and behind them a block, which it clears.
+if MICROPYTHON and NARROW:
+    # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
+    _SCRATCH = bytearray(640)
+    _ROUNDS = pack("<80Q", *_roots(409, 3))
+    _LANES = bytes(_lanes())
+
+    @micropython.viper
+    def _xor(target, at, source, start, n):
+        t, s = ptr8(int(ptr8(target)) + int(at)), ptr8(int(ptr8(source)) + int(start))
+        i = int(n)
+        while i and int(t) & 3:
+            t[0] = t[0] ^ s[0]
+            t, s = ptr8(int(t) + 1), ptr8(int(s) + 1)
+            i -= 1
+        if i > 11:
+            # Chips load only aligned words.
+            turn = (int(s) & 3) << 3
+            back = 31 - turn
+            p, q = ptr32(int(t)), ptr32(int(s) & -4)
+            x = uint(q[0])
+            while i > 11:
+                y = uint(q[1])
+                p[0] = p[0] ^ int(x >> turn | y << back << 1)
+                x = uint(q[2])
+                p[1] = p[1] ^ int(y >> turn | x << back << 1)
+                p = ptr32(int(p) + 8)
+                q = ptr32(int(q) + 8)
+                i -= 8
+            t, s = ptr8(int(p)), ptr8(int(q) + (turn >> 3))
+        while i:
+            i -= 1
+            t[i] = t[i] ^ s[i]
+
+    @micropython.viper
+    def _counters(counter, stream, n):
+        c, t, i = ptr32(counter), ptr32(stream), int(n)
+        last = ptr8(counter)
+        while i > 0:
+            t[0] = c[0]
+            t[1] = c[1]
+            t[2] = c[2]
+            t[3] = c[3]
+            t = ptr32(int(t) + 16)
+            i -= 16
+            if i >= 0:
+                last[15] = last[15] + 1
+                j = 15
+                while j and last[j] == 0:
+                    j -= 1
+                    last[j] = last[j] + 1
+
+    @micropython.viper
+    def _sha1(state):
+        q = ptr32(state)
+        b = uint(q[1])
+        a, c = uint(q[0]), uint(q[2])
+        d, e = uint(q[3]), uint(q[4])
+        p, n = ptr32(_SCRATCH), 16
+        while n:
+            x = uint(q[5])
+            p[0] = x << 24 | (x & 0xFF00) << 8 | x >> 8 & 0xFF00 | x >> 24
+            q[5] = 0
+            p = ptr32(int(p) + 4)
+            q = ptr32(int(q) + 4)
+            n -= 1
+        q, n = ptr32(_SCRATCH), 64
+        while n:
+            x = uint(q[13] ^ q[8] ^ q[2] ^ q[0])
+            q[16] = x << 1 | x >> 31
+            q = ptr32(int(q) + 4)
+            n -= 1
+        q, k, i = ptr32(_SCRATCH), uint(0x5A827999), 0
+        while i < 4:
+            n = 20
+            while n:
+                if i & 1:
+                    x = b ^ c ^ d
+                elif i:
+                    x = b & c | d & (b | c)
+                else:
+                    x = d ^ b & (c ^ d)
+                x = x + (a << 5 | a >> 27) + e + k + uint(q[0])
+                e = d
+                d = c
+                c = b << 30 | b >> 2
+                b = a
+                a = x
+                q = ptr32(int(q) + 4)
+                n -= 1
+            i += 1
+            k = uint(0x6ED9EBA1)
+            if i == 2:
+                k = uint(0x8F1BBCDC)
+            elif i == 3:
+                k = uint(0xCA62C1D6)
+        q = ptr32(state)
+        q[0], q[1] = q[0] + int(a), q[1] + int(b)
+        q[2], q[3] = q[2] + int(c), q[3] + int(d)
+        q[4] = q[4] + int(e)
+
+    @micropython.viper
+    def _sha512_schedule(state):
+        # Numbers are low word, high word; sums are made of halves of words, for the carries.
+        q = ptr32(_SCRATCH)
+        p = ptr32(state)
+        n = 32
+        while n:
+            n -= 1
+            x = uint(p[16 + n])
+            q[n ^ 1] = x << 24 | (x & 0xFF00) << 8 | x >> 8 & 0xFF00 | x >> 24
+            # a to h take the place of the block.
+            p[16 + n] = p[n & 15]
+        n = 64
+        while n:
+            x, y = uint(q[2]), uint(q[3])
+            s = (x >> 1 | y << 31) ^ (x >> 8 | y << 24) ^ (x >> 7 | y << 25)
+            t = (y >> 1 | x << 31) ^ (y >> 8 | x << 24) ^ y >> 7
+            x, y = uint(q[28]), uint(q[29])
+            u = (x >> 19 | y << 13) ^ (y >> 29 | x << 3) ^ (x >> 6 | y << 26)
+            t = t + ((y >> 19 | x << 13) ^ (x >> 29 | y << 3) ^ y >> 6)
+            x, y = uint(q[0]), uint(q[18])
+            v = (x & 0xFFFF) + (y & 0xFFFF) + (s & 0xFFFF) + (u & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (s >> 16) + (u >> 16) + (v >> 16)
+            q[32] = x << 16 | v & 0xFFFF
+            q[33] = t + uint(q[1] + q[19]) + (x >> 16)
+            q = ptr32(int(q) + 8)
+            n -= 1
+
+    @micropython.viper
+    def _sha512(state):
+        _sha512_schedule(state)
+        p = ptr32(int(ptr32(state)) + 64)
+        q = ptr32(_SCRATCH)
+        k = ptr32(_ROUNDS)
+        n = 80
+        while n:
+            x, y = uint(p[8]), uint(p[9])
+            s = (x >> 14 | y << 18) ^ (x >> 18 | y << 14) ^ (y >> 9 | x << 23)
+            t = (y >> 14 | x << 18) ^ (y >> 18 | x << 14) ^ (x >> 9 | y << 23)
+            t = t + uint((p[13] ^ p[9] & (p[11] ^ p[13])) + p[15] + k[1] + q[1])
+            u = uint(p[12] ^ p[8] & (p[10] ^ p[12]))
+            x, y, z = uint(p[14]), uint(k[0]), uint(q[0])
+            v = (x & 0xFFFF) + (y & 0xFFFF) + (z & 0xFFFF) + (s & 0xFFFF) + (u & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (z >> 16) + (s >> 16) + (u >> 16) + (v >> 16)
+            s = x << 16 | v & 0xFFFF
+            t = t + (x >> 16)
+            x, y = uint(p[0]), uint(p[1])
+            u = (x >> 28 | y << 4) ^ (y >> 2 | x << 30) ^ (y >> 7 | x << 25)
+            z = (y >> 28 | x << 4) ^ (x >> 2 | y << 30) ^ (x >> 7 | y << 25)
+            z = z + t + uint(p[1] & p[3] | p[5] & (p[1] | p[3]))
+            y = uint(p[0] & p[2] | p[4] & (p[0] | p[2]))
+            v = (s & 0xFFFF) + (u & 0xFFFF) + (y & 0xFFFF)
+            y = (s >> 16) + (u >> 16) + (y >> 16) + (v >> 16)
+            i = 15
+            while i > 1:
+                p[i] = p[i - 2]
+                i -= 1
+            p[0] = y << 16 | v & 0xFFFF
+            p[1] = z + (y >> 16)
+            x = uint(p[8])
+            v = (x & 0xFFFF) + (s & 0xFFFF)
+            x = (x >> 16) + (s >> 16) + (v >> 16)
+            p[8] = x << 16 | v & 0xFFFF
+            p[9] = p[9] + int(t + (x >> 16))
+            k = ptr32(int(k) + 8)
+            q = ptr32(int(q) + 8)
+            n -= 1
+        q = ptr32(state)
+        while n < 8:
+            x, y = uint(q[0]), uint(p[0])
+            v = (x & 0xFFFF) + (y & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (v >> 16)
+            q[0] = x << 16 | v & 0xFFFF
+            q[1] = q[1] + p[1] + int(x >> 16)
+            p[0] = p[1] = p[16] = p[17] = 0
+            p = ptr32(int(p) + 8)
+            q = ptr32(int(q) + 8)
+            n += 1
+
+    @micropython.viper
+    def _keccak(state):
+        # What comes first is in registers; several at once are slower.
+        p = ptr32(state)
+        n = 0
+        a, d, bits = p, ptr32(_SCRATCH), ptr8(_BITS)
+        while int(bits[0]):
+            p, q, i = a, d, 10
+            while i:
+                q[0] = p[0] ^ p[10] ^ p[20] ^ p[30] ^ p[40]
+                p = ptr32(int(p) + 4)
+                q = ptr32(int(q) + 4)
+                i -= 1
+            p = d
+            p[10], p[11] = p[0], p[1]
+            x, y, i = uint(p[8]), uint(p[9]), 5
+            while i:
+                u, v = uint(p[0]), uint(p[1])
+                p[0] = x ^ uint(p[2] << 1) ^ uint(p[3]) >> 31
+                p[1] = y ^ uint(p[3] << 1) ^ uint(p[2]) >> 31
+                x, y, p = u, v, ptr32(int(p) + 8)
+                i -= 1
+            a[0], a[1] = a[0] ^ d[0], a[1] ^ d[1]
+            x, y = uint(a[2] ^ d[2]), uint(a[3] ^ d[3])
+            lanes, turn = ptr8(_LANES), 0
+            while i < 24:
+                i += 1
+                turn += i
+                n = turn & 31
+                p = ptr32(int(a) + lanes[0])
+                q = ptr32(int(d) + lanes[1])
+                u = uint(p[0] ^ q[0])
+                v = uint(p[1] ^ q[1])
+                if turn & 32:
+                    p[1] = x << n | y >> 32 - n
+                    p[0] = y << n | x >> 32 - n
+                else:
+                    p[0] = x << n | y >> 32 - n
+                    p[1] = y << n | x >> 32 - n
+                x = u
+                y = v
+                lanes = ptr8(int(lanes) + 2)
+            p, i = a, 10
+            while i:
+                x, y = uint(p[0]), uint(p[2])
+                p[0] = x ^ (y ^ -1) & uint(p[4])
+                p[2] = y ^ uint((p[4] ^ -1) & p[6])
+                p[4] = p[4] ^ (p[6] ^ -1) & p[8]
+                p[6] = p[6] ^ (p[8] ^ -1) & int(x)
+                p[8] = p[8] ^ int((x ^ -1) & y)
+                # The high words of a plane, then the next one.
+                p = ptr32(int(p) + (36 if i & 1 else 4))
+                i -= 1
+            n = bits[0]
+            a[0] = a[0] ^ (n & 3 | (n & 4) << 1 | (n & 8) << 4 | (n & 16) << 11 | (n & 32) << 26)
+            a[1] = a[1] ^ (n & 64) << 25
+            bits = ptr8(int(bits) + 1)
+
+else:
+    # On 64 bits viper's integers are longer.
+    _SCRATCH = bytearray(528)
+    _ROUNDS = list(_roots(409, 3))
+
+    def _xor(target, at, source, start, n):
+        x = uint(target[at : at + n]) ^ uint(source[start : start + n])
+        target[at : at + n] = x.to_bytes(n, "big")
+
+    def _counters(counter, stream, n):
+        for i in range(0, n, 16):
+            stream[i : i + 16] = counter
+            if n - i > 15:
+                counter[:] = (uint(counter) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+
+    def _sha1(state, mask=0xFFFFFFFF):
+        w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
             w.append((x << 1 | x >> 31) & mask)
-        state = self._state
+        a, b, c, d, e = start
         for i, x in enumerate(w):
-            a, b, c, d, e = state
             x += (a << 5 | a >> 27) + e
             if i < 20:
                 x += (d ^ b & (c ^ d)) + 0x5A827999
@@ -400,54 +646,33 @@ class _Sha1(_Hash):
                 x += (b & c | d & (b | c)) + 0x8F1BBCDC
             else:
                 x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
-            state = x & mask, a, (b << 30 | b >> 2) & mask, c, d
-        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
+            a, b, c, d, e = x & mask, a, (b << 30 | b >> 2) & mask, c, d
+        w = [(x + y) & mask for x, y in zip((a, b, c, d, e), start)]
+        pack_into("<5I", state, 0, *w)
+        _xor(state, 20, state, 20, 64)
 
-
-def _roots(last, power):
-    # FIPS 180-4 4.2.3.
-    for p in range(2, last + 1):
-        if all(p % q for q in range(2, p)):
-            x = 0
-            for i in range(66, -1, -1):
-                x |= ((x | 1 << i) ** power <= p << 64 * power) << i
-            yield x & _MASK
-
-
-class _Sha512(_Hash):
-    _size = 128
-    _format = ">8Q"
-    _start = list(_roots(19, 2))
-    _k = list(_roots(409, 3))
-
-    def _absorb(self, block, mask=_MASK):
+    def _sha512(state, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
 
-        w = list(unpack(">16Q", block))
+        w, start = list(unpack_from(">16Q", state, 64)), unpack_from("<8Q", state)
         while len(w) < 80:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
-        state = self._state
-        for k, w in zip(self._k, w):
-            a, b, c, d, e, f, g, h = state
+        a, b, c, d, e, f, g, h = start
+        for k, w in zip(_ROUNDS, w):
             x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
-            state = y & mask, a, b, c, (d + x) & mask, e, f, g
-        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
+            a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
+        w = [(x + y) & mask for x, y in zip((a, b, c, d, e, f, g, h), start)]
+        pack_into("<8Q", state, 0, *w)
+        _xor(state, 64, state, 64, 128)
 
-
-class _Sha3(_Hash):
-    _size = 136
-    _start = (0,) * 25
-    _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
-
-    def _absorb(self, block, mask=_MASK):
-        block = unpack("<17Q", block) + (0,) * 8
-        a = [x ^ y for x, y in zip(self._state, block)]
+    def _keccak(state, mask=_MASK):
+        a = list(unpack_from("<25Q", state))
         b = a[:]
-        for bits in self._bits:
+        for bits in _BITS[:-1]:
             c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
             d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)]
             b[0] = a[0] ^ d[0]
@@ -462,22 +687,143 @@ class _Sha3(_Hash):
                 a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
             for j in range(7):
                 a[0] ^= (bits >> j & 1) << (1 << j) - 1
-        self._state = a
+        pack_into("<25Q", state, 0, *a)
+
+
+
+# What `finish` returns; SHA-512 and SHA-3 have the longest states.
+_END = bytearray(200)
+
+
+class _Hash:
+    # `_size` bytes from `_at` on make a block; the digest's byte i is the state's i ^ `_turn`.
+
+    def __init__(self, data=b""):
+        self._state, self._length = bytearray(self._start), 0
+        self.update(data)
+
+    def copy(self):
+        other = type(self)()
+        other._state[:], other._length = self._state, self._length
+        return other
+
+    def update(self, data, start=0, n=None):
+        n = len(data) if n is None else n
+        while n:
+            at = self._length % self._size
+            count = min(n, self._size - at)
+            _xor(self._state, self._at + at, data, start, count)
+            self._length += count
+            start += count
+            n -= count
+            if at + count == self._size:
+                self._absorb(self._state)
+
+    def finish(self, suffix=128):
+        """Return a state that begins with the digest; the next call changes it."""
+        n, end = len(self._state), self._at + self._size
+        _xor(_END, 0, _END, 0, n)
+        _xor(_END, 0, self._state, 0, n)
+        at = self._at + self._length % self._size
+        _END[at] ^= suffix
+        self._pad(at, end)
+        self._absorb(_END)
+        return _END
+
+    def _pad(self, at, end):
+        if at >= end - self._size // 8:
+            self._absorb(_END)
+        n = self._length << 3
+        while n:
+            end -= 1
+            _END[end] = n & 255
+            n >>= 8
+
+    def digest(self):
+        numbers = unpack_from("<" + self._format, self.finish())
+        return pack(">" + self._format, *numbers)
+
+    def stamp(self, data, at):
+        """Write the digest's first four bytes to data[at:]."""
+        end = self.finish()
+        for i in range(4):
+            data[at + i] = end[i ^ self._turn]
+
+
+class _Sha1(_Hash):
+    _size, _at, _turn, _format = 64, 20, 3, "5I"
+    _start = pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+
+    def _absorb(self, state):
+        _sha1(state)
+
+
+class _Sha512(_Hash):
+    _size, _at, _format = 128, 64, "8Q"
+    _start = pack("<8Q128x", *_roots(19, 2))
+
+    def _absorb(self, state):
+        _sha512(state)
+
+
+class _Sha3(_Hash):
+    _size, _at, _turn, _start = 136, 0, 0, bytes(200)
+
+    def _absorb(self, state):
+        _keccak(state)
+
+    def finish(self, suffix=6):
+        return _Hash.finish(self, suffix)
+
+    def _pad(self, at, end):
+        _END[end - 1] ^= 128
 
     def digest(self, n=32, suffix=6):
-        end = self.copy()
-        size = 136 - self._length % 136
-        end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
-        out = pack("<17Q", *end._state[:17])
+        end = self.finish(suffix)
+        out = bytes(end[:136])
         while len(out) < n:
-            end._absorb(bytes(136))
-            out += pack("<17Q", *end._state[:17])
+            _keccak(end)
+            out += end[:136]
         return out[:n]
 
 
 Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
 Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
+
+
+# Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
+# no garbage, and few of many circuits have such objects.
+_recent, _RECENT = [], 10
+_STREAM = memoryview(_SCRATCH)[:528]
+
+
+class AesCtrBoard:
+    def __init__(self, key, iv=bytes(16)):
+        self._key, self._counter, self._at, self._aes = key, bytearray(iv), 0, None
+
+    def apply(self, data, start, n):
+        """Encrypt data[start : start + n] where it stands."""
+        if not self._aes:
+            self._aes = aes(self._key, 1)
+            _recent.append(self)
+            if len(_recent) > _RECENT:
+                _recent.pop(0)._aes = None
+        while n:
+            at = self._at
+            count = min(n, 528 - at)
+            _counters(self._counter, _SCRATCH, at + count)
+            self._aes.encrypt(_STREAM, _STREAM)
+            _xor(data, start, _SCRATCH, at, count)
+            self._at = at + count & 15
+            start += count
+            n -= count
+
+    def crypt(self, data):
+        # What can change does so in place.
+        data = bytearray(data) if isinstance(data, bytes) else data
+        self.apply(data, 0, len(data))
+        return data
 
 
 # AES without OpenSSL is bit-sliced: a plane is a bit of the 4 bytes of a row, of 2048 blocks.
@@ -574,20 +920,6 @@ class AesCtrPortable:
         return x.to_bytes(n, "big")
 
 
-class AesCtrCryptolib:
-    def __init__(self, key, iv=bytes(16)):
-        self._key, self._at = key, uint(iv) << 4
-
-    def crypt(self, data):
-        n, skip = len(data), self._at & 15
-        stream = bytearray(skip + n + 15 & -16)
-        for i in range(0, len(stream), 16):
-            stream[i : i + 16] = (self._at + i >> 4 & (1 << 128) - 1).to_bytes(16, "big")
-        aes(self._key, 1).encrypt(stream, stream)  # Not kept, being 313 bytes.
-        self._at += n
-        return (uint(stream[skip : skip + n]) ^ uint(data)).to_bytes(n, "big")
-
-
 class AesCtrOpenssl:
     def __init__(self, key, iv=bytes(16)):
         self._context, self._free = _evp.EVP_CIPHER_CTX_new(), _evp.EVP_CIPHER_CTX_free
@@ -604,7 +936,7 @@ class AesCtrOpenssl:
         return out[:n]
 
 
-AesCtr = AesCtrCryptolib if MICROPYTHON else AesCtrPortable
+AesCtr = AesCtrBoard if MICROPYTHON else AesCtrPortable
 if not MICROPYTHON:
     try:
         import _ssl
@@ -1839,6 +2171,9 @@ NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
 
 
+_TAG = bytearray(4)
+
+
 class Layer:
     """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it."""
 
@@ -1849,6 +2184,22 @@ class Layer:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
         self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
         self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
+
+    def seal(self, data, at):
+        """Write the tag of the relay message data[at : at + 509]."""
+        self.out_digest.update(data, at, 509)
+        self.out_digest.stamp(data, at + 5)
+
+    def opens(self, data, at):
+        """Tell whether the tag of data[at : at + 509] is right."""
+        for i in range(at + 5, at + 9):
+            _TAG[i & 3], data[i] = data[i], 0
+        self.in_digest.update(data, at, 509)
+        self.in_digest.stamp(data, at + 5)
+        good = True
+        for i in range(at + 5, at + 9):
+            good = good and data[i] == _TAG[i & 3]
+        return good
 
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
@@ -2174,6 +2525,10 @@ class Circuit:
         """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
             raise self.closed
+        # Up to eight may be early (tor-spec 5.6); no path is so long.
+        kind = RELAY_EARLY if command == EXTEND2 else RELAY
+        if MICROPYTHON:
+            return self._send_cells(kind, command, stream_id, pieces)
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
@@ -2190,10 +2545,31 @@ class Circuit:
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        # Up to eight may be early (tor-spec 5.6); no path is so long.
-        kind = RELAY_EARLY if command == EXTEND2 else RELAY
         head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
+
+    def _send_cells(self, kind, command, stream_id, pieces):
+        # On a board.
+        cells, at, layer = bytearray(514 * len(pieces)), 0, self._layers[-1]
+        for data in pieces:
+            n, body = len(data), at + 5
+            pack_into(
+                ">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n
+            )
+            at += 514
+            cells[body + 11 : body + 11 + n] = data
+            if n < DATA_MAX - 4:
+                cells[body + 15 + n : at] = urandom(DATA_MAX - 4 - n)
+            layer.seal(cells, body)
+            if command == DATA:
+                self.inflight += 1
+                if self.inflight % self._increment == 0:
+                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+            i = len(self._layers)
+            while i:
+                i -= 1
+                self._layers[i].out_cipher.apply(cells, body, 509)
+        self.channel.send(cells)
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -2214,8 +2590,9 @@ class Circuit:
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
-        for layer in self._layers[:-1]:
-            data, at = layer.in_cipher.crypt(data), 0
+        for i in range(len(self._layers) - 1):
+            layer, at = self._layers[i], 0
+            data = layer.in_cipher.crypt(data)
             while at < len(data):
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
@@ -2224,13 +2601,20 @@ class Circuit:
                 else:
                     at += 509
         layer, touched = self._layers[-1], set()
-        digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
+        digest, data = layer.in_digest, layer.in_cipher.crypt(data)
+        view = memoryview(data if MICROPYTHON else bytearray(data))
         for at in range(0, len(view), 509):
-            command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
-            view[at + 5 : at + 9] = b"\0\0\0\0"
-            digest.update(view[at : at + 509])
-            found = digest.digest()
-            if recognised or found[:4] != tag or size > DATA_MAX:
+            if MICROPYTHON:
+                command, recognised = view[at], view[at + 1] | view[at + 2]
+                stream_id = view[at + 3] << 8 | view[at + 4]
+                size = view[at + 9] << 8 | view[at + 10]
+                good = layer.opens(view, at)
+            else:
+                command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
+                view[at + 5 : at + 9] = b"\0\0\0\0"
+                digest.update(view[at : at + 509])
+                good = digest.digest()[:4] == tag
+            if recognised or not good or size > DATA_MAX:
                 raise ProtocolError("a relay cell that no hop recognises")
             data = view[at + 11 : at + 11 + size]
             if command != DATA:
@@ -2246,7 +2630,7 @@ class Circuit:
                 touched.add(stream)
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
-                self.send(SENDME, 0, b"\1\0\x14" + found[:20])
+                self.send(SENDME, 0, b"\1\0\x14" + digest.digest()[:20])
         for stream in touched:
             stream.arrived()
 

@@ -423,7 +423,7 @@ class _Hash:
         n = self._size // 8
         n += -(self._length + 1 + n) % self._size
         end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
-        return struct.pack(self._format, *end._state)
+        return pack(self._format, *end._state)
 
 
 class _Sha1(_Hash):
@@ -432,7 +432,7 @@ class _Sha1(_Hash):
     _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
 
     def _absorb(self, block, mask=0xFFFFFFFF):
-        w = list(struct.unpack(">16I", block))
+        w = list(unpack(">16I", block))
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
             w.append((x << 1 | x >> 31) & mask)
@@ -471,7 +471,7 @@ class _Sha512(_Hash):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
 
-        w = list(struct.unpack(">16Q", block))
+        w = list(unpack(">16Q", block))
         while len(w) < 80:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
@@ -490,7 +490,7 @@ class _Sha3(_Hash):
     _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
 
     def _absorb(self, block, mask=_MASK):
-        block = struct.unpack("<17Q", block) + (0,) * 8
+        block = unpack("<17Q", block) + (0,) * 8
         a = [x ^ y for x, y in zip(self._state, block)]
         b = a[:]
         for bits in self._bits:
@@ -514,10 +514,10 @@ class _Sha3(_Hash):
         end = self.copy()
         size = 136 - self._length % 136
         end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
-        out = struct.pack("<17Q", *end._state[:17])
+        out = pack("<17Q", *end._state[:17])
         while len(out) < n:
             end._absorb(bytes(136))
-            out += struct.pack("<17Q", *end._state[:17])
+            out += pack("<17Q", *end._state[:17])
         return out[:n]
 
 
@@ -828,7 +828,7 @@ def rsa_public_key(der):
     require(size == 140 or 270 <= size <= 526, "bad RSA key")
     head = b"0\x81\x89\2\x81\x81\0"
     if size > 140:
-        head = struct.pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
+        head = pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
     n = der[len(head) : -5]
     require(der == head + n + b"\2\3\1\0\1" and n[0] > 127 and n[-1] & 1, "bad RSA key")
     return n
@@ -851,7 +851,7 @@ def check_ed_cert(data, kind, public, when):
     """Return the key that a certificate by the key `public` is for (cert-spec 2.1)."""
     what, signer = "certificate of type %d" % kind, None
     r = Reader(data, what)
-    version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
+    version, found, expires, key_type = unpack(">BBIB", r.take(7))
     good, key = (version, found, key_type) == (1, kind, 3 if kind == 5 else 1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
@@ -1186,7 +1186,7 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay is malformed, not in order, or one too many")
-        self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        self.records += pack(_RECORD, rsa_id, md_digest, address, port, net6)
         self.flags.append(flags)
         self.weights.append(weight)
 
@@ -1218,7 +1218,7 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def subnets(self, i):
-        return struct.unpack_from(">H4xI", self.records, i * _SIZE + 106)
+        return unpack_from(">H4xI", self.records, i * _SIZE + 106)
 
     def missing(self):
         """Yield index and digest of microdescriptors to fetch."""
@@ -1231,10 +1231,10 @@ class RelayTable:
         if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
-            struct.pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
+            pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
 
     def _texts(self, i):
-        numbers = struct.unpack_from(">HHH", self.records, i * _SIZE + 100)
+        numbers = unpack_from(">HHH", self.records, i * _SIZE + 100)
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
@@ -1260,7 +1260,7 @@ class RelayTable:
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
-        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
+        body = b"".join([pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
         cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
@@ -1308,7 +1308,7 @@ def reason_text(reasons, number):
 
 
 def cell(circ_id, command, body=b""):
-    return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
+    return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
@@ -1379,7 +1379,7 @@ def parse_resolved(body):
         if kind == 4:
             found.append("%d.%d.%d.%d" % tuple(value))
         elif kind == 6:
-            found.append(":".join(["%x" % n for n in struct.unpack(">8H", value)]))
+            found.append(":".join(["%x" % n for n in unpack(">8H", value)]))
     return found
 
 
@@ -1492,7 +1492,7 @@ def time_periods(consensus, testing):
     found = []
     for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):
         n = number + 1 - rotated - back
-        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, n)
+        disaster = b"shared-random-disaster" + pack(">QQ", length, n)
         found.append((n, length, value or sha3_256(disaster), start - back * run))
     return found[0], found[1], found[rotated]
 
@@ -1500,7 +1500,7 @@ def time_periods(consensus, testing):
 def blinding_param(key, period):
     # A.2.
     text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
-    return sha3_256(text + struct.pack(">QQ", *period[:2]))
+    return sha3_256(text + pack(">QQ", *period[:2]))
 
 
 def subcredential(key, blinded):
@@ -1514,9 +1514,9 @@ def hsdir_ring(table, consensus, blinded, period, use):
     number, length, value, _ = period
     places, needed, found = [], HSDIR | HSDIR2 | USABLE, []
     for n in range(replicas):
-        start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
+        start = b"store-at-idx" + blinded + pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
-    value += struct.pack(">QQ", number, length)
+    value += pack(">QQ", number, length)
     for i, flags in enumerate(table.flags):
         if flags & needed == needed:
             at = sha3_256(b"node-idx" + table.ed_id(i) + value)
@@ -1537,13 +1537,13 @@ def revision_counter(esk, seconds):
     total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
         count = min(256, n - at)
-        total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
+        total += sum(unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
 
 
 def make_ed_cert(kind, key, when, esk, public):
     # cert-spec 2.1, good for 54 hours.
-    body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
+    body = pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign(esk, public, body)
 
 
@@ -1600,7 +1600,7 @@ _SIGNED = b"Tor onion service descriptor sig v3"
 
 def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
     """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
+    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -1669,7 +1669,7 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + struct.pack(">Q", found.revision)
+    secret = blinded + subcred + pack(">Q", found.revision)
     item = document(_unseal(item, b"superencrypted", secret))
     sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
     item = document(sections[0])
@@ -1715,7 +1715,7 @@ class Channel:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks.append(spawn(self._read(reader)))
             self._tasks.append(spawn(self._write(writer)))
-            self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
+            self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
@@ -1883,7 +1883,7 @@ class Layer:
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
-        Df, Db, Kf, Kb = struct.unpack_from(form, keys)
+        Df, Db, Kf, Kb = unpack_from(form, keys)
         if service:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
         self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
@@ -2255,10 +2255,10 @@ class Circuit:
             size = len(data)
             if size < DATA_MAX:
                 data = (data + bytes(4) + urandom(DATA_MAX - size))[:DATA_MAX]
-            digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
+            digest.update(pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
-            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
+            cells += pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
@@ -2268,7 +2268,7 @@ class Circuit:
             data = layer.out_cipher.crypt(data)
         # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == EXTEND2 else RELAY
-        head = struct.pack(">IB", self.circ_id, kind)
+        head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def resume(self):
@@ -2306,7 +2306,7 @@ class Circuit:
         layer, touched = self._layers[-1], set()
         digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
         for at in range(0, len(view), 509):
-            command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
+            command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
             view[at + 5 : at + 9] = b"\0\0\0\0"
             digest.update(view[at : at + 509])
             found = digest.digest()
@@ -2762,7 +2762,7 @@ class Network:
                 n = 0
                 for digit in entry:
                     n = n * 91 + ord(digit) - 36
-                fields = struct.unpack(">4BH20s", n.to_bytes(26, "big"))
+                fields = unpack(">4BH20s", n.to_bytes(26, "big"))
                 places.append(("%d.%d.%d.%d" % fields[:4],) + fields[4:])
         for line in (text or "").split("\n"):
             words = line.split("#")[0].lower().split()

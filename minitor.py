@@ -35,7 +35,12 @@ if MICROPYTHON:
     from cryptolib import aes
 
     # Early: so what lives long stays together, and large pieces find room.
-    gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
+    _heap = gc.mem_free() + gc.mem_alloc()
+    gc.threshold(_heap // 4)
+    # The budget in bytes.  Without PSRAM the heap may grow into what WiFi and TLS need.
+    _admission = [_heap * 7 // 8 if _heap > 1 << 18 else min(_heap * 7 // 8, 96 << 10), None]
+    # What may end a task that nobody cancelled: `wait_for` without memory cancels.
+    FAILURES = Exception, asyncio.CancelledError
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
     print_exception = sys.print_exception
 
@@ -52,6 +57,7 @@ else:
     from operator import sub as ticks_diff
     from types import SimpleNamespace
 
+    _admission, FAILURES = [0, None], Exception
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
 
@@ -83,6 +89,24 @@ def randbelow(n):
 
 def sha256(data):
     return hashlib.sha256(data).digest()
+
+
+def heap_budget(size):
+    """Let `crowded` tell when more than `size` bytes are allocated; 0: as it is."""
+    _admission[0] = size or _admission[0]
+
+
+def crowded():
+    """Tell whether memory is past its budget, so that nothing new is begun."""
+    if not MICROPYTHON or gc.mem_alloc() <= _admission[0]:
+        return False
+    # Refusing shall not cost a collection each time.
+    if _admission[1] is None or ticks_diff(ticks_ms(), _admission[1]) > 1000:
+        gc.collect()
+        full = gc.mem_alloc() > _admission[0]
+        _admission[1] = ticks_ms() if full else None
+        return full
+    return True
 
 
 def private_dir(path):
@@ -137,12 +161,16 @@ def set_log(severity, sink=None):
 
 def log(severity, text, *args):
     """Log `text % args`: never private keys or addresses of clients."""
-    if severity >= _log[0]:
+    if severity < _log[0]:
+        return
+    try:
         if _log[1]:
             return _log[1](severity, text % args)
         name = "debug info notice warn err".split()[severity]
         line = time.gmtime()[:6] + (name, text % args)
         print("%d-%02d-%02d %02d:%02d:%02d [%s] %s" % line, file=sys.stderr)
+    except MemoryError:
+        pass
 
 
 def cache_file(path, data):
@@ -191,11 +219,24 @@ def spawn(coroutine):
             if _log[0] == DEBUG:
                 print_exception(e)
         finally:
-            _tasks.discard(asyncio.current_task())
+            if not MICROPYTHON:
+                _tasks.discard(asyncio.current_task())
 
     task = asyncio.create_task(run())
-    _tasks.add(task)
+    if not MICROPYTHON:
+        _tasks.add(task)
     return task
+
+
+async def lasting(work, wanted):
+    """Run the coroutine function `work` while `wanted()`, again whatever ends it."""
+    while wanted():
+        try:
+            await work()
+        except FAILURES as e:
+            if wanted():
+                log(WARN, "a task starts anew: %s: %s", type(e).__name__, e)
+        await asyncio.sleep(10)
 
 
 async def tls_connect(address, port, seconds):
@@ -287,6 +328,10 @@ class DescriptorError(OnionError):
 
 class TorTimeout(TorError):
     """Something took longer than it may."""
+
+
+# Where there is no memory for another one.
+NO_MEMORY = CircuitError("out of memory", 5)
 
 
 # === 3. Bytes ===
@@ -2028,18 +2073,22 @@ class Channel:
     async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
-            self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
+            self._tasks.append(spawn(self._read(reader)))
+            self._tasks.append(spawn(self._write(writer)))
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
-            self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
+            self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
             await asyncio.sleep(5)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
             elif idle > 240:
-                self.send(cell(0, PADDING))
+                try:
+                    self.send(cell(0, PADDING))
+                except MemoryError:
+                    pass
         # Even if the peer reads nothing.
         await asyncio.sleep(2)
         for task in self._tasks:
@@ -2057,9 +2106,14 @@ class Channel:
     async def _write(self, writer):
         try:
             while self._queue or not self.closed:
-                await self._wake.wait()
-                self._wake.clear()
-                data, self._queue = b"".join(self._queue), []
+                if not self._queue:
+                    await self._wake.wait()
+                    self._wake.clear()
+                    continue
+                if MICROPYTHON:
+                    data = self._queue.pop(0)
+                else:
+                    data, self._queue = b"".join(self._queue), []
                 writer.write(data)
                 self._used = ticks_ms()
                 await writer.drain()
@@ -2067,29 +2121,34 @@ class Channel:
                 self._queued -= len(data)
                 for circuit in list(self.circuits.values()) * full:
                     circuit.resume()
-        except (OSError, MemoryError) as e:
-            self.close("the link broke: %s" % e)
+        except Exception as e:
+            self.close("the link broke: ", e)
         finally:
             self._tasks[0].cancel()
             await hang_up(writer)
 
     async def _read(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
-        rest = b"\0\0"
-        try:
-            while not self.closed:
-                data = await reader.read(4112 if MICROPYTHON else 1 << 18)
+        data, rest, self._at = b"", b"\0\0", 0
+        while not self.closed:
+            try:
+                self._cells(rest)
+                rest, self._at = rest[self._at :], 0
+                data = data or await reader.read(4112 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
-                data = rest + data
-                rest = data[self._cells(data) :]
-        except (OSError, ProtocolError, MemoryError) as e:
-            self.close("the link broke: %s" % e)
+                rest, data = rest + data, b""
+            except MemoryError:
+                # What was read is still here.
+                relieve(self.circuits.values())
+                await asyncio.sleep(0)
+            except Exception as e:
+                self.close("the link broke: ", e)
 
     def _cells(self, data):
-        # Dispatch whole cells, relay cells in a row for a circuit together; return their bytes.
-        at, end = 0, len(data)
-        while end - at >= 7:
+        # Dispatch whole cells, relay cells in a row for a circuit together; `_at`: how far.
+        end = len(data)
+        while end - (at := self._at) >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
             require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
             if command >= 128 or command == VERSIONS:
@@ -2097,17 +2156,18 @@ class Channel:
                 require(size <= 16384, "a cell of %d bytes" % size)
             if end - body < size:
                 break
-            at = body + size
+            self._at = at = body + size
             circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif circuit:
-                cells = [data[body:at]]
                 while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
-                    cells.append(data[at + 5 : at + 514])
-                    at += 514
-                circuit.receive(b"".join(cells), command)
-        return at
+                    self._at = at = at + 514
+                try:
+                    cells = [data[n : n + size] for n in range(body, at, 514)]
+                    circuit.receive(b"".join(cells), command)
+                except MemoryError:
+                    circuit.close("out of memory", 5)
 
     def _handshake(self, command, body):
         # Clients do not answer AUTH_CHALLENGE.
@@ -2132,15 +2192,20 @@ class Channel:
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
 
-    def close(self, why="closed"):
+    def close(self, why="closed", error=""):
         """Close the channel and its circuits; what is queued is still written."""
         if self.closed:
             return
-        self.closed = ChannelError("%s: %s" % (self, why))
-        log(INFO, "%s", self.closed)
+        self.closed = NO_MEMORY
+        try:
+            why = "%s%s" % (why, error)
+            self.closed = ChannelError("%s: %s" % (self, why))
+            log(INFO, "%s", self.closed)
+        except MemoryError:
+            pass
         self.opened.set(error=self.closed)
-        for circuit in list(self.circuits.values()):
-            circuit.close(why, 8)
+        while self.circuits:
+            self.circuits.popitem()[1].close(why, 8)
         self._wake.set()
 
 
@@ -2169,6 +2234,8 @@ CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
 READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
+# So much unread, the stream ends.
+MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 
 
 _TAG = bytearray(4)
@@ -2272,18 +2339,26 @@ class Stream:
 
     def __init__(self, circuit, stream_id):
         self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
-        circuit.streams[stream_id] = self
-        self.opened, self._changed = Promise(), asyncio.Event()
+        # `moved`: when bytes were last sent or read.
+        self.opened, self._changed, self.moved = Promise(), asyncio.Event(), ticks_ms()
         self._package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
         # None for DATA before CONNECTED.
         self._deliver = self._package if circuit.on_begin else 0
+        circuit.streams[stream_id] = self
 
     def feed(self, data):
         self._deliver -= 1
-        good = self._deliver >= 0 and len(self._incoming) <= 16 * XOFF_LIMIT
-        require(good, "DATA too early on a stream, or too much")
+        unread = len(self._incoming)
+        if self._deliver < 0 or unread > MOST_UNREAD or unread > READ_AHEAD and crowded():
+            # A client of ours loses the stream, not the circuit; a window may be too large here.
+            short = self.circuit.on_begin or MICROPYTHON and self._deliver >= 0
+            require(short, "DATA too early on a stream, or too much")
+            return self.send_end(END_RESOURCELIMIT)
         if not self._closing:
-            self._incoming.extend(data)
+            try:
+                self._incoming.extend(data)
+            except MemoryError:
+                self.send_end(END_RESOURCELIMIT)
 
     def arrived(self):
         # Wake the reader, and let the other side go on, or stop it.
@@ -2293,12 +2368,12 @@ class Stream:
             return
         while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
             self._deliver += STREAM_INCREMENT
-            self.circuit.send(SENDME, self.stream_id, b"")
+            self._send(SENDME, b"")
         # XON comes when half is read.
         stop = unread * (1 + self._stopped) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
             self._stopped, command = stop, XOFF if stop else XON
-            self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
+            self._send(command, bytes(1 if stop else 5))
 
     def message(self, command, data):
         if command == END:
@@ -2315,7 +2390,22 @@ class Stream:
             raise ProtocolError("message %d out of place on a stream" % command)
         self.flush()
 
+    def _send(self, command, *pieces):
+        try:
+            self.circuit.send(command, self.stream_id, *pieces)
+        except CircuitError:
+            pass  # it ended this stream
+
+    def held(self):
+        return len(self._incoming) + len(self.outgoing)
+
     def flush(self):
+        try:
+            self._flush()
+        except MemoryError:
+            self.send_end(END_RESOURCELIMIT)
+
+    def _flush(self):
         circuit, room = self.circuit, self.circuit.channel.room
         while self.outgoing:
             count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
@@ -2327,15 +2417,21 @@ class Stream:
             pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
             self.outgoing = self.outgoing[end:]
             self._package -= len(pieces)
-            circuit.send(DATA, self.stream_id, *pieces)
+            self.moved = ticks_ms()
+            self._send(DATA, *pieces)
         self._changed.set()
         if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
 
     def send_end(self, reason):
-        if not self._ended:
-            self.end(StreamError("closed here", END_DONE))
-            self.circuit.send(END, self.stream_id, bytes([reason]))
+        """End the stream; for want of memory, with what is unread."""
+        if self._ended:
+            return
+        error = StreamError("closed here", END_DONE)
+        if reason == END_RESOURCELIMIT:
+            error, self._incoming = StreamError("out of memory", reason), bytearray()
+        self.end(error)
+        self._send(END, bytes([reason]))
 
     def end(self, error):
         self._closing, self._ended, self.outgoing = True, True, b""
@@ -2349,11 +2445,12 @@ class Stream:
     def accept(self):
         if not self._ended:
             self.opened.set()
-            self.circuit.send(CONNECTED, self.stream_id, b"")
+            self._send(CONNECTED, b"")
 
     def _take(self, n):
         piece = bytes(memoryview(self._incoming)[:n])
         self._incoming = self._incoming[n:]
+        self.moved = ticks_ms()
         self.arrived()
         return piece
 
@@ -2511,8 +2608,8 @@ class Circuit:
         while (stream_id := stream_id % 65535 + 1) in self.streams:
             pass
         self._last_id, stream = stream_id, Stream(self, stream_id)
-        self.send(command, stream_id, body)
         try:
+            self.send(command, stream_id, body)
             await stream.opened.wait(seconds)
             return stream
         except BaseException as e:
@@ -2525,6 +2622,13 @@ class Circuit:
         """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
             raise self.closed
+        try:
+            self._send(command, stream_id, pieces)
+        except MemoryError:
+            # The relays may count other bytes now.
+            raise self.close("out of memory", 5)
+
+    def _send(self, command, stream_id, pieces):
         # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == EXTEND2 else RELAY
         if MICROPYTHON:
@@ -2585,8 +2689,12 @@ class Circuit:
                 self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
                 self._message(command, 0, data)
-        except (ProtocolError, MemoryError) as e:
-            self.close(str(e) or "out of memory", 1)
+        except ProtocolError as e:
+            self.close(str(e), 1)
+        except MemoryError:
+            self.close("out of memory", 5)
+        except CircuitError:
+            pass  # closed while it answered
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
@@ -2644,7 +2752,12 @@ class Circuit:
         if stream:
             stream.message(command, data)
         elif stream_id and command == BEGIN and self.on_begin:
-            spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
+            port = parse_begin(data)
+            try:
+                spawn(self.on_begin(Stream(self, stream_id), port))
+            except MemoryError:
+                self.streams.pop(stream_id, None)
+                self.send(END, stream_id, bytes([END_RESOURCELIMIT]))
         elif stream_id:
             # It may have been closed here.
             late = command in (END, SENDME, CONNECTED, RESOLVED, XOFF, XON)
@@ -2668,17 +2781,47 @@ class Circuit:
     def close(self, text="closed here", reason=0, tell=True):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
-            self.closed = error = CircuitError("%s: %s" % (self, text), reason)
-            log(INFO, "%s", error)
-            self.closing.set(error)
+            # Memory may be short: first what frees some.
+            self.closed = ended = NO_MEMORY
+            self._layers = []
             self.channel.circuits.pop(self.circ_id, None)
-            if tell:  # no reason, as tor
-                self.channel.send(cell(self.circ_id, DESTROY))
+            try:
+                self.closed = CircuitError("%s: %s" % (self, text), reason)
+                log(INFO, "%s", self.closed)
+                ended = StreamError(str(self.closed), 8)
+                if tell:  # no reason, as tor
+                    self.channel.send(cell(self.circ_id, DESTROY))
+            except MemoryError:
+                pass
+            self.closing.set(self.closed)
             for promise in self._expected.values():
-                promise.set(error=error)
-            for stream in list(self.streams.values()):
-                stream.end(StreamError(str(error), 8))
+                promise.set(error=self.closed)
+            while self.streams:
+                self.streams.popitem()[1].end(ended)
         return self.closed
+
+
+def relieve(circuits, still=0):
+    """For want of memory end the stream that holds most (and is `still` for so many ms), or,
+    without any and if not `still`, close a circuit."""
+    most, victim, other = 1023, None, None
+    try:
+        for circuit in circuits:
+            for stream in circuit.streams.values():
+                held = stream.held()
+                if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
+                    most, victim = held, stream
+            # Best an idle one of a service's client.
+            if not other or circuit.on_begin and not circuit.streams:
+                other = circuit
+        if victim:
+            log(NOTICE, "out of memory: a stream ends")
+            victim.send_end(END_RESOURCELIMIT)
+        elif other and not still:
+            log(NOTICE, "out of memory: a circuit ends")
+            other.close("out of memory", 5)
+    except MemoryError:
+        pass
 
 
 BUILD_SECONDS = 20
@@ -2708,13 +2851,18 @@ async def pump(stream, reader, writer):
             while data := await source.read(WRITE_AHEAD // 2):
                 sink.write(data)
                 await sink.drain()
+        except MemoryError:
+            stream.send_end(END_RESOURCELIMIT)
         except (OSError, TorError):
             pass
         stream.close()
 
-    task = spawn(move(reader, stream))
-    await move(stream, writer)
-    task.cancel()
+    try:
+        task = spawn(move(reader, stream))
+        await move(stream, writer)
+        task.cancel()
+    except MemoryError:
+        stream.send_end(END_RESOURCELIMIT)
     try:
         writer.close()
         await writer.wait_closed()
@@ -3176,7 +3324,7 @@ class Directory:
                     raise DirectoryError("there is no newer consensus")
                 await self._fill(table, consensus)
                 delay = 0
-            except TorError as e:
+            except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
@@ -3413,6 +3561,8 @@ INTRO_POINTS = 3
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
+# Past the budget, a stream that holds memory ends after so long without a byte.
+STILL_MS = 30000
 
 
 def load_service_key(key_dir):
@@ -3453,7 +3603,8 @@ class OnionService:
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
+        wanted, works = lambda: self in self.tor.services, (self._keep_intros, self._keep_published)
+        self._tasks = [spawn(lasting(work, wanted)) for work in works]
         await self._published.wait()
 
     async def close(self):
@@ -3476,7 +3627,7 @@ class OnionService:
             try:
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
                     self._add_intro()
-            except TorError as e:
+            except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
@@ -3492,7 +3643,11 @@ class OnionService:
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
         self.intros.append(intro)
-        self._tasks.append(spawn(self._keep_intro(intro)))
+        try:
+            self._tasks.append(spawn(self._keep_intro(intro)))
+        except MemoryError:
+            self.intros.remove(intro)
+            raise
 
     async def _keep_intro(self, intro):
         circuit = None
@@ -3513,7 +3668,7 @@ class OnionService:
                 intro.ready = False
                 if self._over(intro):
                     break
-        except TorError as e:
+        except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
         finally:
             self.intros.remove(intro)
@@ -3537,7 +3692,8 @@ class OnionService:
                     updates = self.tor.paths.updates
                 for period in self._periods:
                     await self._publish(ready, due, *period)
-            except MemoryError:
+            except (MemoryError, OSError, TorError) as e:
+                log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
             if [t for t in due.values() if t > now() + 20]:
                 self._shown = state
@@ -3555,7 +3711,7 @@ class OnionService:
             try:
                 await hsdir_request(tor, relay, "/tor/hs/3/publish", file)
                 due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
-            except TorError as e:
+            except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
         if not todo:
@@ -3568,19 +3724,27 @@ class OnionService:
                 await asyncio.gather(*[upload(relay) for relay in relays])
 
     def _introduced(self, intro, body):
-        full = len(self._tasks) >= _MAX_TASKS
+        full = self._short() or len(self._tasks) >= _MAX_TASKS
         idle = [c for c in self.circuits if full and not c.streams]
         if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
-            return log(INFO, "an introduction is dropped: too many")
+            return log(INFO, "an introduction is dropped: too many, or out of memory")
         if full:
             idle[0].close()
         self._tokens -= 1
-        self._tasks.append(spawn(self._answer(intro, body)))
+        try:
+            self._tasks.append(spawn(self._answer(intro, body)))
+        except MemoryError:
+            log(INFO, "an introduction is dropped: out of memory")
+
+    def _short(self):
+        # Whether memory is past its budget; then who does not move may have to go.
+        return crowded() and (relieve(self.circuits, STILL_MS) or True)
 
     async def _answer(self, intro, body):
         # Meet the client of INTRODUCE2 (3.3, 4).
-        subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
+        circuit, param = None, self.tor.paths.param
         try:
+            subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
             used = any([cookie in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
@@ -3590,12 +3754,16 @@ class OnionService:
             circuit = await self.tor.circuit_to(target, attempts)
             circuit.send(RENDEZVOUS1, 0, answer)
             circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
-        except TorError as e:
-            return log(INFO, "an introduction came to nothing: %s", e)
-        circuit.on_begin = self._begin
-        self.circuits.append(circuit)
-        await close_idle(circuit)
-        self.circuits.remove(circuit)
+            circuit.on_begin = self._begin
+            self.circuits.append(circuit)
+            await close_idle(circuit)
+        except (MemoryError, TorError) as e:
+            log(INFO, "an introduction came to nothing: %s", e)
+        finally:
+            if circuit:
+                circuit.close()
+                if circuit in self.circuits:
+                    self.circuits.remove(circuit)
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
@@ -3606,7 +3774,8 @@ class OnionService:
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
-        if len(circuit.streams) > _MAX_STREAMS:
+        if self._short() or len(circuit.streams) > _MAX_STREAMS:
+            log(INFO, "a stream is refused: too many, or out of memory")
             return stream.send_end(END_RESOURCELIMIT)
         try:
             if callable(target):
@@ -3619,9 +3788,10 @@ class OnionService:
                 opening = asyncio.open_connection(*target)
             reader, writer = await opening
         except Exception as e:
+            short = isinstance(e, MemoryError)
+            stream.send_end(END_RESOURCELIMIT if short else END_CONNECTREFUSED)
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
-            log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
-            return stream.send_end(END_CONNECTREFUSED)
+            return log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
         stream.accept()
         await pump(stream, reader, writer)
 
@@ -3659,9 +3829,11 @@ def is_onion(host):
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
+    `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 
-    def __init__(self, data_dir=None, network=None, progress=None):
+    def __init__(self, data_dir=None, network=None, progress=None, budget=0):
+        heap_budget(budget)
         self.data_dir, network = folders(data_dir, network)
         self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()
@@ -3690,14 +3862,16 @@ class AsyncTor:
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
+        works = directory.refresh, self._keep_spares
+        self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
         self.progress(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         for service in list(self.services):
             await service.close()
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
@@ -3751,7 +3925,7 @@ class AsyncTor:
             try:
                 while len(self._spares) < SPARES:
                     self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
-            except TorError:
+            except (MemoryError, TorError):
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
 
@@ -3766,8 +3940,12 @@ class AsyncTor:
             try:
                 promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
                 await close_idle(promise.value)
-            except Exception as e:
-                promise.set(error=e)
+            except (MemoryError, TorError) as e:
+                promise.set(error=e if isinstance(e, TorError) else NO_MEMORY)
+            finally:
+                # Or who waits would wait for ever; the log has what it was.
+                if not promise.done():
+                    promise.set(error=CircuitError("a bug, or cancelled", 2))
 
         name, table = key or port, self.directory.table
         for other, promise in list(self._shared.items()):
@@ -3815,6 +3993,8 @@ class AsyncTor:
     async def _on_circuit(self, key, port, command, body):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
+        if crowded():
+            raise StreamError("not opened: out of memory", END_RESOURCELIMIT)
         for last in (False, key, True):
             circuit = await self._circuit(key, port)
             try:

@@ -1,6 +1,7 @@
 """Section 13: networks, HTTP over directory streams, bootstrap and refresh, without relays."""
 
 import asyncio
+import io
 import lzma
 import time
 import zlib
@@ -138,7 +139,7 @@ def test_http_get_and_post():
     assert body == b"hello" and stream.sent == b"GET /tor/x HTTP/1.0\r\n\r\n"
     with pytest.raises(minitor.DirectoryError, match="404"):
         request(answer(b"hello", "404 Not found", "Content-Length: 5"))
-    body, stream = request(answer(b""), body=b"data")
+    body, stream = request(answer(b""), body=io.BytesIO(b"data"))
     assert stream.sent == b"POST /tor/x HTTP/1.0\r\nContent-Length: 4\r\n\r\ndata"
     # Only what goes to a sink may be compressed: a descriptor is fetched through a circuit.
     _, stream = request(answer(b""), sink=print)

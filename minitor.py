@@ -3234,11 +3234,16 @@ class AsyncTor:
     async def _bootstrap(self):
         directory = self.directory
         await directory.bootstrap()
+        if MICROPYTHON:
+            # What is dear there: a link to the guard alone stays.
+            self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
+        self._tasks = [spawn(directory.refresh())]
+        if SPARES:
+            self._tasks.append(spawn(self._keep_spares()))
         self.progress(100, "done", "Done")
 
     async def aclose(self):

@@ -2864,17 +2864,20 @@ _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 def descriptor_place(tor, key, n):
-    """Return start, blinding parameter and key, subcredential, directories of period `n`."""
+    """Return start, blinding parameter and key, subcredential, directories' identities."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
+    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
 
 
-async def hsdir_request(tor, relay, path, body=b""):
-    circuit = await tor.circuit_to(relay)
+async def hsdir_request(tor, rsa_id, path, body=b""):
+    i = tor.directory.table.find(rsa_id)
+    if i < 0:
+        raise CircuitError("the directory is not listed any more")
+    circuit = await tor.circuit_to(tor.directory.table.relay(i))
     try:
         return await directory_request(circuit, path, 50000, None, body, seconds=30)
     finally:
@@ -2899,8 +2902,8 @@ async def _find_descriptor(tor, key):
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
-    async def fetch(relay):
-        text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
+    async def fetch(rsa_id):
+        text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
         return parse_descriptor(text, blinded, subcred, now())
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
@@ -3097,13 +3100,13 @@ class OnionService:
 
     async def _publish(self, intros, due, start, param, blinded, subcred, ring):
         t, tor = now(), self.tor
-        todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
-        due.update({blinded + relay.rsa_id: t + 20 for relay in todo})
+        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
+        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
 
-        async def upload(relay):
+        async def upload(rsa_id):
             try:
-                await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
-                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", text)
+                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except TorError as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
@@ -3111,8 +3114,8 @@ class OnionService:
             esk = ed25519_blind_secret(self._esk, param)
             revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
             text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-        for relays in _pieces(todo, _UPLOADS):
-            await asyncio.gather(*[upload(relay) for relay in relays])
+        for some in _pieces(todo, _UPLOADS):
+            await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
     def _introduced(self, intro, body):
         full = len(self._tasks) >= _MAX_TASKS

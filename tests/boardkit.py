@@ -22,7 +22,8 @@ REFUSED = re.compile("MemoryError|memory allocation failed")
 def install(folder):
     """Write what a board's flash holds of minitor into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "minitor.mpy").write_bytes(builds.build("board").mpy("x86"))
+    for path, data in builds.build("board").files(["x86"]):
+        (folder / Path(path).name).write_bytes(data)
 
 
 class Board(Program):

@@ -130,6 +130,9 @@ def read_file(path):
         return None
 
 
+replace = os.rename if MICROPYTHON else os.replace
+
+
 def write_file(path, data):
     """Replace a file in one step."""
     partial, options = path + ".tmp", {}
@@ -142,7 +145,7 @@ def write_file(path, data):
         if not MICROPYTHON:
             f.flush()
             os.fsync(f.fileno())
-    (os.rename if MICROPYTHON else os.replace)(partial, path)
+    replace(partial, path)
 
 
 def spool(path):
@@ -1489,9 +1492,9 @@ class MicrodescParser(_Splitter):
 # === 7. Relay table ===
 # The relays of a consensus in fixed records, sorted by RSA identity.
 
-# RSA identity; half of the microdescriptor's digest; Ed25519 identity, at first the other half;
-# ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
-_RECORD, _SIZE = ">20s86s4sHI", 116
+# RSA identity; IPv4 address, port, IPv6 /32; Ed25519 identity, at first the microdescriptor's
+# digest; ntor key.  In memory: numbers of exit policy, family, family ids; half of the digest.
+_RECORD, _SIZE = ">20s4sHI70s16s", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
 _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
@@ -1524,8 +1527,59 @@ def parse_link_specifiers(r, ntor_key):
     return t
 
 
-class RelayTable:
-    use_family_lists = use_family_ids = True
+def policy_takes(policy, spans):
+    """Return for each (low, high) whether an exit policy takes all these ports."""
+    word, _, ports = policy.partition(b" ")
+    try:
+        ranges = list(number_ranges(ports.decode()))
+    except ValueError:
+        word = b""
+    if word == b"accept":
+        return [any([a <= low and high <= b for a, b in ranges]) for low, high in spans]
+    good = word == b"reject"
+    return [good and all([high < a or b < low for a, b in ranges]) for low, high in spans]
+
+
+class _Relays:
+    # `whole`: all microdescriptors are to be fetched before use; `short`: for some relays there
+    # was no room.
+    use_family_lists, use_family_ids, whole, short = True, True, False, False
+
+    def relay(self, i):
+        parts = self._field(i, 20, 6), self.rsa_id(i), self.ed_id(i)
+        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
+        r = parse_link_specifiers(r, self._field(i, 62, 32))
+        r.index, r.flags, r.private = i, self.flags_of(i), False
+        return r
+
+    def rsa_id(self, i):
+        return self._field(i, 0, 20)
+
+    def ed_id(self, i):
+        return self._field(i, 30, 32)
+
+    def subnets(self, i):
+        return unpack(">H4xI", self._field(i, 20, 10))
+
+    def find(self, rsa_id):
+        """Return the index of a relay, or -1."""
+        # They are spread evenly.
+        low, high, first, last, key = 0, len(self), 0, 1 << 24, uint(rsa_id[:3])
+        while low < high and first <= key <= last:
+            at = low + (key - first) * (high - low) // (last - first + 1)
+            i = self.index_at(at)
+            found = self.rsa_id(i)
+            if found == rsa_id:
+                return i
+            if found < rsa_id:
+                low, first = at + 1, uint(found[:3])
+            else:
+                high, last = at, uint(found[:3])
+        return -1
+
+
+class RelayTable(_Relays):
+    """The relays in memory; indexes count from 0."""
 
     def __init__(self, records=b"", flags=b"", weights=b"", beside=(b"",)):
         self.records = bytearray(records)
@@ -1547,62 +1601,67 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay is malformed, not in order, or one too many")
-        self.records += pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        fields = rsa_id, address, port, net6, md_digest, md_digest
+        self.records += pack(_RECORD, *fields)
         self.flags.append(flags)
         self.weights.append(weight)
 
     def __len__(self):
         return len(self.flags)
 
-    def relay(self, i):
-        parts = self._field(i, 106, 6), self.rsa_id(i), self.ed_id(i)
-        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
-        r = parse_link_specifiers(r, self._field(i, 68, 32))
-        r.index, r.flags, r.private = i, self.flags[i], False
-        return r
+    def flags_of(self, i):
+        return self.flags[i]
+
+    def index_at(self, n):
+        return n
+
+    def finish(self, consensus, old):
+        """Take over from the table `old`, or None, what is the same in this new one."""
+        if old:
+            self.carry_over(old)
 
     def _field(self, i, at, size):
         at += i * _SIZE
         return bytes(self.records[at : at + size])
 
-    def rsa_id(self, i):
-        return self._field(i, 0, 20)
-
-    def ed_id(self, i):
-        return self._field(i, 36, 32)
-
-    def find(self, rsa_id):
-        low, high = 0, len(self)
-        while low < high:
-            at = (low + high) // 2
-            low, high = (at + 1, high) if self.rsa_id(at) < rsa_id else (low, at)
-        return low if self.rsa_id(low) == rsa_id else -1
-
-    def subnets(self, i):
-        return unpack_from(">H4xI", self.records, i * _SIZE + 106)
-
-    def missing(self):
-        """Yield index and digest of microdescriptors to fetch."""
+    def rows(self, mask=0, need=0):
+        """Yield index, flags and weight of the relays that have of `mask` just `need`."""
         for i, flags in enumerate(self.flags):
-            if not flags & KNOWN:
-                yield i, self._field(i, 20, 32)
+            if flags & mask == need:
+                yield i, flags, self.weights[i]
+
+    def identities(self, need):
+        """Yield index and Ed25519 identity of the relays with all flags `need`."""
+        for i, _, _ in self.rows(need, need):
+            yield i, self.ed_id(i)
+
+    def missing(self, most=65535):
+        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
+        wanted = {}
+        for i, _, _ in self.rows(KNOWN, 0):
+            wanted[self._field(i, 30, 32)] = i
+            if len(wanted) == most:
+                yield wanted
+                wanted = {}
+        if wanted:
+            yield wanted
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
         if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
-            pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
+            pack_into(">64sHHH", self.records, i * _SIZE + 30, keys, *numbers)
 
     def _texts(self, i):
-        numbers = unpack_from(">HHH", self.records, i * _SIZE + 100)
+        numbers = unpack(">HHH", self._field(i, 94, 6))
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
-        for i, digest in self.missing():
-            j = old.find(self.rsa_id(i))
-            if j >= 0 and old.flags[j] & KNOWN and old._field(j, 20, 16) == digest[:16]:
-                keys = old._field(j, 36, 64 if old.flags[j] & USABLE else 0)
+        for i, _, _ in self.rows(KNOWN, 0):
+            j, half = old.find(self.rsa_id(i)), self._field(i, 100, 16)
+            if j >= 0 and old.flags[j] & KNOWN and old._field(j, 100, 16) == half:
+                keys = old._field(j, 30, 64 if old.flags[j] & USABLE else 0)
                 self.set_microdesc(i, keys, old._texts(j))
 
     def same_family(self, i, j):
@@ -1612,12 +1671,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        word, _, ports = self._texts(i)[0].partition(b" ")
-        try:
-            inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
-        except ValueError:
-            return False
-        return word == (b"accept" if inside else b"reject")
+        return policy_takes(self._texts(i)[0], [(port, port)])[0]
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
@@ -1625,8 +1679,354 @@ class RelayTable:
         cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
+# On flash: a file "hot" of rows in the consensus's order, written anew each hour (which commits
+# all), and shards of records, in slots that keep their relays: what is new goes where the hot
+# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of the
+# microdescriptor's digest.  A record: as above; bits of exit policy, family ids, family.
+_ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 200, ">20s4sHI80s", 110, 400
+# A shard: digest, bits of its usable slots, records: one block.  40 numbers, 37 of them slots.
+_SLOTS, _SHARD = 37, 4091
+# Where the spans of ports begin for which a bit tells that all in them are taken.
+_PORTS = (
+    "1 20 22 23 25 26 53 54 80 81 110 111 143 144 443 444 465 466 587 588 993 996 5222 5223 "
+    "6667 6668 6697 6698 8000 8080 8081 9001"
+)
+# What is open for writing, to be closed before another opens it.
+_writing = []
+
+
+def _family_bit(rsa_id):
+    return 1 << (rsa_id[3] & 63)
+
+
+class FlashTable(_Relays):
+    """The relays in files; indexes are numbers of slots."""
+
+    def __init__(self, path, network_id):
+        self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
+        self._n = self.shards = 0
+        self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
+        self._usable, self._buffer, self._loaded, self._dirty = bytearray(5 * _SHARDS), None, -1, 0
+        self._old = self._hot = self._new = None
+        self._forced = True
+
+    def _digest(self, n, data):
+        h = hashlib.sha256(self._salt + bytes((n >> 8, n & 255)))
+        h.update(data)
+        return h.digest()[:16]
+
+    def load(self):
+        """Return the Consensus, or None where something is missing or damaged."""
+        try:
+            self._open("hot")
+            size = self._hot.seek(0, 2)
+            if size < 40:
+                return None
+            self._hot.seek(size - 40)
+            tail = self._hot.read(40)
+            head, self.shards, self._n = unpack(">IHH", tail[:8])
+            self._hot.seek(0)
+            h, left = hashlib.sha256(self._salt), size - 32
+            while left > 0:
+                h.update(self._hot.read(min(left, 1024)))
+                left -= 1024
+            if h.digest() != tail[8:] or size != 10 * self._n + head + 40:
+                return None
+            data = bytearray(_SHARD)
+            for n in range(self.shards):
+                with open(self._path + str(n), "rb") as f:
+                    if f.readinto(data) != _SHARD:
+                        return None
+                if self._digest(n, memoryview(data)[16:]) != data[:16]:
+                    return None
+                self._usable[5 * n : 5 * n + 5] = data[16:21]
+            self._hot.seek(10 * self._n)
+            return Consensus(self._hot.read(head))
+        except (OSError, ValueError):
+            return None
+
+    def begin(self, old):
+        """Be ready for a new consensus; `old`: the table in force, or None."""
+        while _writing:
+            _writing.pop().close()
+        private_dir(self._path[:-1])
+        if old:
+            self._usable, self.shards, self.whole = old._usable, old.shards, True
+        else:
+            self._remove("hot")
+            n = 0
+            while self._remove(str(n)):
+                n += 1
+        self._old, self._cursor, self._last, self._vacant = old, 0, b"", self._slots(old)
+        self._hot, self._sum = open(self._path + "hot.tmp", "wb"), hashlib.sha256(self._salt)
+        _writing.append(self._hot)
+        if old:
+            # It waits there for its microdescriptors: each shard is written once.
+            self._new = open(self._path + "new", "wb")
+            _writing.append(self._new)
+
+    def _remove(self, name):
+        try:
+            os.remove(self._path + name)
+            return True
+        except OSError:
+            pass
+
+    def _open(self, name):
+        self._hot, self._first = open(self._path + name, "rb"), -1
+
+    def _slots(self, old):
+        # Yield those that `old` does not use: of the emptiest shards first.
+        used, count, most = bytearray(5 * _SHARDS), bytearray(_SHARDS), _SHARDS
+        if old:
+            most = min(max(old.shards, len(old) // 31 + 1), _SHARDS)
+            for i, _, _ in old.rows():
+                used[i >> 3] |= 1 << (i & 7)
+                count[i // 40] += 1
+        for n in sorted(range(most), key=lambda n: count[n] << 10 | n):
+            self.shards = max(self.shards, n + 1)
+            for i in range(40 * n, 40 * n + _SLOTS):
+                if not used[i >> 3] >> (i & 7) & 1:
+                    yield i
+
+    def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
+        good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
+        require(good and self._last < rsa_id, "a relay is malformed, or not in order")
+        self._last = rsa_id
+        i = self._kept(rsa_id, md_digest)
+        if i < 0:
+            i = next(self._vacant, -1)
+            if i < 0:
+                self.short = True
+                return
+            self._usable[i >> 3] &= ~(1 << (i & 7))
+            fields = pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
+            if self._new:
+                self._new.write(pack("<H", i) + fields)
+            else:
+                self._place(i, fields)
+        exponent = 0
+        while weight >> 11:
+            weight, exponent = weight >> 1, exponent + 1
+        row = pack(_ROW, flags, exponent << 11 | weight, i, md_digest)
+        self._hot.write(row)
+        self._sum.update(row)
+        self._n += 1
+
+    def _kept(self, rsa_id, md_digest):
+        # Its slot in the old table, or -1 if it is new or its microdescriptor is.
+        old, mark = self._old, unpack("<HH", md_digest[:4])
+        while old and self._cursor < len(old):
+            at, h = old._row(self._cursor), old._rows
+            # To make other digests meet takes 2^32 tries, and wins nothing.
+            i, same = h[at + 2], (h[at + 3], h[at + 4]) == mark
+            if not same and old.rsa_id(i) > rsa_id:
+                break
+            self._cursor += 1
+            if same:
+                return i
+        return -1
+
+    def finish(self, consensus, old):
+        tail = consensus.head + pack(">IHH", len(consensus.head), self.shards, self._n)
+        self._sum.update(tail)
+        self._hot.write(tail + self._sum.digest())
+        self._flush()
+        while _writing:
+            _writing.pop().close()
+        self._open("hot.tmp")
+        self._vacant = None
+        self._forced = False
+
+    def __len__(self):
+        return self._n
+
+    def _row(self, n):
+        # Where row `n` is in self._rows.
+        at = n % _ROWS
+        if self._first != n - at:
+            self._first = n - at
+            self._hot.seek(10 * self._first)
+            self._hot.readinto(self._rows)
+        return 5 * at
+
+    def index_at(self, n):
+        return self._rows[self._row(n) + 2]
+
+    def rows(self, mask=0, need=0):
+        h, usable = self._rows, self._usable
+        for first in range(0, self._n, _ROWS):
+            for at in range(0, 5 * min(_ROWS, self._n - first), 5):
+                if self._first != first:
+                    self._row(first)
+                i, flags = h[at + 2], h[at]
+                if usable[i >> 3] >> (i & 7) & 1:
+                    flags |= USABLE
+                if flags & mask == need:
+                    weight = h[at + 1]
+                    yield i, flags, (weight & 2047) << (weight >> 11)
+
+    def flags_of(self, i):
+        return USABLE if self._usable[i >> 3] >> (i & 7) & 1 else 0
+
+    def identities(self, need):
+        # In the order of slots: each shard is opened once.
+        self._flush()
+        wanted = bytearray(5 * _SHARDS)
+        for i, _, _ in self.rows(need, need):
+            wanted[i >> 3] |= 1 << (i & 7)
+        for n in range(self.shards):
+            if any(wanted[5 * n : 5 * n + 5]):
+                with open(self._path + str(n), "rb") as f:
+                    for i in range(40 * n, 40 * n + _SLOTS):
+                        if wanted[i >> 3] >> (i & 7) & 1:
+                            f.seek(51 + i % 40 * _SLOT)
+                            yield i, f.read(32)
+
+    def find(self, rsa_id):
+        # A few relays are looked up again and again.
+        if rsa_id not in self._found:
+            if len(self._found) > 15:
+                self._found.clear()
+            self._found[rsa_id] = _Relays.find(self, rsa_id)
+        return self._found[rsa_id]
+
+    def _field(self, i, at, size):
+        n, at = i // 40, 21 + i % 40 * _SLOT + at
+        if n == self._loaded:
+            return bytes(self._buffer[at : at + size])
+        return self._read(n, at, size)
+
+    def _read(self, n, at, size):
+        with open(self._path + str(n), "rb") as f:
+            f.seek(at)
+            return f.read(size)
+
+    def _load(self, n):
+        if n != self._loaded:
+            self._flush()
+            self._buffer, self._loaded = self._buffer or bytearray(_SHARD), n
+            try:
+                with open(self._path + str(n), "rb") as f:
+                    f.readinto(self._buffer)
+            except OSError:
+                self._buffer[:] = bytes(_SHARD)
+
+    def _flush(self):
+        n, data = self._loaded, self._buffer
+        if self._dirty:
+            self._dirty = 0
+            data[16:21] = self._usable[5 * n : 5 * n + 5]
+            data[:16] = self._digest(n, memoryview(data)[16:])
+            try:
+                write_file(self._path + str(n), data)
+            except OSError:
+                # Usable is what is there.
+                self._loaded = -1
+                self._usable[5 * n : 5 * n + 5] = self._read(n, 16, 5)
+                raise
+
+    def _place(self, i, fields, usable=0):
+        # Set the record of a relay whose microdescriptor is not there, or that has none.
+        self._load(i // 40)
+        at, bit = 21 + i % 40 * _SLOT, 1 << (i & 7)
+        self._buffer[at : at + _SLOT] = fields + bytes(_SLOT - len(fields))
+        self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
+        self._dirty = 1
+
+    def _pending(self):
+        # Put the new ones into their shards; yield {digest: slot} of each shard.
+        wanted = {}
+        with open(self._path + "new", "rb") as f:
+            while fields := f.read(64):
+                i = fields[0] | fields[1] << 8
+                if wanted and i // 40 != self._loaded:
+                    yield wanted
+                    wanted = {}
+                if not self.flags_of(i):
+                    self._place(i, fields[2:])
+                    wanted[fields[32:]] = i
+        if wanted:
+            yield wanted
+        self._flush()
+        self._new = None
+
+    def missing(self, most=0):
+        """As RelayTable's, but shard by shard."""
+        wanted = {}
+        if self._new:
+            return (yield from self._pending())
+        for i, _, _ in self.rows(USABLE, 0):
+            if wanted and i // 40 != self._loaded:
+                yield wanted
+                wanted = {}
+            self._load(i // 40)
+            digest = self._field(i, 30, 32)
+            if any(digest):
+                wanted[digest] = i
+        if wanted:
+            yield wanted
+
+    def set_microdesc(self, i, keys, beside):
+        self._load(i // 40)
+        good, fields = len(keys) == 64, self._field(i, 0, 30)
+        if good:
+            policy, family, ids = beside
+            starts = [int(port) for port in _PORTS.split()]
+            taken = policy_takes(policy, [(a, b - 1) for a, b in zip(starts, starts[1:] + [65536])])
+            ports = sum([1 << n for n, all_of_it in enumerate(taken) if all_of_it])
+            ids, bits = b"".join([one[:2] for one in _pieces(ids, 8)[:2]]), 0
+            for member in _pieces(family, 4):
+                bits |= _family_bit(member)
+            fields += keys + pack(">I4sQ", ports, ids, bits)
+        self._place(i, fields, good)
+
+    def exit_allows(self, i, port):
+        n = sum([int(start) <= port for start in _PORTS.split()]) - 1
+        return bool(uint(self._field(i, 94, 4)) >> n & 1)
+
+    def same_family(self, i, j):
+        # Those that are of one family always are; some that are not, seem to be.
+        a, b = [self._field(k, 98, 12) for k in (i, j)]
+        shared = set(_pieces(a[:4], 2)) & set(_pieces(b[:4], 2)) - {b"\0\0"}
+        if self.use_family_ids and shared:
+            return True
+        mutual = uint(a[4:]) & _family_bit(self.rsa_id(j)) and uint(b[4:])
+        return bool(self.use_family_lists and mutual & _family_bit(self.rsa_id(i)))
+
+    def save(self, path, network_id, consensus):
+        """Put the new table into force, or keep what came since."""
+        try:
+            for _ in self._pending() if self._new else ():
+                pass
+            self._flush()
+            self._buffer, self._loaded = None, -1
+            if not self._forced:
+                for table in (self, self._old or self):
+                    table._hot.close()
+                replace(self._path + "hot.tmp", self._path + "hot")
+                self._open("hot")
+                self._forced, self._old = True, None
+                self._remove("new")
+        except OSError as e:
+            raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
+
+
+def new_table(path, network_id, old):
+    """Return an empty table, to take the place of `old` (or None)."""
+    if not MICROPYTHON:
+        return RelayTable()
+    table = FlashTable(path, network_id)
+    table.begin(old)
+    return table
+
+
 def load_table(path, network_id):
-    """The (RelayTable, Consensus) that `save` wrote, or None."""
+    """The (table, Consensus) that `save` wrote, or None."""
+    if MICROPYTHON:
+        table = FlashTable(path, network_id)
+        consensus = table.load()
+        return consensus and (table, consensus)
     data = read_file(path) or b""
     r, pieces = Reader(data[32:]), []
     if sha256(_LAYOUT + network_id + r.data) != data[:32]:
@@ -1878,13 +2278,12 @@ def hsdir_ring(table, consensus, blinded, period, use):
         start = b"store-at-idx" + blinded + pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
     value += pack(">QQ", number, length)
-    for i, flags in enumerate(table.flags):
-        if flags & needed == needed:
-            at = sha3_256(b"node-idx" + table.ed_id(i) + value)
-            for start, nearest in places:
-                item = at < start, at, i
-                if len(nearest) < replicas * spread or item < nearest[-1]:
-                    nearest[:] = sorted(nearest + [item])[: replicas * spread]
+    for i, ed_id in table.identities(needed):
+        at = sha3_256(b"node-idx" + ed_id + value)
+        for start, nearest in places:
+            item = at < start, at, i
+            if len(nearest) < replicas * spread or item < nearest[-1]:
+                nearest[:] = sorted(nearest + [item])[: replicas * spread]
     for _, nearest in places:
         # A replica skips what an earlier one took.
         found += [i for _, _, i in nearest if i not in found][:spread]
@@ -2928,46 +3327,66 @@ class PathSelector:
         if not self._file:
             return
         self.sample = [g for g in self.sample if g.until > now()]
-        free = set([i for i, _ in self.weigh(*_ROLES["guard"])])
+        found, free = {table.find(g.rsa_id): g for g in self.sample}, 0
         for g in self.sample:
-            i = table.find(g.rsa_id)
-            g.index = i if i in free else -1
-            free.discard(i)
+            g.index = -1
+        for i, _ in self.weigh(*_ROLES["guard"]):
+            if i in found:
+                found[i].index = i
+            else:
+                free += 1
         # A failure counts once a relay answered since: a dead network uses up no guards.
         listed = self._order()
         usable = [g for g in listed if g.failed_at > self.online or not g.down()]
         lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
         room = self.param("guard-max-sample-size", 60, 1) - len(listed)
-        for _ in range(min(lack, room, len(free))):
-            i = self.pick("guard", lambda i: i in free)
-            free.remove(i)
+        for _ in range(min(lack, room, free)):
+            i = self.pick("guard", lambda i: i not in [g.index for g in self.sample])
             self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
         self._save()
 
-    def weigh(self, position, need, never=0):
-        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+    def weigh(self, position, need, never=0, among=()):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`.
+
+        Those `among` some, if given, weigh alike.
+        """
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-        factors, mask, kind = dict(w), need | never, GUARD | EXIT
-        for i, flags in enumerate(self.table.flags):
-            if flags & mask == need:
+        factors, kind = dict(w), GUARD | EXIT
+        for i, flags, weight in self.table.rows(need | never, need):
+            if not among or i in among:
                 # Not 0: without weights, all are alike.
-                yield i, self.table.weights[i] * factors[flags & kind] or 1
+                yield i, (0 if among else weight) * factors[flags & kind] or 1
 
-    def pick(self, role, accept, stable=STABLE, even=0):
+    def _draw(self, fit, *which):
+        # An index by weight, or -1.  First as if nearly all were fit: that asks for few.
+        total = sum(w for _, w in self.weigh(*which))
+        for _ in range(4 if total else 0):
+            at = randbelow(total)
+            for i, w in self.weigh(*which):
+                at -= w
+                if at < 0:
+                    break
+            if fit(i):
+                return i
+        total, found = 0, -1
+        for i, w in self.weigh(*which):
+            if fit(i):
+                total += w
+                found = i if randbelow(total) < w else found
+        return found
+
+    def pick(self, role, accept, stable=STABLE, among=()):
         """The index of a relay for `role` that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
-            left = self.weigh(position, need, never)
-            left = [(i, even or w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
-            at = randbelow(sum(w for _, w in left) or 1)
-            for i, w in left:
-                at -= w
-                if at < 0:
-                    return i
+            fit = lambda i: self._doubts.get(i, 0) <= t and accept(i)
+            i = self._draw(fit, position, need, never, among)
+            if i >= 0:
+                return i
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
@@ -2995,8 +3414,8 @@ class PathSelector:
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
         """The Relay to enter by, of those that `accept(index)` takes (4.6)."""
-        flags, primary = self.table.flags, self.primary()
-        fit = [g for g in self._order() if flags[g.index] & USABLE and accept(g.index)]
+        flags, primary = self.table.flags_of, self.primary()
+        fit = [g for g in self._order() if flags(g.index) & USABLE and accept(g.index)]
         # Where all are down, the best take turns.
         up = [g for g in fit if not g.down()] or sorted(fit[:3], key=lambda g: g.failed_at)[:1]
         if not up:
@@ -3051,12 +3470,12 @@ class PathSelector:
         def apart(i):
             # As in tor: to avoid their families, or a guard as target, would tell of them.
             if second:
-                return i not in path and (len(path) > 2 or i in second)
+                return i not in path
             return all([distinct(table, i, j) for j in path if j >= 0])
 
         path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
-            path.append(self.pick(role, apart, stable, second and len(path) == 2))
+            path.append(self.pick(role, apart, stable, second if len(path) == 2 else ()))
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
     def _layer_two(self):
@@ -3274,7 +3693,7 @@ async def directory_request(circuit, *request, seconds=None):
         stream.close()
 
 
-_BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
+_BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities.
@@ -3306,7 +3725,10 @@ class Directory:
                 return await self._fill(*cached)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
-        await self._fill(*await self._ask(self._consensus_from))
+        for _ in range(3):
+            await self._fill(*await self._ask(self._consensus_from))
+            if not self.table.short:
+                break
 
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
@@ -3314,15 +3736,17 @@ class Directory:
         while True:
             try:
                 await self._fill(self.table, self.consensus, 101)
-                when = self._next_time()
+                when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 # The clock may be set, or the machine sleep.
                 while now() < when:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
-                if consensus.valid_after <= self.consensus.valid_after:
+                if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
                     raise DirectoryError("there is no newer consensus")
                 await self._fill(table, consensus)
+                if table.short:
+                    raise DirectoryError("there is no room for all relays")
                 delay = 0
             except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
@@ -3371,6 +3795,8 @@ class Directory:
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
+            except OSError as e:
+                raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
             finally:
                 if circuit:
                     circuit.close()
@@ -3378,7 +3804,8 @@ class Directory:
 
     async def _consensus_from(self, circuit):
         # A new RelayTable and its Consensus, verified.
-        identities, table = self.network.identities, RelayTable()
+        identities = self.network.identities
+        table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
         self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
@@ -3398,6 +3825,7 @@ class Directory:
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
+        table.finish(consensus, self.table)
         try:
             consensus.check_times(now())
         except DirectoryError:
@@ -3412,17 +3840,16 @@ class Directory:
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
         changed = table is not self.table
-        if changed and self.table:
-            table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or least
+        until = until or (101 if table.whole else least)
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
-            changed, args = True, (self._microdescs_from, weights, until, table.missing())
+            queue, changed = table.missing(4 * _BATCH), True
+            args = self._microdescs_from, weights, until, queue
             self._report(45, "requesting_descriptors", "Asking for relay descriptors")
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
@@ -3431,11 +3858,11 @@ class Directory:
                 break
         if weights.percent() < least:
             raise DirectoryError("too few microdescriptors came")
-        self.table, self.consensus = table, consensus
         if changed:
             table.save(self._path, self.network.id, consensus)
-            if self.paths:
-                self.paths.update(table, consensus)
+        self.table, self.consensus = table, consensus
+        if changed and self.paths:
+            self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
@@ -3443,12 +3870,13 @@ class Directory:
             if digest in wanted:
                 weights.table.set_microdesc(wanted.pop(digest), *found)
 
-        while (percent := weights.percent()) < until:
-            done = 50 + 24 * percent // until
-            self._report(done, "loading_descriptors", "Loading relay descriptors")
-            wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
-            if not wanted:
-                return
+        for n, wanted in enumerate(queue):
+            if n % _LOOK == 0:
+                percent = weights.percent()
+                if percent >= until:
+                    return
+                done = 50 + 24 * percent // until
+                self._report(done, "loading_descriptors", "Loading relay descriptors")
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)
@@ -3464,17 +3892,20 @@ _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 def descriptor_place(tor, key, n):
-    """Start, blinding parameter and key, subcredential, directories of period `n`."""
+    """Start, blinding parameter and key, subcredential, directories' identities."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
+    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
 
 
-async def hsdir_request(tor, relay, path, body=None):
-    circuit = await tor.circuit_to(relay)
+async def hsdir_request(tor, rsa_id, path, body=None):
+    i = tor.directory.table.find(rsa_id)
+    if i < 0:
+        raise CircuitError("the directory is not listed any more")
+    circuit = await tor.circuit_to(tor.directory.table.relay(i))
     try:
         return await directory_request(circuit, path, 50000, None, body, seconds=30)
     finally:
@@ -3499,8 +3930,8 @@ async def _find_descriptor(tor, key):
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
-    async def fetch(relay):
-        text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
+    async def fetch(rsa_id):
+        text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
         return parse_descriptor(text, blinded, subcred, now())
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
@@ -3704,13 +4135,13 @@ class OnionService:
 
     async def _publish(self, intros, due, start, param, blinded, subcred, ring):
         t, tor = now(), self.tor
-        todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
-        due.update({blinded + relay.rsa_id: t + 20 for relay in todo})
+        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
+        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
 
-        async def upload(relay):
+        async def upload(rsa_id):
             try:
-                await hsdir_request(tor, relay, "/tor/hs/3/publish", file)
-                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
+                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
@@ -3720,8 +4151,8 @@ class OnionService:
         revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
         with spool(self.key_dir + "/descriptor") as file:
             make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
-            for relays in _pieces(todo, _UPLOADS):
-                await asyncio.gather(*[upload(relay) for relay in relays])
+            for some in _pieces(todo, _UPLOADS):
+                await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
     def _introduced(self, intro, body):
         full = self._short() or len(self._tasks) >= _MAX_TASKS
@@ -3858,11 +4289,14 @@ class AsyncTor:
     async def _bootstrap(self):
         directory = self.directory
         await directory.bootstrap()
+        if MICROPYTHON:
+            # What is dear there: a link to the guard alone stays.
+            self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
         self.progress(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        works = directory.refresh, self._keep_spares
+        works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
         self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
         self.progress(100, "done", "Done")
 

@@ -169,6 +169,9 @@ class Table:
     def ed_id(self, i):
         return self.ids[i]
 
+    def identities(self, need):
+        return [(i, self.ids[i]) for i, flags in enumerate(self.flags) if flags & need == need]
+
 
 def hs_index(blinded, replica, period):
     place = struct.pack(">QQQ", replica, period[1], period[0])

@@ -408,7 +408,7 @@ def test_descriptors_are_kept(monkeypatch):
 
     async def main():
         tor, key = fake_tor(), ed_public(b"k" * 32)
-        tor.directory.table = Thing(relay=lambda i: i)
+        tor.directory.table = Thing(rsa_id=lambda i: i)
         first = await minitor._find_descriptor(tor, key)
         assert await minitor._find_descriptor(tor, key) is first and len(asked) == 1
         first.until = 0
@@ -440,9 +440,12 @@ class Table:
     def find(self, rsa_id):
         return -1 if rsa_id[0] in self.gone else rsa_id[0]
 
+    def rsa_id(self, i):
+        return bytes([i]) * 20
+
     def relay(self, i):
         key = minitor.x25519(b"n" * 32)
-        return Thing(rsa_id=bytes([i]) * 20, index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
+        return Thing(rsa_id=self.rsa_id(i), index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
                      port=9001, ntor_key=key)
 
 
@@ -479,10 +482,10 @@ def published(service, monkeypatch):
         service.built[-1].path = [target]
         return service.built[-1]
 
-    async def hsdir_request(tor, relay, path, file):
-        if relay.rsa_id[0] in service.refusing:
+    async def hsdir_request(tor, rsa_id, path, file):
+        if rsa_id[0] in service.refusing:
             raise minitor.DirectoryError("refused")
-        service.posts.append((relay.rsa_id[0], sorted(file.getvalue())))
+        service.posts.append((rsa_id[0], sorted(file.getvalue())))
 
     async def fast(seconds):
         clock[0] += 1 if seconds else 0

@@ -58,10 +58,11 @@ assert hsdir_index(b"\x42" * 32, period) == H(
 
 
 class Table:
-    flags = [minitor.HSDIR | minitor.HSDIR2 | minitor.USABLE] * 100
-
     def ed_id(self, i):
         return minitor.sha256(bytes([i]))
+
+    def identities(self, need):
+        return [(i, self.ed_id(i)) for i in range(100)]
 
 
 ring = sorted([(hsdir_index(Table().ed_id(i), period), i) for i in range(100)])

@@ -2503,23 +2503,30 @@ class Channel:
         self._wake.set()
 
     async def _write(self, writer):
+        full, size = False, 0
         try:
             while self._queue or not self.closed:
-                if not self._queue:
-                    await self._wake.wait()
-                    self._wake.clear()
-                    continue
-                if MICROPYTHON:
-                    data = self._queue.pop(0)
-                else:
-                    data, self._queue = b"".join(self._queue), []
-                writer.write(data)
-                self._used = ticks_ms()
-                await writer.drain()
-                full = self.room() < 1
-                self._queued -= len(data)
-                for circuit in list(self.circuits.values()) * full:
-                    circuit.resume()
+                try:
+                    for circuit in list(self.circuits.values()) * full:
+                        circuit.resume()
+                    idle, full = not self._queue, False
+                    waiting = self._wake.wait() if idle else writer.drain()
+                    if MICROPYTHON and not idle:
+                        # As its `write` has it, which would copy.
+                        size = len(self._queue[0])
+                        setattr(writer, "out_buf", self._queue.pop(0))
+                    elif not idle:
+                        data, self._queue = b"".join(self._queue), []
+                        size = len(data)
+                        writer.write(data)
+                except MemoryError:
+                    relieve(self.circuits.values())
+                    waiting, idle = asyncio.sleep(0), True
+                await waiting
+                self._wake.clear()
+                if not idle:
+                    self._used, full = ticks_ms(), self.room() < 1
+                    self._queued -= size
         except Exception as e:
             self.close("the link broke: ", e)
         finally:

@@ -50,10 +50,11 @@ def thing(**fields):
 class Wire:
     """The service's connection to its guard; `clients`: {circuit ID: Circuit}."""
 
-    closed = None
+    closed, out_buf = None, b""
 
     def __init__(self):
-        self.data, self.circuits, self.event, self.greeted = b"", {}, asyncio.Event(), False
+        self.circuits, self.event, self.greeted = {}, asyncio.Event(), False
+        self.data = b"\0\0\x80\0\0"  # VPADDING, after what stands for VERSIONS
 
     # What the service's channel sees.
     async def read(self, n):
@@ -75,6 +76,9 @@ class Wire:
                 circuit.receive(cell[5:], cell[4])
 
     async def drain(self):
+        if self.out_buf:
+            self.write(self.out_buf)
+        self.out_buf = b""
         await asyncio.sleep(0)
 
     # What the clients see.
@@ -174,7 +178,6 @@ async def streams(folder):
                 got = await asyncio.wait_for(stream.readexactly(len(sent)), seconds)
                 assert got == sent
                 stream.close()
-            # Another than that under test must not suffer.
             return True
         except (m.TorError, asyncio.TimeoutError, EOFError):
             return False
@@ -198,11 +201,14 @@ async def streams(folder):
     assert await attempt(20)
     total = count
     print("%d allocations" % total)
-    lost = slow = 0
+    n = lost = harmed = reached = 0
     other, stream = await bystander()
-    for n in range(1, total + 1):
+    # Until no attempt gets that far: they differ a little.
+    while reached + 10 > n:
+        n += 1
         arm(n)
         worked = await attempt(1)
+        reached = n if count >= n else reached
         arm(0)
         for _ in range(50):
             if not service.circuits and len(channel.circuits) <= 1:
@@ -212,20 +218,20 @@ async def streams(folder):
         lost += not worked
         # Those that share the link may lose their circuit, as the one that held most, no more.
         if other.closed or stream.is_closing():
-            slow += 1
+            harmed += 1
             other, stream = await bystander()
         assert await attempt(20), "%d: the service does not answer" % n
         stream.write(b"still")
         assert await asyncio.wait_for(stream.readexactly(5), 20) == b"still", n
         service._tasks = [task for task in service._tasks if not task.done()]
         intro.cookies.clear()
-        if n % 50 == 0:
+        if n % 20 == 0:
             for _ in range(100):
                 await asyncio.sleep(0)
             assert len(channel.circuits) <= 6, (n, len(channel.circuits))
             assert len(service.circuits) <= 6, (n, len(service.circuits))
-    print("%d attempts failed, %d others" % (lost, slow))
-    assert failed == total
+    print("%d failed: %d attempts and %d others came to nothing" % (failed, lost, harmed))
+    assert failed > total * 9 // 10 and harmed * 10 < failed
     server.close()
 
 

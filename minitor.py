@@ -676,9 +676,9 @@ else:
 
     def _counters(counter, stream, n):
         for i in range(0, n, 16):
-            stream[i : i + 16] = counter
+            stream[i : i + 16] = counter[:16]
             if n - i > 15:
-                counter[:] = (uint(counter) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+                counter[:16] = (uint(counter[:16]) + 1 & (1 << 128) - 1).to_bytes(16, "big")
 
     def _sha1(state, mask=0xFFFFFFFF):
         w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
@@ -848,22 +848,23 @@ _STREAM = memoryview(_SCRATCH)[:528]
 
 class AesCtrBoard:
     def __init__(self, key, iv=bytes(16)):
-        self._key, self._counter, self._at, self._aes = key, bytearray(iv), 0, None
+        # The counter, how much of its block is used, and the key.
+        self._state, self._aes = bytearray(iv) + b"\0" + key, None
 
     def apply(self, data, start, n):
         """Encrypt data[start : start + n] where it stands."""
         if not self._aes:
-            self._aes = aes(self._key, 1)
+            self._aes = aes(self._state[17:], 1)
             _recent.append(self)
             if len(_recent) > _RECENT:
                 _recent.pop(0)._aes = None
         while n:
-            at = self._at
+            at = self._state[16]
             count = min(n, 528 - at)
-            _counters(self._counter, _SCRATCH, at + count)
+            _counters(self._state, _SCRATCH, at + count)
             self._aes.encrypt(_STREAM, _STREAM)
             _xor(data, start, _SCRATCH, at, count)
-            self._at = at + count & 15
+            self._state[16] = at + count & 15
             start += count
             n -= count
 
@@ -2977,14 +2978,20 @@ class Circuit:
         except ProtocolError as e:
             raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
         self.path.append(relay)
-        self._layers.append(Layer(keys))
+        self._add(Layer(keys))
         self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
-        self._layers.append(Layer(keys, True, service))
+        self._add(Layer(keys, True, service))
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
+
+    def _add(self, layer):
+        if self._layers:
+            # Messages go to the last hop.
+            self._layers[-1].out_digest = None
+        self._layers.append(layer)
 
     def expect(self, command):
         """A Promise of the body of `command`, which comes once; CircuitError."""

@@ -1,13 +1,16 @@
 """What makes a board fast: native code, and cells that leave no garbage."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import runtimes
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "benchmarks")]
 
+import bench_instructions  # noqa: E402
 import builds  # noqa: E402
 
 
@@ -21,3 +24,14 @@ def test_native_code(architecture):
     native = builds.build("board").mpy(architecture)[2] >> 2
     # On 64 bits the code is plain, as viper's integers are longer there.
     assert bool(native) == (architecture != "x64")
+
+
+@pytest.mark.parametrize(
+    "task, most", [("keccak", 130000), ("sha1", 16000), ("sha512", 120000)], ids=lambda x: str(x)
+)
+def test_instructions_of_a_block(task, most):
+    # Counted, so that no machine's speed is in it.
+    try:
+        assert bench_instructions.count(task, 50) <= most
+    except runtimes.Missing as e:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(e))

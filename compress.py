@@ -9,7 +9,7 @@
                                                   MicroPython's firmware with all of it inside
 
 A build keeps what its entry points reach.  A class named as an entry keeps its public
-methods, CLASS.METHOD that method.  What is kept of the rest goes by names: a function,
+methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by names: a function,
 class or constant stays when its name is mentioned, a method when its attribute is.
 
 For CPython the outcome is minified by python-minifier and, once more, packed into a file
@@ -69,8 +69,11 @@ PRESETS = {
 # Of these texts a board gets so much, line breaks left out: twice 9 for authorities, 21 of 200
 # fallback mirrors; no words for reasons, which have numbers.
 SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
-# What programs name: their public methods with their parameters, and these attributes, stay.
+# Attributes that are None on a board: it has no congestion control.
+ABSENT = ("vegas",)
+# What programs name, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
+CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 
 # Names in MicroPython's firmware.  Each .mpy refers to the first by number.
@@ -242,11 +245,16 @@ def number(node):
 class Fold(ast.NodeTransformer):
     """Put in the values of the names in `known`, and drop what can then not run.
 
-    Docstrings go as well, and logs below the severity `least`.
+    Docstrings go as well, logs below the severity `least`, and attributes that are `absent`.
     """
 
-    def __init__(self, known, least=0):
-        self.known, self.least = known, least
+    def __init__(self, known, least=0, absent=()):
+        self.known, self.least, self.absent = known, least, absent
+
+    def visit_Attribute(self, node):
+        if isinstance(node.ctx, ast.Load) and node.attr in self.absent:
+            return ast.copy_location(ast.Constant(None), node)
+        return self.generic_visit(node)
 
     def visit_Name(self, node):
         if isinstance(node.ctx, ast.Load) and node.id in self.known:
@@ -357,7 +365,7 @@ def fold(tree, micropython, least=0):
     Returns the tree and {name: value} of the constants.
     """
     known = {"MICROPYTHON": micropython}
-    tree, found, more = Fold(known).visit(tree), None, {}
+    tree, found, more = Fold(known, 0, ABSENT if micropython else ()).visit(tree), None, {}
     while more != found:
         found = more
         tree = Fold(dict(found, **known), least).visit(tree)
@@ -405,12 +413,13 @@ class Shake:
     def __init__(self, tree, entries):
         self.tree, self.modules, self.roots = tree, modules(tree), roots(tree)
         self.names, self.attributes, self.done = set(), set(), set()
-        for owner, name in [find(tree, path) for path in entries]:
+        for owner, name in [find(tree, path) for path in entries if path[0] != "."]:
             self.names.add(owner or name)
             self.attributes.add((owner, name))
             for c, member in parts(tree):
                 if c and c.name == name and not owner:
                     self.attributes |= {(name, n) for n in binds(member) if n[0] != "_"}
+        self.attributes |= {(None, path[1:]) for path in entries if path[0] == "."}
         while self._round():
             pass
 
@@ -568,18 +577,26 @@ def explain(line, table):
 
 # ── Overlays ──
 
-# What a board needs only now and then: functions, and with each all that nothing else uses.
-# Every entry is a module of its own, loaded while one of them runs, and dropped afterwards; it
-# may call what stands in the entries before it.
-# Code that is native stays in the main module: it is never freed.
+# What a board needs now and then only: functions, and with each the functions and constants that
+# nothing else uses; classes without instances that live on.  Every entry is a module of its
+# own, loaded while one of its functions runs, and dropped afterwards; it may call what stands in
+# the entries before it.  Native code stays in the main module: it is never freed.
 OVERLAYS = (
+    # Signatures.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
-    " ed25519_blind_secret rsa_public_key rsa_verify sha512 parse_certs check_ed_cert"
-    " establish_intro load_service_key onion_address OnionService._add_intro",
-    "Directory.bootstrap Directory._fill Directory._ask Directory._next_time load_network"
-    " Network.__init__ Consensus.__init__ PathSelector.__init__ PathSelector.update",
+    " ed25519_blind_secret _BASE rsa_public_key rsa_verify sha512 _Sha512 parse_certs"
+    " check_ed_cert establish_intro onion_address OnionService._add_intro",
+    "directory_request _Identity",
+    "Directory.bootstrap Directory._fill Directory._ask Directory._next_time"
+    " Directory._consensus_from Consensus.__init__ ConsensusParser MicrodescParser _Splitter"
+    " PathSelector.__init__ PathSelector.update",
     "OnionService._publish descriptor_place",
+    # Once.
+    "AsyncTor.__init__ OnionService.__init__ load_network Directory.__init__"
+    " load_service_key check_target",
 )
+# What takes long to compute is there as a value.
+VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()
 OVERLAY = "minitor%d"
 # A function there is called by a number: its place in `args`, and the overlay's.  Before it
 # stand the build's number and the overlays that this one needs.
@@ -629,6 +646,18 @@ STUB = "def %s(*args, **named):\n    return %s(%d, *args, **named)"
 STALE = OVERLAY + ".mpy is of another build than minitor.mpy: copy all files of one"
 
 
+def put_values(tree, source):
+    """Put what the source computes for VALUES in its place."""
+    space = {"__name__": "minitor"}
+    for c, s in parts(tree):
+        for name in binds(s) if isinstance(s, ast.Assign) else ():
+            if (c.name + "." + name if c else name) in VALUES:
+                if len(space) == 1:
+                    exec(compile(source, "minitor.py", "exec"), space)
+                value = getattr(space[c.name], name) if c else space[name]
+                s.value = ast.parse(repr(value)).body[0].value
+
+
 class Part:
     """A part of the module: a statement, or a method, or (`node`: the class) the rest of a class.
 
@@ -644,10 +673,13 @@ class Part:
         walked = [n for part in within for n in ast.walk(part)]
         self.names = {n.id for n in walked if isinstance(n, ast.Name)}
         self.attributes = {n.attr for n in walked if isinstance(n, ast.Attribute)}
+        calls = [n for n in walked if isinstance(n, ast.Call)]
+        self.spawned = [n.func for call in calls if getattr(call.func, "id", "") == "spawn"
+                        for n in call.args if isinstance(n, ast.Call)]
         decorated = [n for n in walked if getattr(n, "decorator_list", None)]
         # An empty list, say, is there to be filled: it must not be made anew.
         filled = [n for n in walked if not getattr(n, "elts", getattr(n, "keys", True))]
-        filled += [n for n in walked if isinstance(n, ast.Call) and not n.args]
+        filled += [call for call in calls if not call.args]
         constant = isinstance(node, ast.Assign) and not filled
         self.movable = (constant or hasattr(node, "name")) and not decorated
 
@@ -668,24 +700,31 @@ def public_part(part, stay):
     name = getattr(part.node, "name", "")
     if not part.owner:
         return bool(part.binds & stay)
-    owner = part.owner.name
-    return owner + "." + name in stay or owner in stay and name[0] != "_"
+    return part.owner.name + "." + name in stay
 
 
 def place(all_parts, stay, texts):
-    """Set `overlay` of parts: of those in OVERLAYS, and of what only one of these uses."""
+    """Set `overlay` of parts: of those in OVERLAYS, and of what only one of these uses.
+
+    What a task of its own runs is no such thing.
+    """
     listed = {name: i for i, names in enumerate(OVERLAYS) for name in names.split()}
     for part in all_parts:
-        if isinstance(part.node, FUNCTIONS) and part.movable:
-            owner = part.owner.name + "." if part.owner else ""
-            part.overlay = listed.get(owner + part.node.name)
+        owner = part.owner.name if part.owner else None
+        if part.movable and part.binds:
+            name = min(part.binds)
+            part.overlay = listed.get(owner + "." + name if owner else name, listed.get(owner))
+    tasks = {n.attr if isinstance(n, ast.Attribute) else n.id for part in all_parts
+             for n in part.spawned if isinstance(n, (ast.Attribute, ast.Name))}
     methods = [part for part in all_parts if part.owner]
     bound_names = [part.node.name for part in methods]
     moved = True
     while moved:
         moved = False
         for part in [p for p in all_parts if p.overlay is None and p.movable]:
-            if public_part(part, stay) or not part.binds:
+            if public_part(part, stay) or not part.binds or part.binds & tasks:
+                continue
+            if isinstance(part.node, ast.ClassDef):
                 continue
             if part.owner:
                 name = part.node.name
@@ -695,16 +734,21 @@ def place(all_parts, stay, texts):
                     continue
                 users = [p for p in all_parts if name in p.attributes and p is not part]
             else:
-                inside = [p for p in methods if p.owner is part.node]
-                if not all(p.movable and p.overlay is None for p in inside):
-                    continue
-                users = [p for p in all_parts if part.binds & p.names]
-                users = [p for p in users if p is not part and p not in inside]
+                users = [p for p in all_parts if part.binds & p.names and p is not part]
             where = {p.overlay for p in users}
             if len(where) == 1 and None not in where:
                 moved, part.overlay = True, where.pop()
-                for p in () if part.owner else inside:
-                    p.overlay = part.overlay
+    # The main module calls functions of overlays, but can have nothing else from there.
+    things = [p for p in all_parts if not p.owner and not isinstance(p.node, FUNCTIONS)]
+    while not moved:
+        moved = True
+        for part in [p for p in things if p.overlay is not None]:
+            users = [p for p in all_parts if p.overlay is None and part.binds & p.names]
+            if users or public_part(part, stay):
+                moved = False
+                for p in all_parts:
+                    if p is part or p.owner is part.node:
+                        p.overlay = None
 
 
 class Calls(ast.NodeTransformer):
@@ -816,6 +860,7 @@ def separate(tree, stay, stale):
             block.insert(block.index(p.node), stub)
         if p.owner and p.overlay is not None:
             p.owner.body.remove(p.node)
+            p.node.path = "%s.%s" % (p.owner.name, p.node.name)
             p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
             body.insert(body.index(p.owner) + 1, p.node)
     if any(exports):
@@ -912,7 +957,7 @@ def computed(tree):
     return re.compile("(%s)$" % "|".join(sorted(found)))
 
 
-def own_attributes(tree):
+def own_attributes(tree, public_names):
     """Return {attribute: users} of those that only our classes have.
 
     The users are families of classes, each by its topmost class; None is among them when the
@@ -925,7 +970,7 @@ def own_attributes(tree):
         family = tops[owner.name] if owner else None
         for name in sorted(binds(part)) if c else ():
             users.setdefault(name, set()).add(family)
-            (stay if c.name in PUBLIC and name[0] != "_" else found).add(name)
+            (stay if c.name + "." + name in public_names else found).add(name)
         for n in ast.walk(part):
             if isinstance(n, ast.Attribute):
                 name = getattr(n.value, "id", None)
@@ -938,21 +983,28 @@ def own_attributes(tree):
     return {a: u for a, u in users.items() if a in found - stay and not pattern.match(a)}
 
 
-def given(tree):
+def given(tree, public_names):
     """Return the names of arguments that a call here, or a program's, gives by keyword."""
     found = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for c, f in parts(tree):
-        if isinstance(f, FUNCTIONS) and (c or getattr(f, "owner", f)).name in PUBLIC:
-            if f.name[0] != "_" or f.name == "__init__":
+        if isinstance(f, FUNCTIONS):
+            path = c.name + "." + f.name if c else getattr(f, "path", f.name)
+            if path in public_names and ("." in path or path in PUBLIC):
                 found |= {n.arg for n in ast.walk(f.args) if isinstance(n, ast.arg)}
     return found
 
 
-def public(tree):
-    """Return the names of the module that stay: what PUBLIC lists, and every error."""
-    names = module_names(tree)
-    errors = {name for name, root in roots(tree).items() if root == "TorError"}
-    return {name for name in names if name in PUBLIC or name[:2] == "__"} | errors
+def public(tree, entries):
+    """Return the names that stay: what PUBLIC lists, every error, entries; CLASS.METHOD."""
+    names, stay = module_names(tree), set(entries)
+    for c, f in parts(tree):
+        if c and isinstance(f, FUNCTIONS):
+            path = c.name + "." + f.name
+            named = c.name in PUBLIC and c.name in entries and f.name[0] != "_"
+            if named or "." + f.name in entries or path in CONSTRUCTORS:
+                stay.add(path)
+    stay |= {name for name, root in roots(tree).items() if root == "TorError"}
+    return stay | {name for name in names if name in PUBLIC or name[:2] == "__"}
 
 
 def shorten(tree, stay):
@@ -961,7 +1013,7 @@ def shorten(tree, stay):
     Two things may get one name where they cannot meet: a variable and an attribute, and
     attributes of unrelated classes that are used through `self` only.
     """
-    keywords = given(tree)
+    keywords = given(tree, stay)
     own = [n for s in tree.body for n in sorted(binds(s))]
     stay = stay | keywords | set(imports(tree)) | NATIVE
     own = [n for n in dict.fromkeys(own) if n not in stay]
@@ -971,7 +1023,7 @@ def shorten(tree, stay):
     fresh = iter([n for n in FRESH if n not in taken | never | set(ARGUMENTS)])
     names = {n: next(fresh) for n in own}
 
-    users = own_attributes(tree)
+    users = own_attributes(tree, stay)
     for c, member in parts(tree):
         if c:
             # Looked up in a class, a name is an attribute first.
@@ -1073,9 +1125,12 @@ class Build:
         self.codes = texts(tree)
         tree, values = fold(tree, self.micropython, SEVERITIES.index(least))
         cut(tree, [path for path in cuts.split() if path not in more])
-        stay = public(tree) | set(entries)
+        stay = public(tree, entries)
         if self.micropython:
             self._cut_texts(tree, more)
+            for name in " ".join(OVERLAYS).split():
+                find(tree, name)
+            put_values(tree, source)
             tree = check(Shake(encode(tree, self.codes), entries).result())
             tree, once = use_once(tree, stay)
             tree, exports, tag = separate(tree, stay, self.codes.index(STALE))

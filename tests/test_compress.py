@@ -251,6 +251,7 @@ class Machine:
 
 def small(monkeypatch):
     monkeypatch.setitem(compress.PRESETS, "small", (True, "OnionService set_log", ""))
+    monkeypatch.setattr(compress, "OVERLAYS", ())
     build = compress.Build(SMALL, "small")
     space = {"__name__": "small"}
     exec(build.text, space)
@@ -298,8 +299,8 @@ def overlaid(monkeypatch, source, entries, overlays):
 
 
 def test_what_an_overlay_takes_along(monkeypatch):
-    overlays = "signed", "seldom Machine.start"
-    main, second, first = overlaid(monkeypatch, OVERLAID, "Machine often", overlays)
+    overlays = "signed", "seldom Machine.start Device"
+    main, second, first = overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays)
     there = {"only seldom": first, "both": second, "twice": main, "state": main, "native": main,
              "dunder": first, "step": first, "of a method": first, "named": main, "text": main, "lonely": first}
     for word, where in there.items():
@@ -309,7 +310,7 @@ def test_what_an_overlay_takes_along(monkeypatch):
     assert main.count("def start(*") == 1 and "def _called(self)" in main
     assert "class" in first and main.count("class ") == 1
     with pytest.raises(compress.BuildError, match="needs a later one"):
-        overlaid(monkeypatch, OVERLAID, "Machine often", overlays[::-1])
+        overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays[::-1])
 
 
 def test_native_code_keeps_its_names():

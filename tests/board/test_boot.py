@@ -44,9 +44,9 @@ FAILS = """
 import asyncio
 
 async def main(tor):
-    # One second at a time: so a busy machine lets the others run meanwhile.
-    for _ in range(%d):
-        await asyncio.sleep(1)
+    # In 30 steps: so a busy machine lets the others run meanwhile.
+    for _ in range(30):
+        await asyncio.sleep(%d / 30)
     raise ValueError("what the application raised")
 """
 ALWAYS = """

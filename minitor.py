@@ -355,8 +355,8 @@ _MASK = (1 << 64) - 1
 def _roots(last, power):
     # FIPS 180-4 4.2.3, by Newton.
     for p in range(2, last + 1):
-        if all([p % q for q in range(2, p)]):
-            n, x, y = p << 64 * power, 1 << 70, 1 << 69
+        if all(p % q for q in range(2, p)):
+            n, x, y = p << 64 * power, 1 << 68, 1 << 67
             while y < x:
                 x, y = y, ((power - 1) * y + n // y ** (power - 1)) // power
             yield x & _MASK
@@ -453,10 +453,10 @@ if MICROPYTHON and NARROW:
                 if i & 1:
                     x = b ^ c ^ d
                 elif i:
-                    x = b & c | d & (b | c)
+                    x = (b | c) & d | b & c
                 else:
-                    x = d ^ b & (c ^ d)
-                x = x + (a << 5 | a >> 27) + e + k + uint(q[0])
+                    x = (c ^ d) & b ^ d
+                x = (a << 5 | a >> 27) + x + e + k + uint(q[0])
                 e = d
                 d = c
                 c = b << 30 | b >> 2
@@ -599,11 +599,11 @@ if MICROPYTHON and NARROW:
             p, i = a, 10
             while i:
                 x, y = uint(p[0]), uint(p[2])
-                p[0] = x ^ (y ^ -1) & uint(p[4])
-                p[2] = y ^ uint((p[4] ^ -1) & p[6])
-                p[4] = p[4] ^ (p[6] ^ -1) & p[8]
-                p[6] = p[6] ^ (p[8] ^ -1) & int(x)
-                p[8] = p[8] ^ int((x ^ -1) & y)
+                p[0] = (y ^ -1) & uint(p[4]) ^ x
+                p[2] = uint((p[4] ^ -1) & p[6]) ^ y
+                p[4] = (p[6] ^ -1) & p[8] ^ p[4]
+                p[6] = (p[8] ^ -1) & int(x) ^ p[6]
+                p[8] = int((x ^ -1) & y) ^ p[8]
                 # The high words of a plane, then the next one.
                 p = ptr32(int(p) + (36 if i & 1 else 4))
                 i -= 1
@@ -748,24 +748,18 @@ class _Hash:
 class _Sha1(_Hash):
     _size, _at, _turn, _format = 64, 20, 3, "5I"
     _start = struct.pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
-
-    def _absorb(self, state):
-        _sha1(state)
+    _absorb = staticmethod(_sha1)
 
 
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
     _start = struct.pack("<8Q128x", *_roots(19, 2))
-
-    def _absorb(self, state):
-        _sha512(state)
+    _absorb = staticmethod(_sha512)
 
 
 class _Sha3(_Hash):
     _size, _at, _turn, _start = 136, 0, 0, bytes(200)
-
-    def _absorb(self, state):
-        _keccak(state)
+    _absorb = staticmethod(_keccak)
 
     def finish(self, suffix=6):
         return _Hash.finish(self, suffix)

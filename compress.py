@@ -64,9 +64,9 @@ PRESETS = {
         "AsyncTor.open_connection AsyncTor.resolve",
     ),
 }
-# Of these texts a board gets so much, line breaks left out: 9 authorities, 21 of 200 fallback
-# mirrors; no words for reasons, which have numbers.
-SHORTER = {"_PLACES": 32 * (9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
+# Of these texts a board gets so much, line breaks left out: twice 9 for authorities, 21 of 200
+# fallback mirrors; no words for reasons, which have numbers.
+SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
 # What programs name: their public methods with their parameters, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
 PUBLIC_ATTRIBUTES = "address reason".split()

@@ -21,10 +21,10 @@ import binascii
 import hashlib
 import json
 import os
-import struct
 import sys
 import time
 from array import array
+from struct import pack, pack_into, unpack, unpack_from
 
 MICROPYTHON = sys.implementation.name == "micropython"
 NARROW = sys.maxsize == (1 << 31) - 1
@@ -61,10 +61,6 @@ urandom = os.urandom
 
 def uint(data):
     return int.from_bytes(data, "big")
-
-
-def hexlify(data):
-    return binascii.hexlify(data).decode()
 
 
 _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
@@ -197,7 +193,7 @@ def spawn(coroutine):
 
 
 async def tls_connect(address, port, seconds):
-    """Return reader, writer, and a function for the certificate's SHA-256, once data was read."""
+    """Reader, writer, and a function for the certificate's SHA-256, once data was read."""
     # CERTS proves the relay's identity (tor-spec 4.2).
     if MICROPYTHON:
         context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
@@ -233,7 +229,6 @@ async def hang_up(writer):
 
 
 # === 2. Errors ===
-# Messages say what happened, where, and what to do.
 
 
 class TorError(Exception):
@@ -289,7 +284,7 @@ class TorTimeout(TorError):
 
 
 # === 3. Bytes ===
-# Readers and writers of binary structures; all raise ProtocolError.
+# Binary structures; all raise ProtocolError.
 
 
 def require(good, text):
@@ -298,7 +293,7 @@ def require(good, text):
 
 
 def decimal(text, least, most):
-    """Return the number in `text` (bytes), in [least, most]."""
+    """The number in `text` (bytes), in [least, most]."""
     require(text.isdigit() and len(text) < 21 and least <= int(text) <= most, "bad number")
     return int(text)
 
@@ -319,6 +314,10 @@ class Reader:
 
     def left(self):
         return len(self.data) - self.at
+
+
+def _pieces(packed, size):
+    return [packed[at : at + size] for at in range(0, len(packed), size)]
 
 
 def b64encode(data):
@@ -378,7 +377,7 @@ _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 if MICROPYTHON and NARROW:
     # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
     _SCRATCH = bytearray(640)
-    _ROUNDS = struct.pack("<80Q", *_roots(409, 3))
+    _ROUNDS = pack("<80Q", *_roots(409, 3))
     _LANES = bytes(_lanes())
 
     @micropython.viper
@@ -628,7 +627,7 @@ else:
                 counter[:16] = (uint(counter[:16]) + 1 & (1 << 128) - 1).to_bytes(16, "big")
 
     def _sha1(state, mask=0xFFFFFFFF):
-        w, start = list(struct.unpack_from(">16I", state, 20)), struct.unpack_from("<5I", state)
+        w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
             w.append((x << 1 | x >> 31) & mask)
@@ -643,7 +642,7 @@ else:
                 x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
             a, b, c, d, e = x & mask, a, (b << 30 | b >> 2) & mask, c, d
         w = [(x + y) & mask for x, y in zip((a, b, c, d, e), start)]
-        struct.pack_into("<5I", state, 0, *w)
+        pack_into("<5I", state, 0, *w)
         _xor(state, 20, state, 20, 64)
 
     def _sha512(state, mask=_MASK):
@@ -651,7 +650,7 @@ else:
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
 
-        w, start = list(struct.unpack_from(">16Q", state, 64)), struct.unpack_from("<8Q", state)
+        w, start = list(unpack_from(">16Q", state, 64)), unpack_from("<8Q", state)
         while len(w) < 80:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
@@ -661,11 +660,11 @@ else:
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
             a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
         w = [(x + y) & mask for x, y in zip((a, b, c, d, e, f, g, h), start)]
-        struct.pack_into("<8Q", state, 0, *w)
+        pack_into("<8Q", state, 0, *w)
         _xor(state, 64, state, 64, 128)
 
     def _keccak(state, mask=_MASK):
-        a = list(struct.unpack_from("<25Q", state))
+        a = list(unpack_from("<25Q", state))
         b = a[:]
         for bits in _BITS[:-1]:
             c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
@@ -682,7 +681,7 @@ else:
                 a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
             for j in range(7):
                 a[0] ^= (bits >> j & 1) << (1 << j) - 1
-        struct.pack_into("<25Q", state, 0, *a)
+        pack_into("<25Q", state, 0, *a)
 
 
 
@@ -735,8 +734,8 @@ class _Hash:
             n >>= 8
 
     def digest(self):
-        numbers = struct.unpack_from("<" + self._format, self.finish())
-        return struct.pack(">" + self._format, *numbers)
+        numbers = unpack_from("<" + self._format, self.finish())
+        return pack(">" + self._format, *numbers)
 
     def stamp(self, data, at):
         """Write the digest's first four bytes to data[at:]."""
@@ -747,13 +746,13 @@ class _Hash:
 
 class _Sha1(_Hash):
     _size, _at, _turn, _format = 64, 20, 3, "5I"
-    _start = struct.pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+    _start = pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
     _absorb = staticmethod(_sha1)
 
 
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
-    _start = struct.pack("<8Q128x", *_roots(19, 2))
+    _start = pack("<8Q128x", *_roots(19, 2))
     _absorb = staticmethod(_sha512)
 
 
@@ -780,13 +779,107 @@ Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
 
 
+# AES without OpenSSL is bit-sliced: a plane is a bit of the 4 bytes of a row, of 2048 blocks.
+
+
+def _planes(block):
+    bits = [[b"\0\xff"[x >> j & 1 :][:1] * 256 for x in block] for j in range(7, -1, -1)]
+    return [uint(b"".join(bit[row::4])) for row in range(4) for bit in bits]
+
+
+def _sum(a, b):
+    return [x ^ y for x, y in zip(a, b)]
+
+
+def _times(p, q):
+    # GF(2^4) on the basis z, z^2, z^3, z^4, where z^5 = 1.
+    (a, b, c, d), (e, f, g, h) = p, q
+    x = a & h ^ b & g ^ c & f ^ d & e
+    y, z = a & f ^ b & e ^ d & h ^ x, a & g ^ b & f ^ c & e ^ x
+    return b & h ^ c & g ^ d & f ^ x, a & e ^ c & h ^ d & g ^ x, y, z
+
+
+def _sub_bytes(a, b, c, d, e, f, g, h):
+    # Less its 0x63, by way of GF(2^4)[y] / (y^2 + y + z): the inverse of p·y + q is
+    # (p·y + p + q)·s^7 where s = (z·p^2 + q·(p + q))^2.
+    x, y = f ^ h, a ^ c ^ g
+    q = x ^ e, x, c ^ h, y ^ b ^ h
+    p = a, b, c, d = b ^ c ^ d, y, a ^ b ^ d ^ e ^ f, y ^ e ^ f
+    r = _sum(p, q)
+    a, b, c, d = _sum(_times(q, r), (b, b ^ c, a ^ b, b ^ d))
+    s = t = c, a, d, b
+    for _ in range(2):
+        t = _times((t[2], t[0], t[3], t[1]), s)
+    (a, b, c, d), (e, f, g, h) = _times(r, t), _times(p, t)
+    x = c ^ f ^ g ^ h
+    y = a ^ d ^ x
+    return [b ^ c ^ g, e ^ f ^ h, y ^ c, y, c ^ h, b ^ c ^ d, d, x]
+
+
+def _round_keys(key):
+    # FIPS 197 5.2; all but the first have SubBytes' 0x63.
+    size, w = len(key), bytes(key)
+    for i in range(size, 4 * size + 112, 4):
+        t = w[-4:]
+        if i % size in (0, 16):
+            t = [_sub_bytes(*[x >> j & 1 for j in range(7, -1, -1)]) for x in t]
+            t = [99 ^ int("".join(map(str, x)), 2) for x in t]
+        if i % size == 0:
+            t = t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]
+        w += bytes(_sum(t, w[-size:]))
+    return w[:16] + bytes([x ^ 99 for x in w[16:]])
+
+
+def _key_stream(keys, counter):
+    s, everywhere = _planes((counter % (1 << 128)).to_bytes(16, "big")), (1 << 8192) - 1
+    for j in range(11):
+        s[31 - j] ^= ((1 << 2048) - 1) // ((1 << (1 << j)) + 1)
+    s = _sum(s, _planes(keys[:16]))
+    for at in range(16, len(keys), 16):
+        s = sum([_sub_bytes(*row) for row in _pieces(s, 8)], [])
+        # ShiftRows, MixColumns
+        turns = [(i // 8 * 2048, x) for i, x in enumerate(s)]
+        s = [(x << n | x >> 8192 - n) & everywhere for n, x in turns]
+        if at + 16 < len(keys):
+            below = s[8:] + s[:8]
+            u = _sum(s, below)
+            s = [x ^ u[i & 24 | i + 1 & 7] ^ u[i - 16] for i, x in enumerate(below)]
+            for i in 3, 4, 6:
+                s[i::8] = _sum(s[i::8], u[::8])
+        s = _sum(s, _planes(keys[at : at + 16]))
+    out = bytearray(1 << 15)
+    for i, row in enumerate(_pieces(s, 8)):
+        x = 0
+        for plane in row:
+            # A digit as a character has its bit lowest.
+            x = x << 1 | uint(bin(plane | 1 << 8192)[3:].encode()) & (1 << (1 << 16)) // 255
+        for j, column in enumerate(_pieces(x.to_bytes(8192, "big"), 2048)):
+            out[4 * j + i :: 16] = column
+    return out
+
+
+class AesCtrPortable:
+    def __init__(self, key, iv=bytes(16)):
+        self._keys, n = _round_keys(key), uint(iv)
+        self._next, self._stream = n & -2048, b""
+        self.crypt(bytes(n % 2048 * 16))
+
+    def crypt(self, data):
+        n = len(data)
+        while len(self._stream) < n:
+            self._stream += _key_stream(self._keys, self._next)
+            self._next += 2048
+        x, self._stream = uint(data) ^ uint(self._stream[:n]), self._stream[n:]
+        return x.to_bytes(n, "big")
+
+
 # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
 # no garbage, and few of many circuits have such objects.
 _recent, _RECENT = [], 10
 _STREAM = memoryview(_SCRATCH)[:528]
 
 
-class AesCtrBoard:
+class AesCtrCryptolib:
     def __init__(self, key, iv=bytes(16)):
         # The counter, how much of its block is used, and the key.
         self._state, self._aes = bytearray(iv) + b"\0" + key, None
@@ -810,83 +903,9 @@ class AesCtrBoard:
 
     def crypt(self, data):
         # What can change does so in place.
-        data = bytearray(data) if isinstance(data, bytes) else data
-        self.apply(data, 0, len(data))
-        return data
-
-
-# Without cryptolib AES works on 1024 blocks: all their first bytes are one string, and so on.
-_WINDOW = 1024 if MICROPYTHON else 1 << 14
-_ORDER = [p % 4 * 4 + p // 4 for p in range(16)]  # By rows.
-
-
-def _boxes():
-    # SubBytes (FIPS 197 5.1.1) by powers of 3, and twice that.
-    powers, box = [1], bytearray(b"c" * 256)
-    for i in range(254):
-        x = powers[i] ^ powers[i] << 1
-        powers.append(x ^ (x >> 8) * 0x11B)
-    for i, x in enumerate(powers):
-        y = powers[-i] * 257
-        box[x] ^= (y ^ y >> 4 ^ y >> 5 ^ y >> 6 ^ y >> 7) & 255
-    return box, bytes([2 * x ^ (x >> 7) * 0x11B for x in box])
-
-
-_BOXES = _boxes()
-
-
-def _rows(blocks):
-    return [uint(blocks[p::16]) for p in _ORDER]
-
-
-def _key_stream(keys, counter):
-    s = [(counter + i & (1 << 128) - 1).to_bytes(16, "big") for i in range(1024)]
-    s, out = _rows(b"".join(s)), bytearray(1 << 14)
-    for key in keys[:-1]:
-        s = [(x ^ y).to_bytes(1024, "big") for x, y in zip(s, key)]
-        s = [s[p & 12 | p + (p >> 2) & 3] for p in range(16)]  # ShiftRows
-        a, b = [[uint(x.translate(box)) for x in s] for box in _BOXES]
-        s = [b[p] ^ b[p - 12] ^ a[p - 12] ^ a[p - 8] ^ a[p - 4] for p in range(16)]
-    for p, x, y in zip(_ORDER, a, keys[-1]):
-        out[p::16] = (x ^ y).to_bytes(1024, "big")
-    return out
-
-
-class AesCtrPortable:
-    def __init__(self, key, iv=bytes(16)):
-        self._key, self._at = key, uint(iv) << 4
-        if not MICROPYTHON:
-            # FIPS 197 5.2.
-            size, w = len(key), bytes(key)
-            for i in range(size, 4 * size + 112, 4):
-                t = w[-4:].translate(_BOXES[0]) if i % size in (0, 16) else w[-4:]
-                if i % size == 0:
-                    t = t[1] ^ b"\1\2\4\x08\x10 @\x80\x1b6"[i // size - 1], t[2], t[3], t[0]
-                w += bytes([x ^ y for x, y in zip(t, w[-size:])])
-            self._key = [_rows(w[i : i + 16] * 1024) for i in range(0, len(w), 16)]
-            self._stream = None
-
-    def crypt(self, data):
-        out = []
-        for i in range(-(self._at & _WINDOW - 1), len(data), _WINDOW):
-            piece = data[max(i, 0) : i + _WINDOW]
-            n, at = len(piece), self._at & _WINDOW - 1
-            if MICROPYTHON:
-                # Within 1 KB only the counter's last byte changes.
-                at &= 15
-                counter = (self._at >> 4 & (1 << 128) - 1).to_bytes(16, "big")
-                stream = bytearray(counter * (at + n + 15 >> 4))
-                for j in range(15, len(stream), 16):
-                    stream[j] += j >> 4
-                aes(self._key, 1).encrypt(stream, stream)  # Not kept, being 313 bytes.
-            else:
-                if not (at and self._stream):
-                    self._stream = _key_stream(self._key, self._at - at >> 4)
-                stream = self._stream
-            x = uint(stream[at : at + n]) ^ uint(piece)
-            out.append(x.to_bytes(n, "big"))
-            self._at += n
-        return b"".join(out)
+        out = bytearray(data) if isinstance(data, bytes) else data
+        self.apply(out, 0, len(out))
+        return out if out is data else bytes(out)
 
 
 class AesCtrOpenssl:
@@ -905,7 +924,7 @@ class AesCtrOpenssl:
         return out[:n]
 
 
-AesCtr = AesCtrBoard if MICROPYTHON else AesCtrPortable
+AesCtr = AesCtrCryptolib if MICROPYTHON else AesCtrPortable
 if not MICROPYTHON:
     try:
         import _ssl
@@ -1057,7 +1076,7 @@ _BASE = _decode(b"X" + b"f" * 31)
 
 
 def ed25519_valid(public):
-    """Return whether `public` has no torsion."""
+    """Whether `public` has no torsion."""
     A = _decode(public)
     return A and A[1] != 1 and _multiply((_L, A)) == b"\1" + bytes(31)
 
@@ -1103,12 +1122,12 @@ def ed25519_blind_secret(esk, param):
 
 
 def rsa_public_key(der):
-    """Return the modulus of an RSAPublicKey (RFC 8017, A.1.1) of 1024, or 2048 to 4096 bits."""
+    """The modulus of an RSAPublicKey (RFC 8017, A.1.1) of 1024, or 2048 to 4096 bits."""
     size = len(der)
     require(size == 140 or 270 <= size <= 526, "bad RSA key")
     head = b"0\x81\x89\2\x81\x81\0"
     if size > 140:
-        head = struct.pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
+        head = pack(">4HB", 0x3082, size - 4, 0x282, size - 13, 0)
     n = der[len(head) : -5]
     require(der == head + n + b"\2\3\1\0\1" and n[0] > 127 and n[-1] & 1, "bad RSA key")
     return n
@@ -1128,10 +1147,10 @@ def rsa_verify(n, digest, signature):
 
 
 def check_ed_cert(data, kind, public, when):
-    """Return the key that a certificate by the key `public` is for (cert-spec 2.1)."""
+    """The key that a certificate by the key `public` is for (cert-spec 2.1)."""
     what, signer = "certificate of type %d" % kind, None
     r = Reader(data, what)
-    version, found, expires, key_type = struct.unpack(">BBIB", r.take(7))
+    version, found, expires, key_type = unpack(">BBIB", r.take(7))
     good, key = (version, found, key_type) == (1, kind, 3 if kind == 5 else 1), r.take(32)
     for _ in range(r.uint(1)):
         size, extension, flags = r.uint(2), r.uint(1), r.uint(1)
@@ -1150,7 +1169,7 @@ def check_ed_cert(data, kind, public, when):
 
 
 def document(text):
-    """Return a function: keyword to arguments and object, b"" if there is none (dir-spec 1.2)."""
+    """A function: keyword to arguments and object, b"" if there is none (dir-spec 1.2)."""
     items, inside = [(b"", [])], False
     for line in text.split(b"\n"):
         if line.startswith(b"-----"):
@@ -1170,7 +1189,7 @@ def document(text):
 
 
 def parse_time(text):
-    """Return b"2024-05-17 17:00:00" as seconds since 1970."""
+    """Seconds since 1970 of b"2024-05-17 17:00:00"."""
     bounds = (0, 4, 1970, 2099), (5, 7, 1, 12), (8, 10, 1, 31), (11, 13, 0, 23), (14, 16, 0, 59)
     year, month, day, hour, minute = [decimal(text[a:b], low, high) for a, b, low, high in bounds]
     # Leap years are every fourth from 1901 to 2099.
@@ -1330,7 +1349,7 @@ class ConsensusParser(_Splitter):
         self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
 
     def finish(self):
-        """Return the Consensus, with `digest`, and `signatures` by (identity, key digest)."""
+        """The Consensus, with `digest`, and `signatures` by (identity, key digest)."""
         signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
         self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
         good = footer and self._hash and signatures[-1:] == b"\n"
@@ -1431,16 +1450,12 @@ def parse_link_specifiers(r, ntor_key):
     good = list(map(len, (place, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
     # EXTEND2 has room for 498, 88 of them for the rest.
     require(good and len(t.specifiers) <= 410, "unusable link specifiers")
-    t.address, t.port = "%d.%d.%d.%d" % tuple(place[:4]), uint(place[4:])
+    t.address, t.port = ".".join(map(str, place[:4])), uint(place[4:])
     # RFC 6890.
     a, b = place[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
     t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
-
-
-def _pieces(packed, size):
-    return [packed[at : at + size] for at in range(0, len(packed), size)]
 
 
 class RelayTable:
@@ -1466,7 +1481,7 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay is malformed, not in order, or one too many")
-        self.records += struct.pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        self.records += pack(_RECORD, rsa_id, md_digest, address, port, net6)
         self.flags.append(flags)
         self.weights.append(weight)
 
@@ -1498,7 +1513,7 @@ class RelayTable:
         return low if self.rsa_id(low) == rsa_id else -1
 
     def subnets(self, i):
-        return struct.unpack_from(">H4xI", self.records, i * _SIZE + 106)
+        return unpack_from(">H4xI", self.records, i * _SIZE + 106)
 
     def missing(self):
         """Yield index and digest of microdescriptors to fetch."""
@@ -1511,10 +1526,10 @@ class RelayTable:
         if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
-            struct.pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
+            pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
 
     def _texts(self, i):
-        numbers = struct.unpack_from(">HHH", self.records, i * _SIZE + 100)
+        numbers = unpack_from(">HHH", self.records, i * _SIZE + 100)
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
@@ -1540,12 +1555,12 @@ class RelayTable:
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
-        body = b"".join([struct.pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
+        body = b"".join([pack(">I", len(piece)) + piece for piece in map(bytes, pieces)])
         cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
 def load_table(path, network_id):
-    """Return the (RelayTable, Consensus) that `save` wrote, or None."""
+    """The (RelayTable, Consensus) that `save` wrote, or None."""
     data = read_file(path) or b""
     r, pieces = Reader(data[32:]), []
     if sha256(_LAYOUT + network_id + r.data) != data[:32]:
@@ -1556,7 +1571,7 @@ def load_table(path, network_id):
 
 
 # === 8. Cells and handshakes ===
-# Cells, relay messages, handshakes (tor-spec 3 to 6, rend-spec-v3 3, 4).
+# tor-spec 3 to 6, rend-spec-v3 3, 4.
 
 PADDING, RELAY, DESTROY, CREATE_FAST, CREATED_FAST = 0, 3, 4, 5, 6
 VERSIONS, NETINFO, RELAY_EARLY, CREATE2, CREATED2, PADDING_NEGOTIATE = range(7, 13)
@@ -1588,7 +1603,7 @@ def reason_text(reasons, number):
 
 
 def cell(circ_id, command, body=b""):
-    return struct.pack(">IB", circ_id, command) + body + bytes(509 - len(body))
+    return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
 def parse_certs(body, tls_digest, rsa_id, ed_id, when):
@@ -1616,7 +1631,7 @@ _NTOR = b"ntor-curve25519-sha256-1"
 
 
 def ntor(rsa_id, B):
-    """Return CREATE2 for ntor (tor-spec 5.1.4) and a function: CREATED2 to Df, Db, Kf, Kb, KH."""
+    """CREATE2 for ntor (tor-spec 5.1.4) and a function: CREATED2 to Df, Db, Kf, Kb, KH."""
     x, X = x25519_keypair()
 
     def finish(reply):
@@ -1632,34 +1647,34 @@ def ntor(rsa_id, B):
 
 
 def fast_finish(x, reply):
-    """Return keys as ntor's, for CREATE_FAST with `x` (tor-spec 5.1.3)."""
+    """Keys as ntor's, for CREATE_FAST with `x` (tor-spec 5.1.3)."""
     k = b"".join([sha1(x + reply[:20] + bytes([i])) for i in range(5)])
     require(consteq(k[:20], reply[20:40]), "CREATED_FAST: the key hash is wrong")
     return k[20:92] + k[:20]
 
 
 def begin(host, port):
-    """Return BEGIN's body; `host` "": of an onion service; IPv6 will do (tor-spec 6.2)."""
+    """BEGIN's body; `host` "": of an onion service; IPv6 will do (tor-spec 6.2)."""
     return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
 
 
 def parse_begin(body):
-    """Return the port (tor-spec 6.2)."""
+    """The port (tor-spec 6.2)."""
     text, end, _ = body.partition(b"\0")
     require(end and b":" in text, "bad BEGIN")
     return decimal(text.split(b":")[-1], 1, 65535)
 
 
 def parse_resolved(body):
-    """Return the addresses (text) in RESOLVED (tor-spec 6.4)."""
+    """The addresses (text) in RESOLVED (tor-spec 6.4)."""
     r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
         if kind == 4:
-            found.append("%d.%d.%d.%d" % tuple(value))
+            found.append(".".join(map(str, value)))
         elif kind == 6:
-            found.append(":".join(["%x" % n for n in struct.unpack(">8H", value)]))
+            found.append(":".join(["%x" % n for n in unpack(">8H", value)]))
     return found
 
 
@@ -1697,7 +1712,7 @@ def _rend_keys(secret, intro, X, Y):
 
 
 def hs_ntor_client(intro, subcred, cookie, relay, flow=False):
-    """Return INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb."""
+    """INTRODUCE1 (3.2, 3.3) and a function: RENDEZVOUS2 to Df, Db, Kf, Kb."""
     x, X = x25519_keypair()
     exp = x25519(x, intro.enc_key)
 
@@ -1746,7 +1761,7 @@ def onion_address(key):
 
 
 def parse_onion_address(text):
-    """Return the public identity key in an address, subdomains aside; AddressError."""
+    """The public identity key in an address, subdomains aside; AddressError."""
     name = ".".join(text.lower().rstrip(".").split(".")[-2:])
     try:
         key = b32decode(name[:-6])[:32]
@@ -1758,7 +1773,7 @@ def parse_onion_address(text):
 
 
 def time_periods(consensus, testing):
-    """Return a service's two time periods, and which of them clients use (2.2.1).
+    """A service's two time periods, and which of them clients use (2.2.1).
 
     Each: number, minutes, shared random value, start of its protocol run.
     """
@@ -1772,7 +1787,7 @@ def time_periods(consensus, testing):
     found = []
     for back, value in (1, consensus.srv_previous), (0, consensus.srv_current):
         n = number + 1 - rotated - back
-        disaster = b"shared-random-disaster" + struct.pack(">QQ", length, n)
+        disaster = b"shared-random-disaster" + pack(">QQ", length, n)
         found.append((n, length, value or sha3_256(disaster), start - back * run))
     return found[0], found[1], found[rotated]
 
@@ -1780,7 +1795,7 @@ def time_periods(consensus, testing):
 def blinding_param(key, period):
     # A.2.
     text = b"Derive temporary signing key\0%s(%d, %d)key-blind" % ((key,) + _BASE[:2])
-    return sha3_256(text + struct.pack(">QQ", *period[:2]))
+    return sha3_256(text + pack(">QQ", *period[:2]))
 
 
 def subcredential(key, blinded):
@@ -1788,15 +1803,15 @@ def subcredential(key, blinded):
 
 
 def hsdir_ring(table, consensus, blinded, period, use):
-    """Return the indexes of the directories where to "store" or "fetch" a descriptor (2.2.3)."""
+    """The indexes of the directories where to "store" or "fetch" a descriptor (2.2.3)."""
     replicas = consensus.param("hsdir_n_replicas", 2, 1, 16)
     spread = consensus.param("hsdir_spread_" + use, 4 if use == "store" else 3, 1, 128)
     number, length, value, _ = period
     places, needed, found = [], HSDIR | HSDIR2 | USABLE, []
     for n in range(replicas):
-        start = b"store-at-idx" + blinded + struct.pack(">QQQ", n + 1, length, number)
+        start = b"store-at-idx" + blinded + pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
-    value += struct.pack(">QQ", number, length)
+    value += pack(">QQ", number, length)
     for i, flags in enumerate(table.flags):
         if flags & needed == needed:
             at = sha3_256(b"node-idx" + table.ed_id(i) + value)
@@ -1811,19 +1826,19 @@ def hsdir_ring(table, consensus, blinded, period, use):
 
 
 def revision_counter(esk, seconds):
-    """Return the revision counter (F.2) `seconds` into the period's protocol run."""
+    """The revision counter (F.2) `seconds` into the period's protocol run."""
     # tor hashes the string's final zero.
     cipher = AesCtr(sha3_256(b"rev-counter-generation\0" + esk))
     total = n = min(max(seconds + 1, 1), 1 << 18)
     for at in range(0, n, 256):
         count = min(256, n - at)
-        total += sum(struct.unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
+        total += sum(unpack("<%dH" % count, cipher.crypt(bytes(2 * count))))
     return total
 
 
 def make_ed_cert(kind, key, when, esk, public):
     # cert-spec 2.1, good for 54 hours.
-    body = struct.pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
+    body = pack(">BBIB", 1, kind, when // 3600 + 54, 1) + key + b"\1\0\x20\4\0" + public
     return body + ed25519_sign(esk, public, body)
 
 
@@ -1867,8 +1882,8 @@ _SIGNED = b"Tor onion service descriptor sig v3"
 
 
 def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Return a descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + struct.pack(">Q", revision)
+    """A descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
+    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -1923,7 +1938,7 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + struct.pack(">Q", found.revision)
+    secret = blinded + subcred + pack(">Q", found.revision)
     item = document(_unseal(item, b"superencrypted", secret))
     sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
     item = document(sections[0])
@@ -1957,18 +1972,17 @@ class Channel:
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self._wake = Promise(), asyncio.Event()
-        # Of the handshake.
         self._due = [VERSIONS, CERTS, NETINFO]
         spawn(self._run(seconds))
 
     def __str__(self):
-        return "relay %s:%d (%s)" % (self.address, self.port, hexlify(self.rsa_id))
+        return "relay %s:%d (%s)" % (self.address, self.port, self.rsa_id.hex())
 
     async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
-            self.send(struct.pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
+            self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
@@ -2087,7 +2101,7 @@ class Channels:
     _open = {}
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
-        """Return the relay's one open Channel, or a new one; ChannelError."""
+        """The relay's one open Channel, or a new one; ChannelError."""
         self._open = {r: c for r, c in self._open.items() if not c.closed}
         if rsa_id not in self._open:
             self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
@@ -2118,7 +2132,7 @@ class Layer:
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
-        Df, Db, Kf, Kb = struct.unpack_from(form, keys)
+        Df, Db, Kf, Kb = unpack_from(form, keys)
         if service:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
         self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
@@ -2143,14 +2157,14 @@ class Layer:
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
-        trial.update(body[:5] + bytes(4) + body[9:])
+        trial.update(bytes(body[:5]) + bytes(4) + bytes(body[9:]))
         if trial.digest()[:4] == body[5:9]:
             self.in_digest = trial
             return True
 
 
 def sendme_increment(param):
-    """Return how many cells a SENDME of congestion control is for; 0: there is none."""
+    """How many cells a SENDME of congestion control is for; 0: there is none."""
     return 0 if MICROPYTHON or not param("cc_alg", 2) else param("cc_sendme_inc", 31, 1, 254)
 
 
@@ -2429,7 +2443,7 @@ class Circuit:
         self._layers.append(layer)
 
     def expect(self, command):
-        """Return a Promise of the body of `command`, which comes once; CircuitError."""
+        """A Promise of the body of `command`, which comes once; CircuitError."""
         if self.closed:
             raise self.closed
         promise = self._expected[command] = Promise()
@@ -2479,10 +2493,10 @@ class Circuit:
             size = len(data)
             if size < DATA_MAX:
                 data = (data + bytes(4) + urandom(DATA_MAX - size))[:DATA_MAX]
-            digest.update(struct.pack(">BHHIH", command, 0, stream_id, 0, size))
+            digest.update(pack(">BHHIH", command, 0, stream_id, 0, size))
             digest.update(data)
             tag = digest.digest()
-            cells += struct.pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
+            cells += pack(">BHH4sH", command, 0, stream_id, tag[:4], size), data
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
@@ -2490,7 +2504,7 @@ class Circuit:
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        head = struct.pack(">IB", self.circ_id, kind)
+        head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def _send_cells(self, kind, command, stream_id, pieces):
@@ -2498,9 +2512,7 @@ class Circuit:
         cells, at, layer = bytearray(514 * len(pieces)), 0, self._layers[-1]
         for data in pieces:
             n, body = len(data), at + 5
-            struct.pack_into(
-                ">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n
-            )
+            pack_into(">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n)
             at += 514
             cells[body + 11 : body + 11 + n] = data
             if n < DATA_MAX - 4:
@@ -2535,6 +2547,8 @@ class Circuit:
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
+        if MICROPYTHON and isinstance(data, bytes):
+            data = bytearray(data)
         for i in range(len(self._layers) - 1):
             layer, at = self._layers[i], 0
             data = layer.in_cipher.crypt(data)
@@ -2542,7 +2556,7 @@ class Circuit:
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
                     # The layers behind never saw it: their key streams go on without.
-                    data = data[:at] + data[at + 509 :]
+                    data = bytearray(data[:at]) + data[at + 509 :]
                 else:
                     at += 509
         layer, touched = self._layers[-1], set()
@@ -2555,7 +2569,7 @@ class Circuit:
                 size = view[at + 9] << 8 | view[at + 10]
                 good = layer.opens(view, at)
             else:
-                command, recognised, stream_id, tag, size = struct.unpack_from(">BHH4sH", view, at)
+                command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
                 view[at + 5 : at + 9] = b"\0\0\0\0"
                 digest.update(view[at : at + 509])
                 good = digest.digest()[:4] == tag
@@ -2753,7 +2767,7 @@ class PathSelector:
                 yield i, self.table.weights[i] * factors[flags & kind] or 1
 
     def pick(self, role, accept, stable=STABLE, even=0):
-        """Return the index of a relay for `role` that `accept(index)` takes."""
+        """The index of a relay for `role` that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
@@ -2768,7 +2782,7 @@ class PathSelector:
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
-        """Return for how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
+        """For how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
         percent = 100
         for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
             have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
@@ -2791,7 +2805,7 @@ class PathSelector:
         return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
-        """Return the Relay to enter by, of those that `accept(index)` takes (4.6)."""
+        """The Relay to enter by, of those that `accept(index)` takes (4.6)."""
         flags, primary = self.table.flags, self.primary()
         fit = [g for g in self._order() if flags[g.index] & USABLE and accept(g.index)]
         # Where all are down, the best take turns.
@@ -2838,7 +2852,7 @@ class PathSelector:
         return self._path(self.table.relay(last), ["middle"], (), stable)
 
     def onion_path(self, target=None):
-        """Return guard, layer-2 guard, then middle and `target`, or a rendezvous point."""
+        """Guard, layer-2 guard, then middle and `target`, or a rendezvous point."""
         return self._path(target, ["middle", "middle" if target else "rend"], self._layer_two())
 
     def _path(self, last, roles, second, stable=STABLE):
@@ -2872,18 +2886,14 @@ class PathSelector:
 
 
 # === 13. Directory client ===
-# The network, and its directory (dir-spec 4 and 5).
+# dir-spec 4 and 5.
 
-# Of tor 0.4.9.11: v3 identities of the authorities; where these, and then 200 fallback mirrors,
-# are: 4 bytes address, 2 port, 20 RSA identity in 32 digits to base 91.
-_AUTHORITIES = """
-F533C81CEF0BC0267857C99B2F471ADF249FA232 2F3DF9CA0E5D36F2685A2DA67184EB8DCB8CBA8C
-E8A9C45EDE6D711294FADF8E7951F4DE6CA56B58 ED03BB616EB2F60BEC80151114BB25CEF515B226
-0232AF901C31A04EE9848595AF9BB7620D4C5B2E 49015F787433103580E3B66A1707A00E60F2D15B
-23D15D965BC35114467363C165C4F724B64B4F66 27102BC123E7AF1D4741AE047E160C91ADC76B21
-70849B868D606BAECFB6128C5E3D782029AA394F
-"""
+# Of tor 0.4.9.11: v3 identities of 9 authorities; where these, and then 200 fallback mirrors, are.
+# 4 bytes address, 2 port, 20 identity in 32 digits to base 91.
 _PLACES = r"""
+$$$$$$$1M}v$w?y)xas8w|x9sxiOhPCc$$$$$$$&Z%6~EXe\j'S{tw~P.<w7Wzm/$$$$$$$0jCE2Ub@4AV-1yn99&OS+p[hg
+$$$$$$$1%+[Sf5GH%r'nKWoj5)j9B@At$$$$$$$$.}:rPO-sB.@$WhoG^?>37iOl$$$$$$$($edf9nuyB@k7Y;[s%APr7Px,
+$$$$$$$%{yRK[M'4\U+<ZcHn\$<+c5xq$$$$$$$&11v>]_s=0g:CdAs3rR0I.gx|$$$$$$$*4.zbM2aU-kx0[$N[:cIJw`v-
 J@H}>qn\96cZqkdkx-Yv,EFB4Mu>4*Tpe.q~Bnawd%K%[$<j=9;?.i^cg8FH9T`21TW+YUg_PPuke]@1gxwE?q8Z:q~>NpG^
 KGg~/GTLNH^z[>`0YwliZxr-2:k^&D.v]gJaj\j9<?rioPvaPeAtM^mvSc14uME_W2{&T/:JgZ\?;V,U]1i4mxwP[~x_VL+=
 _XCd'*fd0W<:DMg0LU\Lp7P3%wuPTY7ia%_x9)x7nr-AD6l/&UrYLNGiSP%:q]Nxdq%9cM)'@%v3pSm13<genl~s7qiPO^H~
@@ -2957,53 +2967,48 @@ aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0
 """
 
 
-class Network:
-    """A Tor network, of torrc lines (ConfigError names a bad one) or the public one.
+def load_network(path=None):
+    """The Tor network of the torrc file `path`, or the public one; ConfigError.
 
     `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
     """
-
-    def __init__(self, text=None):
-        v3_ids, places, self.testing = [], [], False
-        if text is None:
-            v3_ids = [binascii.unhexlify(v3_id) for v3_id in _AUTHORITIES.split()]
-            for entry in _pieces(_PLACES.replace("\n", ""), 32):
-                n = 0
-                for digit in entry:
-                    n = n * 91 + ord(digit) - 36
-                fields = struct.unpack(">4BH20s", n.to_bytes(26, "big"))
-                places.append(("%d.%d.%d.%d" % fields[:4],) + fields[4:])
-        for line in (text or "").split("\n"):
-            words = line.split("#")[0].lower().split()
-            options = dict([word.split("=", 1) for word in words if "=" in word])
-            try:
-                if words[:1] == ["testingtornetwork"]:
-                    self.testing = words[1] == "1"
-                elif words[:1] == ["dirauthority"] and "v3ident" in options:
-                    before, _, after = " ".join([w for w in words if "=" not in w]).rpartition(":")
-                    rsa_id = binascii.unhexlify("".join(after.split()[1:]))
-                    v3_ids.append(binascii.unhexlify(options["v3ident"]))
-                    if not len(rsa_id) == len(v3_ids[-1]) == 20:
-                        raise ValueError
-                    places.append((before.split()[-1], int(options["orport"]), rsa_id))
-            except (ValueError, KeyError, IndexError):
-                raise ConfigError("bad line in the network file: %s" % line)
-        if not v3_ids:
-            raise ConfigError("the network file has no DirAuthority with a v3ident")
-        n, self.identities = len(v3_ids), set(v3_ids)
-        self.authorities, self.fallbacks = places[:n], places[n:]
-        self.id = sha256(b"".join(sorted(self.identities)))
-
-
-def load_network(path=None):
-    """Return the Network of the file `path` (None: the public one); ConfigError."""
+    network, places, v3_ids, lines = Record(), [], [], []
+    network.testing = False
     if path is None:
-        return Network()
-    try:
-        with open(path) as f:
-            return Network(f.read())
-    except (OSError, UnicodeError) as e:
-        raise ConfigError("cannot read the network file %s: %s" % (path, e))
+        for entry in _pieces(_PLACES.replace("\n", ""), 32):
+            n = 0
+            for digit in entry:
+                n = n * 91 + ord(digit) - 36
+            place = n.to_bytes(26, "big")
+            places.append((".".join(map(str, place[:4])), uint(place[4:6]), place[6:]))
+        v3_ids, places = [place[2] for place in places[:9]], places[9:]
+    else:
+        try:
+            with open(path) as f:
+                lines = f.read().split("\n")
+        except (OSError, UnicodeError) as e:
+            raise ConfigError("cannot read the network file %s: %s" % (path, e))
+    for line in lines:
+        words = line.split("#")[0].lower().split()
+        options = dict([word.split("=", 1) for word in words if "=" in word])
+        try:
+            if words[:1] == ["testingtornetwork"]:
+                network.testing = words[1] == "1"
+            elif words[:1] == ["dirauthority"] and "v3ident" in options:
+                before, _, after = " ".join([w for w in words if "=" not in w]).rpartition(":")
+                rsa_id = bytes.fromhex("".join(after.split()[1:]))
+                v3_ids.append(bytes.fromhex(options["v3ident"]))
+                if not len(rsa_id) == len(v3_ids[-1]) == 20:
+                    raise ValueError
+                places.append((before.split()[-1], int(options["orport"]), rsa_id))
+        except (ValueError, KeyError, IndexError):
+            raise ConfigError("bad line in the network file: %s" % line)
+    if not v3_ids:
+        raise ConfigError("the network file has no DirAuthority with a v3ident")
+    n, network.identities = len(v3_ids), set(v3_ids)
+    network.authorities, network.fallbacks = places[:n], places[n:]
+    network.id = sha256(b"".join(sorted(v3_ids)))
+    return network
 
 
 class _Identity:
@@ -3181,7 +3186,7 @@ class Directory:
         parser = ConsensusParser(table.add)
         self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
-        wanted = "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
+        wanted = "+".join([i[:3].hex() for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
         consensus = parser.finish()
@@ -3189,7 +3194,7 @@ class Directory:
         missing = consensus.missing_certs(self._certs, identities)
         if missing:
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
                 text = await directory_request(circuit, path, 1 << 17)
@@ -3256,14 +3261,14 @@ class Directory:
 
 
 # === 14. Onion client ===
-# Descriptor, introduction, rendezvous (rend-spec-v3 2 to 4).
+# rend-spec-v3 2 to 4.
 
 _REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 def descriptor_place(tor, key, n):
-    """Return start, blinding parameter and key, subcredential, directories of period `n`."""
+    """Start, blinding parameter and key, subcredential, directories of period `n`."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
@@ -3324,7 +3329,7 @@ async def _introduce(tor, descriptor, intro):
         body, finish = hs_ntor_client(intro, subcred, cookie, rend.path[-1], vegas)
         joined = rend.expect(RENDEZVOUS2)
         ack = await circuits[1].ask(INTRODUCE1, body, INTRODUCE_ACK, BUILD_SECONDS)
-        require(ack[:2] == b"\0\0", "an introduction point refused: " + hexlify(ack[:2]))
+        require(ack[:2] == b"\0\0", "an introduction point refused: " + ack[:2].hex())
         rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
         return circuits.pop(0)
     except asyncio.TimeoutError:
@@ -3335,7 +3340,7 @@ async def _introduce(tor, descriptor, intro):
 
 
 async def meet(tor, key):
-    """Return a circuit to the service with the identity `key`; OnionError."""
+    """A circuit to the service with the identity `key`; OnionError."""
     # One that lost relays publishes anew within seconds.
     end, pause = now() + _REND_SECONDS, 0
     while True:
@@ -3473,7 +3478,6 @@ class OnionService:
         while True:
             await asyncio.sleep(1)
             ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
-            # It waits a while for all.
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
@@ -3573,14 +3577,13 @@ class OnionService:
 
 
 # === 16. Tor ===
-# What programs use.
 
 
 SPARES = 0 if MICROPYTHON else 2
 
 
 def folders(data_dir, network):
-    """Return the folder for state and the network's file, or the defaults."""
+    """Folder for state and network's file, or the defaults."""
     if network is None and hasattr(os, "getenv"):
         network = os.getenv("MINITOR_NETWORK")
     if not data_dir:
@@ -3885,7 +3888,6 @@ class Tor:
     __exit__ = close
 
     def resolve(self, host):
-        """As AsyncTor.resolve."""
         return self.run(self._tor.resolve(host))
 
     def create_onion_service(self, port, target=None, key_dir=None):
@@ -3922,7 +3924,6 @@ class Tor:
 
 
 # === 19. Command line ===
-# And the web server behind --serve.
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
 <p>This page came from an onion service hosted by minitor, Tor in one Python file.
@@ -3987,7 +3988,7 @@ async def web_serve(folder, reader, writer):
 
 
 def serve_target(what):
-    """Return create_onion_service's target for --serve's argument; ConfigError."""
+    """The target that --serve's argument names; ConfigError."""
     if what[:5] == "unix:":
         return what
     host, _, port = what.rpartition(":")

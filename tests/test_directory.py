@@ -68,6 +68,12 @@ def alone(data):
 # ── Networks ──
 
 
+def network_of(folder, text):
+    path = folder / "torrc"
+    path.write_text(text)
+    return minitor.load_network(str(path))
+
+
 def test_the_public_network():
     network = minitor.load_network()
     assert len(network.authorities) == len(network.identities) == 9 and not network.testing
@@ -90,14 +96,12 @@ DirAuthority auth0 orport=5000 no-v2 hs v3ident=%s 127.1.0.1:7000 0577 D7BD CC1E
 dirauthority auth1 v3ident=%s orport=5001 127.2.0.1:7001 5E805B0FD0D3431C80AB53CB069460E2B02F919D # and this
 DirAuthority Serge orport=9001 bridge 66.111.2.131:9030 BA44A889E64B93FAA2B114E02C2A279A8555C533
 """ % ("11" * 20, "22" * 20)
-    path = tmp_path / "network"
-    path.write_text(text)
-    network = minitor.load_network(str(path))
+    network = network_of(tmp_path, text)
     assert network.testing and network.identities == {b"\x11" * 20, b"\x22" * 20}
     first = bytes.fromhex("0577D7BDCC1E3F8E588C426E45201835EDF3EDB3")
     assert network.authorities[0] == ("127.1.0.1", 5000, first)
     assert network.authorities[1][:2] == ("127.2.0.1", 5001) and not network.fallbacks
-    same = minitor.Network(text.replace("127.1", "127.3"))
+    same = network_of(tmp_path, text.replace("127.1", "127.3"))
     assert same.id == network.id != minitor.load_network().id
 
 
@@ -113,15 +117,15 @@ DirAuthority Serge orport=9001 bridge 66.111.2.131:9030 BA44A889E64B93FAA2B114E0
         "TestingTorNetwork",
     ],
 )
-def test_bad_network_lines(line):
+def test_bad_network_lines(tmp_path, line):
     with pytest.raises(minitor.ConfigError) as e:
-        minitor.Network("# first\n" + line)
+        network_of(tmp_path, "# first\n" + line)
     assert line in str(e.value)
 
 
-def test_no_network():
+def test_no_network(tmp_path):
     with pytest.raises(minitor.ConfigError, match="no DirAuthority"):
-        minitor.Network("SocksPort 9050\n")
+        network_of(tmp_path, "SocksPort 9050\n")
     with pytest.raises(minitor.ConfigError, match="/no/such/file"):
         minitor.load_network("/no/such/file")
 
@@ -251,7 +255,7 @@ class Mirror:
 class Setup:
     def __init__(self, path, net, mirrors):
         self.progress, self.updates, self.mirrors = [], [], list(mirrors)
-        network = minitor.Network(net.torrc())
+        network = network_of(path, net.torrc())
         self.directory = minitor.Directory(
             network, str(path), None, lambda *args: self.progress.append(args)
         )
@@ -372,7 +376,7 @@ def test_no_good_directory(net, tmp_path):
     mirror.spoil = {"consensus": answer(b"", "404 Not found")}
     with pytest.raises(minitor.DirectoryError, match="404"):
         Setup(tmp_path, net, [mirror]).bootstrap()
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["torrc"]
     mirror.spoil = {"/micro/": answer(b"", "404 Not found")}
     with pytest.raises(minitor.DirectoryError, match="too few"):
         Setup(tmp_path, net, [mirror]).bootstrap()
@@ -411,7 +415,7 @@ def test_a_wrong_clock(net, tmp_path):
 def test_a_wrong_clock_is_told_by_an_authority(net, tmp_path):
     """Only an authority is believed about the time, and by a consensus that is refused."""
     net.valid_after = int(time.time()) - 100 * 3600
-    authority = minitor.Network(net.torrc()).authorities[0][2]
+    authority = network_of(tmp_path, net.torrc()).authorities[0][2]
     # Who says that his clock is how many minutes ahead; what we say then.
     for rsa_id, minutes, told in (
         (b"fallback".ljust(20), -6000, None),
@@ -626,7 +630,7 @@ def sources(monkeypatch, tmp_path, behaviour, fallbacks=3):
     line = "DirAuthority a orport=1 v3ident=%s authority%d:1 %s\n"
     text = "".join(line % ("%02x" % i * 20, i, "22" * 20) for i in range(2))
     progress = []
-    network = minitor.Network(text)
+    network = network_of(tmp_path, text)
     network.fallbacks = [("fallback%d" % i, 1, bytes([i]) * 20) for i in range(fallbacks)]
     channels = FakeChannels(behaviour)
     report = lambda *args: progress.append(args[0])  # noqa: E731

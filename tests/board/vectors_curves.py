@@ -4,9 +4,10 @@ import json
 import sys
 
 import minitor
-from minitor import ProtocolError, hexlify
+from minitor import ProtocolError
 
 b = minitor.binascii.unhexlify
+hexlify = lambda data: data.hex()  # noqa: E731
 P = 2**255 - 19
 L = 2**252 + 27742317777372353535851937790883648493
 

@@ -120,11 +120,19 @@ assert list(table.missing()) == []
 network = minitor.load_network()
 assert len(network.authorities) == 9 and len(network.fallbacks) == 200
 line = "DirAuthority a orport=5000 v3ident=%s 127.0.0.1:80 %s" % ("11" * 20, "22" * 20)
-network = minitor.Network("TestingTorNetwork 1\n" + line)
+
+
+def network_of(text):
+    with open(PATH, "w") as f:
+        f.write(text)
+    return minitor.load_network(PATH)
+
+
+network = network_of("TestingTorNetwork 1\n" + line)
 assert network.testing and network.authorities == [("127.0.0.1", 5000, b"\x22" * 20)]
 assert network.identities == {b"\x11" * 20}
 try:
-    minitor.Network(line.replace("orport", "port"))
+    network_of(line.replace("orport", "port"))
     assert False
 except minitor.ConfigError:
     pass

@@ -35,17 +35,17 @@ consensus.param = lambda name, default, low=0, high=0: default
 first, second, fetch = minitor.time_periods(consensus, False)
 assert fetch is first and first[:2] == (16903, 1440) and second[:3] == (16904, 1440, b"c" * 32)
 assert first[3] == 1460419200 and second[3] == 1460505600
-assert minitor.hexlify(first[2][:8]) == "e7a6d7d2d9de116d"
+assert first[2][:8].hex() == "e7a6d7d2d9de116d"
 period = (42, 1440, b"\x43" * 32, 0)
 
 
 def hs_index(blinded, replica, period):
-    place = minitor.struct.pack(">QQQ", replica, period[1], period[0])
+    place = minitor.pack(">QQQ", replica, period[1], period[0])
     return minitor.sha3_256(b"store-at-idx" + blinded + place)
 
 
 def hsdir_index(ed_id, period):
-    place = period[2] + minitor.struct.pack(">QQ", period[0], period[1])
+    place = period[2] + minitor.pack(">QQ", period[0], period[1])
     return minitor.sha3_256(b"node-idx" + ed_id + place)
 
 
@@ -80,7 +80,7 @@ subcred = minitor.subcredential(key, blinded)
 found = minitor.parse_descriptor(made["text"].encode(), blinded, subcred, when)
 assert found.revision == made["revision"] == minitor.revision_counter(esk, made["second"])
 intros = [
-    [i.address, i.port] + [minitor.hexlify(k) for k in (i.rsa_id, i.auth_key, i.enc_key)]
+    [i.address, i.port] + [k.hex() for k in (i.rsa_id, i.auth_key, i.enc_key)]
     for i in found.intro_points
 ]
 assert intros == made["intro"]

@@ -22,7 +22,7 @@ async def main(network, data_dir, host, port, path):
                 break
             size += len(data)
             digest.update(data)
-        print("fetched", size, minitor.hexlify(digest.digest()))
+        print("fetched", size, digest.digest().hex())
         writer.close()
 
 

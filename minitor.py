@@ -408,8 +408,8 @@ _MASK = (1 << 64) - 1
 def _roots(last, power):
     # FIPS 180-4 4.2.3, by Newton.
     for p in range(2, last + 1):
-        if all([p % q for q in range(2, p)]):
-            n, x, y = p << 64 * power, 1 << 70, 1 << 69
+        if all(p % q for q in range(2, p)):
+            n, x, y = p << 64 * power, 1 << 68, 1 << 67
             while y < x:
                 x, y = y, ((power - 1) * y + n // y ** (power - 1)) // power
             yield x & _MASK
@@ -506,10 +506,10 @@ if MICROPYTHON and NARROW:
                 if i & 1:
                     x = b ^ c ^ d
                 elif i:
-                    x = b & c | d & (b | c)
+                    x = (b | c) & d | b & c
                 else:
-                    x = d ^ b & (c ^ d)
-                x = x + (a << 5 | a >> 27) + e + k + uint(q[0])
+                    x = (c ^ d) & b ^ d
+                x = (a << 5 | a >> 27) + x + e + k + uint(q[0])
                 e = d
                 d = c
                 c = b << 30 | b >> 2
@@ -652,11 +652,11 @@ if MICROPYTHON and NARROW:
             p, i = a, 10
             while i:
                 x, y = uint(p[0]), uint(p[2])
-                p[0] = x ^ (y ^ -1) & uint(p[4])
-                p[2] = y ^ uint((p[4] ^ -1) & p[6])
-                p[4] = p[4] ^ (p[6] ^ -1) & p[8]
-                p[6] = p[6] ^ (p[8] ^ -1) & int(x)
-                p[8] = p[8] ^ int((x ^ -1) & y)
+                p[0] = (y ^ -1) & uint(p[4]) ^ x
+                p[2] = uint((p[4] ^ -1) & p[6]) ^ y
+                p[4] = (p[6] ^ -1) & p[8] ^ p[4]
+                p[6] = (p[8] ^ -1) & int(x) ^ p[6]
+                p[8] = int((x ^ -1) & y) ^ p[8]
                 # The high words of a plane, then the next one.
                 p = ptr32(int(p) + (36 if i & 1 else 4))
                 i -= 1
@@ -801,24 +801,18 @@ class _Hash:
 class _Sha1(_Hash):
     _size, _at, _turn, _format = 64, 20, 3, "5I"
     _start = pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
-
-    def _absorb(self, state):
-        _sha1(state)
+    _absorb = staticmethod(_sha1)
 
 
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
     _start = pack("<8Q128x", *_roots(19, 2))
-
-    def _absorb(self, state):
-        _sha512(state)
+    _absorb = staticmethod(_sha512)
 
 
 class _Sha3(_Hash):
     _size, _at, _turn, _start = 136, 0, 0, bytes(200)
-
-    def _absorb(self, state):
-        _keccak(state)
+    _absorb = staticmethod(_keccak)
 
     def finish(self, suffix=6):
         return _Hash.finish(self, suffix)
@@ -838,41 +832,6 @@ class _Sha3(_Hash):
 Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
 Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
-
-
-# Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
-# no garbage, and few of many circuits have such objects.
-_recent, _RECENT = [], 10
-_STREAM = memoryview(_SCRATCH)[:528]
-
-
-class AesCtrBoard:
-    def __init__(self, key, iv=bytes(16)):
-        # The counter, how much of its block is used, and the key.
-        self._state, self._aes = bytearray(iv) + b"\0" + key, None
-
-    def apply(self, data, start, n):
-        """Encrypt data[start : start + n] where it stands."""
-        if not self._aes:
-            self._aes = aes(self._state[17:], 1)
-            _recent.append(self)
-            if len(_recent) > _RECENT:
-                _recent.pop(0)._aes = None
-        while n:
-            at = self._state[16]
-            count = min(n, 528 - at)
-            _counters(self._state, _SCRATCH, at + count)
-            self._aes.encrypt(_STREAM, _STREAM)
-            _xor(data, start, _SCRATCH, at, count)
-            self._state[16] = at + count & 15
-            start += count
-            n -= count
-
-    def crypt(self, data):
-        # What can change does so in place.
-        data = bytearray(data) if isinstance(data, bytes) else data
-        self.apply(data, 0, len(data))
-        return data
 
 
 # AES without OpenSSL is bit-sliced: a plane is a bit of the 4 bytes of a row, of 2048 blocks.
@@ -969,6 +928,41 @@ class AesCtrPortable:
         return x.to_bytes(n, "big")
 
 
+# Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
+# no garbage, and few of many circuits have such objects.
+_recent, _RECENT = [], 10
+_STREAM = memoryview(_SCRATCH)[:528]
+
+
+class AesCtrCryptolib:
+    def __init__(self, key, iv=bytes(16)):
+        # The counter, how much of its block is used, and the key.
+        self._state, self._aes = bytearray(iv) + b"\0" + key, None
+
+    def apply(self, data, start, n):
+        """Encrypt data[start : start + n] where it stands."""
+        if not self._aes:
+            self._aes = aes(self._state[17:], 1)
+            _recent.append(self)
+            if len(_recent) > _RECENT:
+                _recent.pop(0)._aes = None
+        while n:
+            at = self._state[16]
+            count = min(n, 528 - at)
+            _counters(self._state, _SCRATCH, at + count)
+            self._aes.encrypt(_STREAM, _STREAM)
+            _xor(data, start, _SCRATCH, at, count)
+            self._state[16] = at + count & 15
+            start += count
+            n -= count
+
+    def crypt(self, data):
+        # What can change does so in place.
+        out = bytearray(data) if isinstance(data, bytes) else data
+        self.apply(out, 0, len(out))
+        return out if out is data else bytes(out)
+
+
 class AesCtrOpenssl:
     def __init__(self, key, iv=bytes(16)):
         self._context, self._free = _evp.EVP_CIPHER_CTX_new(), _evp.EVP_CIPHER_CTX_free
@@ -985,7 +979,7 @@ class AesCtrOpenssl:
         return out[:n]
 
 
-AesCtr = AesCtrBoard if MICROPYTHON else AesCtrPortable
+AesCtr = AesCtrCryptolib if MICROPYTHON else AesCtrPortable
 if not MICROPYTHON:
     try:
         import _ssl
@@ -2678,7 +2672,7 @@ class Layer:
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
-        trial.update(body[:5] + bytes(4) + body[9:])
+        trial.update(bytes(body[:5]) + bytes(4) + bytes(body[9:]))
         if trial.digest()[:4] == body[5:9]:
             self.in_digest = trial
             return True
@@ -3070,9 +3064,7 @@ class Circuit:
         cells, at, layer = bytearray(514 * len(pieces)), 0, self._layers[-1]
         for data in pieces:
             n, body = len(data), at + 5
-            pack_into(
-                ">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n
-            )
+            pack_into(">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n)
             at += 514
             cells[body + 11 : body + 11 + n] = data
             if n < DATA_MAX - 4:
@@ -3111,6 +3103,8 @@ class Circuit:
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
+        if MICROPYTHON and isinstance(data, bytes):
+            data = bytearray(data)
         for i in range(len(self._layers) - 1):
             layer, at = self._layers[i], 0
             data = layer.in_cipher.crypt(data)
@@ -3118,7 +3112,7 @@ class Circuit:
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
                     # The layers behind never saw it: their key streams go on without.
-                    data = data[:at] + data[at + 509 :]
+                    data = bytearray(data[:at]) + data[at + 509 :]
                 else:
                     at += 509
         layer, touched = self._layers[-1], set()

@@ -1,5 +1,6 @@
 """What makes a board fast: native code, and cells that leave no garbage."""
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "benchmarks")]
 
 import bench_instructions  # noqa: E402
 import builds  # noqa: E402
+import compress  # noqa: E402
 
 
 def test_a_cell_leaves_nothing_in_the_heap(micropython):
@@ -24,6 +26,14 @@ def test_native_code(architecture):
     native = builds.build("board").mpy(architecture)[2] >> 2
     # On 64 bits the code is plain, as viper's integers are longer there.
     assert bool(native) == (architecture != "x64")
+
+
+def test_assignments_make_no_tuples():
+    # With brackets MicroPython makes one, and viper cannot.
+    for line in "a, b = (b, a)", "a, b, c = (1, (2, 3), lambda: 4)", "a, b = (c, (yield))":
+        short = ast.unparse(compress.bare(ast.parse(line)))
+        assert not short.split(" = ")[1].startswith("(") and short != line
+        assert ast.dump(ast.parse(short)) == ast.dump(ast.parse(line))
 
 
 @pytest.mark.parametrize(

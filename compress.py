@@ -584,8 +584,9 @@ def explain(line, table):
 OVERLAYS = (
     # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
     "directory_request _Identity _Splitter b64decode",
-    "Directory.bootstrap Directory._fill Directory._ask Directory._report Directory._next_time"
-    " PathSelector.__init__ PathSelector.update PathSelector.percent RelayTable.set_microdesc",
+    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
+    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
+    " RelayTable.set_microdesc",
     "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser document"
     " parse_time",
     "Directory._microdescs_from MicrodescParser",

@@ -2558,10 +2558,18 @@ aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0
 """
 
 
+def place(entry):
+    """Return (address, OR port, RSA identity) of a directory, which packed is a third as large."""
+    if isinstance(entry, tuple):
+        return entry
+    fields = struct.unpack(">4BH20s", entry)
+    return ("%d.%d.%d.%d" % fields[:4],) + fields[4:]
+
+
 class Network:
     """A Tor network, of torrc lines (ConfigError names a bad one) or the public one.
 
-    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
+    `authorities`, `fallbacks`: see place; `identities`: the v3 ones.
     """
 
     def __init__(self, text=None):
@@ -2572,8 +2580,7 @@ class Network:
                 n = 0
                 for digit in entry:
                     n = n * 91 + ord(digit) - 36
-                fields = struct.unpack(">4BH20s", n.to_bytes(26, "big"))
-                places.append(("%d.%d.%d.%d" % fields[:4],) + fields[4:])
+                places.append(n.to_bytes(26, "big"))
         for line in (text or "").split("\n"):
             words = line.split("#")[0].lower().split()
             options = dict([word.split("=", 1) for word in words if "=" in word])
@@ -2741,22 +2748,22 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             relay = paths.guard(kind="dir-guards", use=3)
-            place = relay.address, relay.port, relay.rsa_id
+            where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
-            place = places[randbelow(len(places))]
+            where = place(places[randbelow(len(places))])
         self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
         seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
-            circuit = Circuit(await self._channels.get(*place, seconds=seconds))
+            circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
         except TorError:
             if paths:
-                paths.failed(place[2])
+                paths.failed(where[2])
             raise
         if paths:
-            paths.succeeded(place[2])
+            paths.succeeded(where[2])
         return circuit
 
     async def _ask(self, use, *args):
@@ -2803,7 +2810,7 @@ class Directory:
         except DirectoryError:
             # Whose clock is wrong?  Authorities alone are believed, and asked next.
             self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [rsa_id for _, _, rsa_id in self.network.authorities]
+            known = [place(entry)[2] for entry in self.network.authorities]
             if circuit.channel.rsa_id in known and abs(ahead) >= 60:
                 raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
             raise

@@ -9,8 +9,9 @@
                                                   MicroPython's firmware with all of it inside
 
 A build keeps what its entry points reach.  A class named as an entry keeps its public
-methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by names: a function,
-class or constant stays when its name is mentioned, a method when its attribute is.
+methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by
+names: a function, class or constant stays when its name is mentioned, a method when its
+attribute is.
 
 For CPython the outcome is minified by python-minifier and, once more, packed into a file
 that unpacks itself.  For boards texts of errors and logs become codes, integer constants
@@ -765,8 +766,9 @@ class Calls(ast.NodeTransformer):
     def __init__(self, part, functions, single, exports, stubs):
         self.part, self.functions, self.single = part, functions, single
         self.exports, self.stubs = exports, stubs
-        local = list(bound(part.node))
-        self.local = set(local) - ({part.node.name} if local.count(part.binds) == 1 else set())
+        self.local = list(bound(part.node))
+        if hasattr(part.node, "name"):
+            self.local.remove(part.node.name)
 
     def _target(self, node):
         name = getattr(node, "id", None) or getattr(node, "attr", None)
@@ -872,7 +874,8 @@ def separate(tree, stay, stale):
             p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
             body.insert(body.index(p.owner) + 1, p.node)
     if any(exports):
-        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag, "STALE": "E%d %%d" % stale}
+        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag}
+        values["STALE"] = "E%d %%d" % stale
         machinery = Fold(values).visit(ast.parse(FAR)).body
         for s in machinery:
             s.overlay = None
@@ -918,7 +921,10 @@ def modules_of(tree, stay, exports, tag):
         if isinstance(s, IMPORTS):
             s.names = [a for a in s.names if set(bound(a)) & there]
     body = [s for s in body if not isinstance(s, IMPORTS) or s.names]
-    return [ast.unparse(ast.Module(body, []))] + found
+    found.insert(0, ast.unparse(ast.Module(body, [])))
+    for text in found:
+        check(ast.parse(text or ""))
+    return found
 
 
 # ── Names ──

@@ -583,23 +583,22 @@ def explain(line, table):
 # it calls stays loaded as long; a later one just for each call.  Native code stays in the main
 # module: it is never freed.
 OVERLAYS = (
+    # Once.
+    "OnionService.__init__ load_network Network.__init__ Directory.__init__ load_service_key"
+    " check_target",
+    "rsa_public_key rsa_verify",
     # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
     "directory_request _Identity _Splitter b64decode",
     "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
     " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
     " RelayTable.set_microdesc",
-    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser document"
-    " parse_time",
+    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser",
     "Directory._microdescs_from MicrodescParser",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
-    " ed25519_blind_secret _BASE rsa_public_key rsa_verify sha512 _Sha512 parse_certs"
-    " check_ed_cert establish_intro onion_address OnionService._add_intro Consensus.verify"
-    " parse_authority_certs",
-    "OnionService._publish descriptor_place",
-    # Once.
-    "OnionService.__init__ load_network Network.__init__ Directory.__init__ load_service_key"
-    " check_target",
+    " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
+    " onion_address OnionService._add_intro",
+    "make_descriptor revision_counter descriptor_place",
 )
 # What takes long to compute is there as a value.
 VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()

@@ -618,7 +618,9 @@ def _hold(i):
             if _held[i][0] != TAG:
                 raise ImportError(STALE % i)
         except BaseException:
-            sys.modules.pop(OVERLAY % i, None)
+            for j in range(i + 1):
+                if not _users[j]:
+                    sys.modules.pop(OVERLAY % j, None)
             raise
     for j in _held[i][1]:
         _hold(j)

@@ -9,8 +9,9 @@
                                                   MicroPython's firmware with all of it inside
 
 A build keeps what its entry points reach.  A class named as an entry keeps its public
-methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by names: a function,
-class or constant stays when its name is mentioned, a method when its attribute is.
+methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by
+names: a function, class or constant stays when its name is mentioned, a method when its
+attribute is.
 
 For CPython the outcome is minified by python-minifier and, once more, packed into a file
 that unpacks itself.  For boards texts of errors and logs become codes, integer constants
@@ -577,23 +578,28 @@ def explain(line, table):
 
 # ── Overlays ──
 
-# What a board needs now and then only: functions, and with each the functions and constants that
+# What a board needs only now and then: functions, and with each the functions and constants that
 # nothing else uses; classes without instances that live on.  Every entry is a module of its
-# own, loaded while one of its functions runs, and dropped afterwards; it may call what stands in
-# the entries before it.  Native code stays in the main module: it is never freed.
+# own, loaded while one of its functions runs, and dropped afterwards.  An entry before it that
+# it calls stays loaded as long; a later one just for each call.  Native code stays in the main
+# module: it is never freed.
 OVERLAYS = (
-    # Signatures.
-    "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
-    " ed25519_blind_secret _BASE rsa_public_key rsa_verify sha512 _Sha512 parse_certs"
-    " check_ed_cert establish_intro onion_address OnionService._add_intro",
-    "directory_request _Identity",
-    "Directory.bootstrap Directory._fill Directory._ask Directory._next_time"
-    " Directory._consensus_from Consensus.__init__ ConsensusParser MicrodescParser _Splitter"
-    " PathSelector.__init__ PathSelector.update",
-    "OnionService._publish descriptor_place",
     # Once.
-    "AsyncTor.__init__ OnionService.__init__ load_network Directory.__init__"
-    " load_service_key check_target",
+    "OnionService.__init__ load_network Directory.__init__ load_service_key"
+    " check_target",
+    "rsa_public_key rsa_verify",
+    # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
+    "directory_request _Identity _Splitter b64decode",
+    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
+    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
+    " RelayTable.set_microdesc",
+    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser",
+    "Directory._microdescs_from MicrodescParser",
+    # Signatures; a service's descriptors.
+    "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
+    " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
+    " onion_address OnionService._add_intro",
+    "make_descriptor revision_counter descriptor_place",
 )
 # What takes long to compute is there as a value.
 VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()
@@ -613,7 +619,9 @@ def _hold(i):
             if _held[i][0] != TAG:
                 raise ImportError(STALE % i)
         except BaseException:
-            sys.modules.pop(OVERLAY % i, None)
+            for j in range(i + 1):
+                if not _users[j]:
+                    sys.modules.pop(OVERLAY % j, None)
             raise
     for j in _held[i][1]:
         _hold(j)
@@ -738,13 +746,13 @@ def place(all_parts, stay, texts):
             where = {p.overlay for p in users}
             if len(where) == 1 and None not in where:
                 moved, part.overlay = True, where.pop()
-    # The main module calls functions of overlays, but can have nothing else from there.
+    # A function of a later overlay can be called, but nothing else can be had from there.
     things = [p for p in all_parts if not p.owner and not isinstance(p.node, FUNCTIONS)]
     while not moved:
         moved = True
         for part in [p for p in things if p.overlay is not None]:
-            users = [p for p in all_parts if p.overlay is None and part.binds & p.names]
-            if users or public_part(part, stay):
+            users = [p for p in all_parts if p.overlay is None or p.overlay < part.overlay]
+            if any(part.binds & p.names for p in users) or public_part(part, stay):
                 moved = False
                 for p in all_parts:
                     if p is part or p.owner is part.node:
@@ -760,8 +768,9 @@ class Calls(ast.NodeTransformer):
     def __init__(self, part, functions, single, exports, stubs):
         self.part, self.functions, self.single = part, functions, single
         self.exports, self.stubs = exports, stubs
-        local = list(bound(part.node))
-        self.local = set(local) - ({part.node.name} if local.count(part.binds) == 1 else set())
+        self.local = list(bound(part.node))
+        if hasattr(part.node, "name"):
+            self.local.remove(part.node.name)
 
     def _target(self, node):
         name = getattr(node, "id", None) or getattr(node, "attr", None)
@@ -783,21 +792,24 @@ class Calls(ast.NodeTransformer):
         node.args = first + [self.visit(a) for a in node.args]
         node.keywords = [self.visit(k) for k in node.keywords]
         node.func = ast.Name(f.name, ast.Load())
-        if self.part.overlay is None:
+        if not self._here(f):
             node.func, number = far(f, self.exports)
             node.args.insert(0, ast.Constant(number))
         return node
 
+    def _here(self, f):
+        return self.part.overlay is not None and f.overlay <= self.part.overlay
+
     def visit_Name(self, node):
         f = self._target(node)
-        if f and self.part.overlay is None:
+        if f and not self._here(f):
             self.stubs.add(f)
         return node
 
     def visit_Attribute(self, node):
         self.generic_visit(node)
         f = self._target(node)
-        if f and self.part.overlay is not None and isinstance(node.value, ast.Name):
+        if f and self._here(f) and isinstance(node.value, ast.Name):
             return ast.parse("lambda *args: %s(%s, *args)" % (f.name, node.value.id)).body[0].value
         self.stubs.update([f for f in self.functions.get(node.attr, ()) if f.owner])
         return node
@@ -864,7 +876,8 @@ def separate(tree, stay, stale):
             p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
             body.insert(body.index(p.owner) + 1, p.node)
     if any(exports):
-        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag, "STALE": "E%d %%d" % stale}
+        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag}
+        values["STALE"] = "E%d %%d" % stale
         machinery = Fold(values).visit(ast.parse(FAR)).body
         for s in machinery:
             s.overlay = None
@@ -876,11 +889,16 @@ def separate(tree, stay, stale):
 def modules_of(tree, stay, exports, tag):
     """Return the text of the main module, and of each overlay (None: it is empty)."""
     sources, found = {}, []
+    # Of a function and its stub, the function.
     for s in sorted(tree.body, key=lambda s: s.overlay is None):
-        for name in binds(s):  # of an overlay's function and its stub, the function
+        for name in binds(s):
             sources.setdefault(name, s)
     for i, offered in enumerate(exports):
         body = [s for s in tree.body if s.overlay == i]
+        for n in [n for s in body for n in ast.walk(s) if isinstance(n, ast.Assign)]:
+            kept = [t for t in n.targets if isinstance(t, (ast.Attribute, ast.Subscript))]
+            if kept and any(isinstance(v, ast.Lambda) for v in ast.walk(n.value)):
+                raise BuildError("an overlay's code would be held: %s" % ast.unparse(n))
         needs = sorted({n for s in body for n in used(s)} & set(sources))
         lines, deps, wanted = [], set(), {}
         for name in needs:
@@ -889,15 +907,15 @@ def modules_of(tree, stay, exports, tag):
                 s = type(s)(**dict(vars(s), names=[a for a in s.names if name in bound(a)]))
                 lines.append(ast.unparse(s))
             elif s.overlay != i:
-                module = "minitor" if s.overlay is None else OVERLAY % s.overlay
+                # Of a later one main has the stub.
+                earlier = s.overlay is not None and s.overlay < i
+                deps |= {s.overlay} if earlier else set()
+                module = OVERLAY % s.overlay if earlier else "minitor"
                 wanted.setdefault(module, []).append(name)
-                deps |= {s.overlay} - {None}
         for module in sorted(wanted):
             lines.append("from %s import %s" % (module, ", ".join(wanted[module])))
         names = ["%d" % tag, repr(bytes(sorted(deps)))] + [p.node.name for p in offered]
         text = [ast.unparse(s) for s in body]
-        if deps and max(deps) > i:
-            raise BuildError("an overlay needs a later one: %s" % wanted)
         found.append("\n".join(lines + text + ["args = " + ", ".join(names)]) if body else None)
     body = [s for s in tree.body if s.overlay is None]
     there = {n for s in body for n in used(s)} | stay
@@ -905,7 +923,10 @@ def modules_of(tree, stay, exports, tag):
         if isinstance(s, IMPORTS):
             s.names = [a for a in s.names if set(bound(a)) & there]
     body = [s for s in body if not isinstance(s, IMPORTS) or s.names]
-    return [ast.unparse(ast.Module(body, []))] + found
+    found.insert(0, ast.unparse(ast.Module(body, [])))
+    for text in found:
+        check(ast.parse(text or ""))
+    return found
 
 
 # ── Names ──

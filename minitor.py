@@ -3583,10 +3583,17 @@ aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0
 """
 
 
+def place(entry):
+    """(address, OR port, RSA identity) of a directory, which packed is a third as large."""
+    if isinstance(entry, tuple):
+        return entry
+    return ".".join(map(str, entry[:4])), uint(entry[4:6]), entry[6:]
+
+
 def load_network(path=None):
     """The Tor network of the torrc file `path`, or the public one; ConfigError.
 
-    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
+    `authorities`, `fallbacks`: see place; `identities`: the v3 ones.
     """
     network, places, v3_ids, lines = Record(), [], [], []
     network.testing = False
@@ -3595,9 +3602,8 @@ def load_network(path=None):
             n = 0
             for digit in entry:
                 n = n * 91 + ord(digit) - 36
-            place = n.to_bytes(26, "big")
-            places.append((".".join(map(str, place[:4])), uint(place[4:6]), place[6:]))
-        v3_ids, places = [place[2] for place in places[:9]], places[9:]
+            places.append(n.to_bytes(26, "big"))
+        v3_ids, places = [entry[6:] for entry in places[:9]], places[9:]
     else:
         try:
             with open(path) as f:
@@ -3773,22 +3779,22 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             relay = paths.guard(kind="dir-guards", use=3)
-            place = relay.address, relay.port, relay.rsa_id
+            where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
-            place = places[randbelow(len(places))]
+            where = place(places[randbelow(len(places))])
         self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
         seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
-            circuit = Circuit(await self._channels.get(*place, seconds=seconds))
+            circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
         except TorError:
             if paths:
-                paths.failed(place[2])
+                paths.failed(where[2])
             raise
         if paths:
-            paths.succeeded(place[2])
+            paths.succeeded(where[2])
         return circuit
 
     async def _ask(self, use, *args):
@@ -3839,7 +3845,7 @@ class Directory:
         except DirectoryError:
             # Whose clock is wrong?  Authorities alone are believed, and asked next.
             self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [rsa_id for _, _, rsa_id in self.network.authorities]
+            known = [place(entry)[2] for entry in self.network.authorities]
             if circuit.channel.rsa_id in known and abs(ahead) >= 60:
                 raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
             raise

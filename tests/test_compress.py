@@ -302,15 +302,21 @@ def test_what_an_overlay_takes_along(monkeypatch):
     overlays = "signed", "seldom Machine.start Device"
     main, second, first = overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays)
     there = {"only seldom": first, "both": second, "twice": main, "state": main, "native": main,
-             "dunder": first, "step": first, "of a method": first, "named": main, "text": main, "lonely": first}
+             "dunder": first, "step": first, "of a method": first, "named": main, "text": main,
+             "lonely": first}
     for word, where in there.items():
         found = [text for text in (main, first, second) if "'%s'" % word in text]
         assert found == [where], word
     # What nothing else calls has no place in the main module, not even as a stub.
     assert main.count("def start(*") == 1 and "def _called(self)" in main
     assert "class" in first and main.count("class ") == 1
-    with pytest.raises(compress.BuildError, match="needs a later one"):
-        overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays[::-1])
+    # An earlier one is kept with what needs it, a later one called by its number.
+    assert "from minitor0 import" in first and "minitor1" not in second
+    main, first, second = overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays[::-1])
+    assert "minitor1" not in first and "minitor0" not in second and "'both'" in second
+    held = OVERLAID.replace('self.x = "dunder"', "self.x = lambda: x").replace("Device(x)", "x")
+    with pytest.raises(compress.BuildError, match="would be held: self"):
+        overlaid(monkeypatch, held, "Machine.start often Device", ("Device.__init__",))
 
 
 def test_native_code_keeps_its_names():

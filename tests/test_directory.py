@@ -79,12 +79,12 @@ def test_the_public_network():
     network = minitor.load_network()
     assert len(network.authorities) == len(network.identities) == 9 and not network.testing
     rsa_id = bytes.fromhex("1A25C6358DB91342AA51720A5038B72742732498")
-    assert network.authorities[0] == ("128.31.0.39", 9201, rsa_id)
+    assert minitor.place(network.authorities[0]) == ("128.31.0.39", 9201, rsa_id)
     assert bytes.fromhex("F533C81CEF0BC0267857C99B2F471ADF249FA232") in network.identities
     assert len(network.fallbacks) == len(set(network.fallbacks)) == 200
-    address, port, rsa_id = network.fallbacks[0]
+    address, port, rsa_id = minitor.place(network.fallbacks[0])
     assert (rsa_id.hex().upper()[:8], address, port) == ("4F067C5C", "64.65.62.122", 443)
-    for address, port, rsa_id in network.fallbacks:
+    for address, port, rsa_id in map(minitor.place, network.fallbacks):
         assert len(rsa_id) == 20 and 0 < port < 65536
 
 

@@ -127,15 +127,16 @@ async def main():
     return full
 
 
-def foreign(name, content, kind):
-    # An overlay that is missing, or of another build; nothing of it stays.
+def foreign(number, content, kind):
+    # An overlay that is missing, or of another build; nothing of it stays, nor of what it needs.
+    name = "minitor%d.mpy" % number
     os.rename(name, name + ".away")
     if content:
         with open(name, "wb") as f:
             f.write(content)
     for _ in range(2):
         try:
-            minitor.row(1)
+            minitor.OnionService().fails(1) if number else minitor.row(1)
         except (ImportError, ValueError) as e:
             assert kind in str(e), e
         else:
@@ -156,10 +157,11 @@ assert full > between + 10000
 asyncio.run(main())
 assert used() < between + 500, (between, used())
 os.chdir(sys.argv[1])
-foreign("minitor0.mpy", None, "minitor0")
-foreign("minitor0.mpy", b"This is no module.", "mpy")
-with open("other.mpy", "rb") as f:
-    foreign("minitor0.mpy", f.read(), %r)
+for number in 0, 1:
+    foreign(number, None, "minitor%d" % number)
+    foreign(number, b"This is no module.", "mpy")
+    with open("other%d.mpy" % number, "rb") as f:
+        foreign(number, f.read(), "E%s %d" % (sys.argv[2], number))
 print("ok")
 """
 
@@ -171,10 +173,10 @@ def test_overlays_stay_as_long_as_they_run(bits, tmp_path, monkeypatch):
     monkeypatch.setattr(compress, "OVERLAYS", ("row", "OnionService.start OnionService.fails"))
     build = compress.Build(SOURCE + TABLE, "small")
     other = compress.Build(SOURCE + TABLE.replace("many", "more"), "small")
-    content = dict(other.modules(runtimes.ARCHITECTURES[bits]))["minitor0.mpy"]
-    (tmp_path / "other.mpy").write_bytes(content)
-    script = LOADED % ("E%d 0" % build.codes.index(compress.STALE))
-    run(bits, build, builds.translated(script, build.map), tmp_path, tmp_path)
+    for name, content in other.modules(runtimes.ARCHITECTURES[bits]):
+        (tmp_path / name.replace("minitor", "other")).write_bytes(content)
+    script, code = builds.translated(LOADED, build.map), build.codes.index(compress.STALE)
+    run(bits, build, script, tmp_path, tmp_path, code)
 
 
 def heap(folder):

@@ -13,7 +13,7 @@ FIRST, LAST = "=== 10. Channel", "=== 19. Command line"
 ALSO = "Promise", "spawn", "lasting"
 # These allocate nothing, or never fail for it.
 SAFE = """cancel clear crowded current_task discard done find get is_set isinstance items len max min
-    now pop popitem randbelow remove room set super ticks_diff ticks_ms type values""".split()
+    now pop popitem randbelow remove room set super ticks_diff ticks_ms type values wanted""".split()
 
 
 class Hurt(ast.NodeTransformer):
@@ -85,9 +85,10 @@ def run(bits, hurt, script, *arguments, seconds=500):
 
 @pytest.mark.parametrize("part", ["streams", "loops"])
 def test_each_allocation_fails_once(bits, hurt, tmp_path, part):
-    print(run(bits, hurt, "memory_each.py", part, tmp_path))
+    # Hashing is slow there: some of them.
+    print(run(bits, hurt, "memory_each.py", part, tmp_path, 11, seconds=360))
 
 
 @pytest.mark.parametrize("part", ["streams", "loops"])
 def test_each_allocation_fails_once_on_a_host(hurt, tmp_path, part):
-    print(run(None, hurt, "memory_each.py", part, tmp_path))
+    print(run(None, hurt, "memory_each.py", part, tmp_path, 1))

@@ -94,7 +94,7 @@ if minitor.MICROPYTHON:
     minitor.os.remove("descriptor.test")
 minitor.urandom = urandom
 # What was made when a descriptor was still one text in memory.
-assert minitor.hexlify(minitor.sha256(text)[:8]) == "80d376b5dcbfeef3"
+assert minitor.sha256(text)[:8].hex() == "80d376b5dcbfeef3"
 again = minitor.parse_descriptor(text, blinded, subcred, when)
 assert again.revision == 7 and [i.enc_key for i in again.intro_points] == [
     i.enc_key for i in found.intro_points

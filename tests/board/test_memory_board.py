@@ -92,3 +92,7 @@ def test_each_allocation_fails_once(bits, hurt, tmp_path, part):
 @pytest.mark.parametrize("part", ["streams", "loops"])
 def test_each_allocation_fails_once_on_a_host(hurt, tmp_path, part):
     print(run(None, hurt, "memory_each.py", part, tmp_path, 1))
+
+
+def test_budget_and_floods(micropython):
+    print(micropython(HERE / "memory_budget.py", heap="400k"))

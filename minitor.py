@@ -36,7 +36,8 @@ if MICROPYTHON:
     # Early: so what lives long stays together, and large pieces find room.
     _heap = gc.mem_free() + gc.mem_alloc()
     gc.threshold(_heap // 4)
-    # The budget in bytes.  Without PSRAM the heap may grow into what WiFi and TLS need.
+    # The budget in bytes, and when it was last exceeded.  Without PSRAM the heap would grow into
+    # what WiFi and TLS need.
     _admission = [_heap * 7 // 8 if _heap > 1 << 18 else min(_heap * 7 // 8, 96 << 10), None]
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
@@ -88,11 +89,6 @@ def randbelow(n):
 
 def sha256(data):
     return hashlib.sha256(data).digest()
-
-
-def heap_budget(size):
-    """Let `crowded` tell when more than `size` bytes are allocated; 0: as it is."""
-    _admission[0] = size or _admission[0]
 
 
 def crowded():
@@ -2058,9 +2054,6 @@ class Stream:
         except CircuitError:
             pass  # it ended this stream
 
-    def held(self):
-        return len(self._incoming) + len(self.outgoing)
-
     def flush(self):
         try:
             self._flush()
@@ -2437,7 +2430,7 @@ def relieve(circuits, still=0):
     try:
         for circuit in circuits:
             for stream in circuit.streams.values():
-                held = stream.held()
+                held = len(stream._incoming) + len(stream.outgoing)
                 if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
                     most, victim = held, stream
             # Best an idle one of a service's client.
@@ -3462,7 +3455,7 @@ class AsyncTor:
     """
 
     def __init__(self, data_dir=None, network=None, progress=None, budget=0):
-        heap_budget(budget)
+        _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
         self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()

@@ -78,8 +78,10 @@ def run(bits, hurt, script, *arguments, seconds=500):
         environment["MICROPYPATH"] = "%s:%s" % (runtimes.compiled(bits, hurt), path)
     else:
         path = os.pathsep.join([str(hurt.parent), str(runtimes.REPO)])
-        line, environment = [sys.executable, str(HERE / script)], dict(os.environ, PYTHONPATH=path)
+        # Coroutines that never ran, as memory lacked, are reported.
+        line = [sys.executable, "-W", "ignore", str(HERE / script)]
         line += [str(argument) for argument in arguments]
+        environment = dict(os.environ, PYTHONPATH=path)
     return runtimes.run_script(line, environment, seconds)
 
 

@@ -36,9 +36,11 @@ if MICROPYTHON:
     # Early: so what lives long stays together, and large pieces find room.
     _heap = gc.mem_free() + gc.mem_alloc()
     gc.threshold(_heap // 4)
-    # The budget in bytes, and when it was last exceeded.  Without PSRAM the heap would grow into
-    # what WiFi and TLS need.
-    _admission = [_heap * 7 // 8 if _heap > 1 << 18 else min(_heap * 7 // 8, 96 << 10), None]
+    # The budget in bytes, and when it was last exceeded.  An ESP32's heap grows into what WiFi and
+    # TLS need; one that is larger is in PSRAM.
+    _admission = [_heap * 7 // 8, None]
+    if sys.platform == "esp32" and _heap < 1 << 18:
+        _admission[0] = 96 << 10
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
@@ -98,9 +100,10 @@ def crowded():
     # Refusing shall not cost a collection each time.
     if _admission[1] is None or ticks_diff(ticks_ms(), _admission[1]) > 1000:
         gc.collect()
-        full = gc.mem_alloc() > _admission[0]
-        _admission[1] = ticks_ms() if full else None
-        return full
+        _admission[1] = ticks_ms() if gc.mem_alloc() > _admission[0] else None
+        if _admission[1] is None:
+            return False
+        log(NOTICE, "%d bytes are in use: nothing new begins", gc.mem_alloc())
     return True
 
 

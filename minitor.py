@@ -37,8 +37,11 @@ if MICROPYTHON:
     # Early: so what lives long stays together, and large pieces find room.
     _heap = gc.mem_free() + gc.mem_alloc()
     gc.threshold(_heap // 4)
-    # The budget in bytes.  Without PSRAM the heap may grow into what WiFi and TLS need.
-    _admission = [_heap * 7 // 8 if _heap > 1 << 18 else min(_heap * 7 // 8, 96 << 10), None]
+    # The budget in bytes, and when it was last exceeded.  An ESP32's heap grows into what WiFi and
+    # TLS need; one that is larger is in PSRAM.
+    _admission = [_heap * 7 // 8, None]
+    if sys.platform == "esp32" and _heap < 1 << 18:
+        _admission[0] = 96 << 10
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
@@ -91,11 +94,6 @@ def sha256(data):
     return hashlib.sha256(data).digest()
 
 
-def heap_budget(size):
-    """Let `crowded` tell when more than `size` bytes are allocated; 0: as it is."""
-    _admission[0] = size or _admission[0]
-
-
 def crowded():
     """Tell whether memory is past its budget, so that nothing new is begun."""
     if not MICROPYTHON or gc.mem_alloc() <= _admission[0]:
@@ -103,9 +101,10 @@ def crowded():
     # Refusing shall not cost a collection each time.
     if _admission[1] is None or ticks_diff(ticks_ms(), _admission[1]) > 1000:
         gc.collect()
-        full = gc.mem_alloc() > _admission[0]
-        _admission[1] = ticks_ms() if full else None
-        return full
+        _admission[1] = ticks_ms() if gc.mem_alloc() > _admission[0] else None
+        if _admission[1] is None:
+            return False
+        log(NOTICE, "%d bytes are in use: nothing new begins", gc.mem_alloc())
     return True
 
 
@@ -2452,7 +2451,7 @@ class Channel:
     `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
     """
 
-    closed = None
+    closed, _lacks = None, 0
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -2497,6 +2496,12 @@ class Channel:
         self._queued += len(data)
         self._wake.set()
 
+    def _relieve(self):
+        # At first others may let go of some memory.
+        self._lacks += 1
+        if self._lacks % 4 == 0:
+            relieve(self.circuits.values())
+
     async def _write(self, writer):
         full, size = False, 0
         try:
@@ -2515,7 +2520,7 @@ class Channel:
                         size = len(data)
                         writer.write(data)
                 except MemoryError:
-                    relieve(self.circuits.values())
+                    self._relieve()
                     waiting, idle = asyncio.sleep(0), True
                 await waiting
                 self._wake.clear()
@@ -2541,7 +2546,7 @@ class Channel:
                 rest, data = rest + data, b""
             except MemoryError:
                 # What was read is still here.
-                relieve(self.circuits.values())
+                self._relieve()
                 await asyncio.sleep(0)
             except Exception as e:
                 self.close("the link broke: ", e)
@@ -2796,9 +2801,6 @@ class Stream:
             self.circuit.send(command, self.stream_id, *pieces)
         except CircuitError:
             pass  # it ended this stream
-
-    def held(self):
-        return len(self._incoming) + len(self.outgoing)
 
     def flush(self):
         try:
@@ -3215,7 +3217,7 @@ def relieve(circuits, still=0):
     try:
         for circuit in circuits:
             for stream in circuit.streams.values():
-                held = stream.held()
+                held = len(stream._incoming) + len(stream.outgoing)
                 if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
                     most, victim = held, stream
             # Best an idle one of a service's client.
@@ -4278,7 +4280,7 @@ class AsyncTor:
     """
 
     def __init__(self, data_dir=None, network=None, progress=None, budget=0):
-        heap_budget(budget)
+        _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
         self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()

@@ -235,6 +235,37 @@ def test_full_service_closes_an_idle_circuit(service, monkeypatch):
     asyncio.run(main())
 
 
+def test_past_the_budget_nothing_begins(service, monkeypatch):
+    """Introductions are dropped, streams refused, and who has one keeps it."""
+
+    async def main():
+        for n in range(2):
+            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[0])
+            await settle()
+        first, second = service.circuits
+        first.streams = {1: None}
+        monkeypatch.setattr(minitor, "crowded", lambda: True)
+        relieved = []
+        monkeypatch.setattr(minitor, "relieve", lambda circuits, still: relieved.append(still))
+        stream = Stream(first)
+        await service._begin(stream, 80)
+        assert stream.log == [minitor.END_RESOURCELIMIT] and not first.closed
+        # An idle circuit makes room for one that is wanted; then there is none.
+        service._introduced(service.intros[0], introduce(service, b"x" * 20)[0])
+        await settle()
+        assert second.closed and len(service.circuits) == 2 and len(service.built) == 3
+        service.circuits[-1].streams = {1: None}
+        service._introduced(service.intros[0], introduce(service, b"y" * 20)[0])
+        await settle()
+        assert len(service.built) == 3 and relieved == [minitor.STILL_MS] * 3
+        monkeypatch.setattr(minitor, "crowded", lambda: False)
+        service._introduced(service.intros[0], introduce(service, b"z" * 20)[0])
+        await settle()
+        assert len(service.built) == 4
+
+    asyncio.run(main())
+
+
 # ─── streams ───
 
 
@@ -710,6 +741,32 @@ def test_spare_circuits(core):
         keeper.cancel()
 
     asyncio.run(main())
+
+
+def test_past_the_budget_no_stream_is_opened(core, monkeypatch):
+    monkeypatch.setattr(minitor, "crowded", lambda: True)
+    with pytest.raises(minitor.StreamError, match="out of memory") as e:
+        asyncio.run(core.open_connection("example.com", 80))
+    assert e.value.reason == minitor.END_RESOURCELIMIT
+
+
+@pytest.mark.parametrize("error", [MemoryError(), asyncio.CancelledError(), KeyError("a bug")])
+def test_who_waits_for_a_shared_circuit_hears_of_any_end(core, monkeypatch, error):
+    async def circuit_to(**_):
+        await asyncio.sleep(0)
+        raise error
+
+    async def main():
+        core.circuit_to = circuit_to
+        waiting = [core._circuit(None, 80) for _ in range(2)]
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert [type(e) for e in found] == [minitor.CircuitError] * 2
+
+    minitor.set_log(minitor.ERR + 1)
+    try:
+        asyncio.run(main())
+    finally:
+        minitor.set_log(minitor.NOTICE)
 
 
 def test_exit_circuits_are_shared(core, monkeypatch):

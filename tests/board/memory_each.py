@@ -1,6 +1,6 @@
 """Each allocation of a service that is at work fails once; afterwards it has to answer.
 
-    memory_each.py streams|loops FOLDER
+    memory_each.py streams|loops FOLDER STRIDE
 
 `hurt` is minitor, calling `_tick` before each allocation (test_memory_board.py).
 """
@@ -173,7 +173,7 @@ async def streams(folder):
             await asyncio.sleep(0)
             for port in 80, 81:
                 stream = await client.open_stream(m.BEGIN, m.begin("", port), seconds)
-                sent = os.urandom(3000)
+                sent = os.urandom(700)
                 stream.write(sent)
                 got = await asyncio.wait_for(stream.readexactly(len(sent)), seconds)
                 assert got == sent
@@ -204,8 +204,8 @@ async def streams(folder):
     n = lost = harmed = reached = 0
     other, stream = await bystander()
     # Until no attempt gets that far: they differ a little.
-    while reached + 10 > n:
-        n += 1
+    while reached + 3 * stride > n:
+        n += stride
         arm(n)
         worked = await attempt(1)
         reached = n if count >= n else reached
@@ -225,20 +225,116 @@ async def streams(folder):
         assert await asyncio.wait_for(stream.readexactly(5), 20) == b"still", n
         service._tasks = [task for task in service._tasks if not task.done()]
         intro.cookies.clear()
-        if n % 20 == 0:
+        if failed % 10 == 0:
             for _ in range(100):
                 await asyncio.sleep(0)
             assert len(channel.circuits) <= 6, (n, len(channel.circuits))
             assert len(service.circuits) <= 6, (n, len(service.circuits))
     print("%d failed: %d attempts and %d others came to nothing" % (failed, lost, harmed))
-    assert failed > total * 9 // 10 and harmed * 10 < failed
+    assert failed * stride > total * 3 // 4 and harmed * 10 < failed
     server.close()
 
 
+# The service's loops: introduction points and descriptors, in a time that flies.
+
+
+class FakeCircuit:
+    def __init__(self, relay):
+        self.closed, self.on_control, self.kh, self.relay = None, {}, b"k" * 20, relay
+
+    async def ask(self, *what):
+        return b""
+
+    def close(self):
+        self.closed = True
+
+
+class FakeTable:
+    def find(self, rsa_id):
+        return rsa_id[0]
+
+    def rsa_id(self, i):
+        return bytes([i]) * 20
+
+    def relay(self, i):
+        return thing(rsa_id=bytes([i]) * 20, index=i)
+
+
+class Asyncio:
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds):
+        clock[0] += seconds
+        await asyncio.sleep(0)
+
+
+clock = [1460545200]
+
+
 async def loops(folder):
-    pass
+    posts, built, used = [], [], []
+    tor, _ = make_service(folder, 1)
+    consensus = tor.directory.consensus
+    consensus.valid_after, consensus.fresh_until = 1460545200, 1460548800
+    consensus.srv_current = consensus.srv_previous = b"c" * 32
+    tor.directory.table = FakeTable()
+
+    def pick(role, accept, stable):
+        used.append(len(used) % 15)
+        return used[-1]
+
+    async def circuit_to(target=None, attempts=None):
+        built.append(FakeCircuit(target))
+        return built[-1]
+
+    async def hsdir_request(tor, relay, path, file):
+        file.seek(0)
+        assert file.read() == b"text"
+        posts.append(relay)
+
+    async def until(condition):
+        for _ in range(3000):
+            if condition():
+                return True
+            await asyncio.sleep(0)
+
+    tor.paths.pick, tor.circuit_to, hurt.hsdir_request = pick, circuit_to, hsdir_request
+    hurt.asyncio, hurt.now, hurt.distinct = Asyncio(), lambda: clock[0], lambda *_: True
+    hurt.hsdir_ring = lambda *_: [15, 16, 17]
+    hurt.make_descriptor = lambda file, *_: file.write(b"text")
+    hurt.revision_counter, hurt.ed25519_sign = lambda *_: 1, lambda *_: bytes(64)
+    n = reached = 0
+    while reached + 3 * stride > n:
+        n += stride
+        del posts[:], built[:]
+        service = hurt.OnionService(tor, folder + "/key", {80: echo})
+        tor.services = [service]
+        arm(n)
+        try:
+            starting = asyncio.create_task(service.start())
+            assert await until(lambda: starting.done()), "%d: not published" % n
+            await starting
+        except MemoryError:
+            await service.close()
+            reached = n
+            continue
+        intros = lambda: sorted([c.relay.rsa_id for c in built if not c.closed])
+        assert await until(lambda: len(intros()) == 3), "%d: introduction points lack" % n
+        del posts[:]
+        clock[0] += 7201
+        assert await until(lambda: len(posts) >= 6), "%d: not published again" % n
+        [c for c in built if not c.closed][0].close()
+        assert await until(lambda: len(intros()) == 3), "%d: one lacks for ever" % n
+        reached = n if count >= n else reached
+        arm(0)
+        await service.close()
+        assert await until(lambda: not intros()), "%d: open after the end" % n
+    print("%d failed of %d" % (failed, reached))
+    assert failed > 30 // stride
 
 
-part, folder = sys.argv[-2:]
+part, folder, stride = sys.argv[-3:]
+stride = int(stride)
 asyncio.run(streams(folder) if part == "streams" else loops(folder))
 print("ok")

@@ -1286,7 +1286,7 @@ class FlashTable(_Relays):
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
         self._usable, self._buffer, self._loaded, self._dirty = bytearray(5 * _SHARDS), None, -1, 0
         self._old = self._hot = self._new = None
-        self._forced = True
+        self._forced, self._failed = True, False
 
     def _digest(self, n, data):
         h = hashlib.sha256(self._salt + bytes((n >> 8, n & 255)))
@@ -1499,8 +1499,9 @@ class FlashTable(_Relays):
             try:
                 write_file(self._path + str(n), data)
             except OSError:
-                # Usable is what is there.
-                self._loaded = -1
+                # Usable is what is there; a new table cannot come into force any more.
+                self._loaded, self._failed = -1, True
+                self._usable[5 * n : 5 * n + 5] = bytes(5)
                 self._usable[5 * n : 5 * n + 5] = self._read(n, 16, 5)
                 raise
 
@@ -1580,6 +1581,8 @@ class FlashTable(_Relays):
             self._flush()
             self._buffer, self._loaded = None, -1
             if not self._forced:
+                if self._failed:
+                    raise OSError("a shard is lacking")
                 for table in (self, self._old or self):
                     table._hot.close()
                 replace(self._path + "hot.tmp", self._path + "hot")

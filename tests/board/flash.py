@@ -49,11 +49,24 @@ class Flash:
         return {4: len(self.blocks), 5: BLOCK, 6: 0}.get(op)
 
 
+# Files, if minitor's `open` is note_open: what is still open at umount would be closed after it, on freed memory.
+opened = []
+
+
+def note_open(path, mode):
+    opened.append(open(path, mode))
+    return opened[-1]
+
+
 def mount(flash):
     vfs.mount(vfs.VfsLfs2(flash, progsize=32, readsize=32), "/flash")
 
 
 def umount():
+    while m._writing:
+        m._writing.pop()
+    while opened:
+        opened.pop().close()
     vfs.umount("/flash")
 
 

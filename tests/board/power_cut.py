@@ -12,6 +12,7 @@ import minitor as m
 
 START, COUNT, PERCENT = 1800000000, 100, 10
 m.set_log(m.ERR)
+m.open = f.note_open
 
 
 def once(function):

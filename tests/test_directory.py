@@ -373,7 +373,7 @@ def test_bootstrap_and_refresh_on_flash(net, tmp_path, on_flash):
     mirror = Mirror(net)
     directory = Setup(tmp_path, net, [mirror]).bootstrap()
     assert len(directory.table) == 200 and 120 <= usable(directory.table) < 200
-    assert len([p for p in mirror.asked if "/micro/" in p]) == 4
+    assert 3 < len([p for p in mirror.asked if "/micro/" in p]) < 6
     # A warm start asks no one, and goes on where it was.
     setup = Setup(tmp_path, net, [])
     directory = setup.bootstrap()

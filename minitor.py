@@ -1259,8 +1259,8 @@ class RelayTable(_Relays):
 
 # On flash: a file "hot" of rows in the consensus's order, written anew each hour (which commits
 # all), and shards of records, in slots that keep their relays: what is new goes where the hot
-# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of the
-# microdescriptor's digest.  A record: as above; bits of exit policy, family ids, family.
+# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of a hash over
+# what the record was made of.  A record: as above; bits of exit policy, family ids, family.
 _ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 200, ">20s4sHI80s", 110, 400
 # A shard: digest, bits of its usable slots, records: one block.  40 numbers, 37 of them slots.
 _SLOTS, _SHARD = 37, 4091
@@ -1371,14 +1371,15 @@ class FlashTable(_Relays):
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         require(good and self._last < rsa_id, "a relay is malformed, or not in order")
         self._last = rsa_id
-        i = self._kept(rsa_id, md_digest)
+        fields = struct.pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
+        mark = sha256(fields)[:4]
+        i = self._kept(rsa_id, struct.unpack("<HH", mark))
         if i < 0:
             i = next(self._vacant, -1)
             if i < 0:
                 self.short = True
                 return
             self._usable[i >> 3] &= ~(1 << (i & 7))
-            fields = struct.pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
             if self._new:
                 self._new.write(struct.pack("<H", i) + fields)
             else:
@@ -1386,17 +1387,16 @@ class FlashTable(_Relays):
         exponent = 0
         while weight >> 11:
             weight, exponent = weight >> 1, exponent + 1
-        row = struct.pack(_ROW, flags, exponent << 11 | weight, i, md_digest)
+        row = struct.pack(_ROW, flags, exponent << 11 | weight, i, mark)
         self._hot.write(row)
         self._sum.update(row)
         self._n += 1
 
-    def _kept(self, rsa_id, md_digest):
-        # Its slot in the old table, or -1 if it is new or its microdescriptor is.
-        old, mark = self._old, struct.unpack("<HH", md_digest[:4])
+    def _kept(self, rsa_id, mark):
+        # Its slot in the old table, or -1 if something is new.
+        old = self._old
         while old and self._cursor < len(old):
             at, h = old._row(self._cursor), old._rows
-            # To make other digests meet takes 2^32 tries, and wins nothing.
             i, same = h[at + 2], (h[at + 3], h[at + 4]) == mark
             if not same and old.rsa_id(i) > rsa_id:
                 break
@@ -1583,9 +1583,9 @@ class FlashTable(_Relays):
             if not self._forced:
                 if self._failed:
                     raise OSError("a shard is lacking")
+                replace(self._path + "hot.tmp", self._path + "hot")
                 for table in (self, self._old or self):
                     table._hot.close()
-                replace(self._path + "hot.tmp", self._path + "hot")
                 self._open("hot")
                 self._forced, self._old = True, None
                 self._remove("new")

@@ -1273,6 +1273,10 @@ _PORTS = (
 _writing = []
 
 
+def _bit(bits, i):
+    return bits[i >> 3] >> (i & 7) & 1
+
+
 def _family_bit(rsa_id):
     return 1 << (rsa_id[3] & 63)
 
@@ -1301,25 +1305,19 @@ class FlashTable(_Relays):
             if size < 40:
                 return None
             self._hot.seek(size - 40)
-            tail = self._hot.read(40)
+            tail, h = self._hot.read(40), hashlib.sha256(self._salt)
             head, self.shards, self._n = struct.unpack(">IHH", tail[:8])
             self._hot.seek(0)
-            h, left = hashlib.sha256(self._salt), size - 32
-            while left > 0:
+            for left in range(size - 32, 0, -1024):
                 h.update(self._hot.read(min(left, 1024)))
-                left -= 1024
-            if h.digest() != tail[8:] or size != 10 * self._n + head + 40:
-                return None
-            data = bytearray(_SHARD)
-            for n in range(self.shards):
-                with open(self._path + str(n), "rb") as f:
-                    if f.readinto(data) != _SHARD:
-                        return None
-                if self._digest(n, memoryview(data)[16:]) != data[:16]:
+            good = h.digest() == tail[8:] and size == 10 * self._n + head + 40
+            for n in range(self.shards if good else 0):
+                data = self._read(n, 0, _SHARD + 1)
+                if len(data) != _SHARD or self._digest(n, memoryview(data)[16:]) != data[:16]:
                     return None
                 self._usable[5 * n : 5 * n + 5] = data[16:21]
             self._hot.seek(10 * self._n)
-            return Consensus(self._hot.read(head))
+            return Consensus(self._hot.read(head)) if good else None
         except (OSError, ValueError):
             return None
 
@@ -1364,7 +1362,7 @@ class FlashTable(_Relays):
         for n in sorted(range(most), key=lambda n: count[n] << 10 | n):
             self.shards = max(self.shards, n + 1)
             for i in range(40 * n, 40 * n + _SLOTS):
-                if not used[i >> 3] >> (i & 7) & 1:
+                if not _bit(used, i):
                     yield i
 
     def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
@@ -1445,7 +1443,7 @@ class FlashTable(_Relays):
                     yield i, flags, (weight & 2047) << (weight >> 11)
 
     def flags_of(self, i):
-        return USABLE if self._usable[i >> 3] >> (i & 7) & 1 else 0
+        return USABLE if _bit(self._usable, i) else 0
 
     def identities(self, need):
         # In the order of slots: each shard is opened once.
@@ -1454,12 +1452,11 @@ class FlashTable(_Relays):
         for i, _, _ in self.rows(need, need):
             wanted[i >> 3] |= 1 << (i & 7)
         for n in range(self.shards):
-            if any(wanted[5 * n : 5 * n + 5]):
-                with open(self._path + str(n), "rb") as f:
-                    for i in range(40 * n, 40 * n + _SLOTS):
-                        if wanted[i >> 3] >> (i & 7) & 1:
-                            f.seek(51 + i % 40 * _SLOT)
-                            yield i, f.read(32)
+            with open(self._path + str(n), "rb") as f:
+                for i in range(40 * n, 40 * n + _SLOTS):
+                    if _bit(wanted, i):
+                        f.seek(51 + i % 40 * _SLOT)
+                        yield i, f.read(32)
 
     def find(self, rsa_id):
         # A few relays are looked up again and again.

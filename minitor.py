@@ -2721,6 +2721,7 @@ class PathSelector:
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
+        self._totals = {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
             return
@@ -2743,29 +2744,33 @@ class PathSelector:
             self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
         self._save()
 
-    def weigh(self, position, need, never=0, among=()):
-        """Yield (index, weight) of the relays with all flags `need` and none of `never`.
-
-        Those `among` some, if given, weigh alike.
-        """
+    def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-        factors, kind = dict(w), GUARD | EXIT
+        return dict(w)
+
+    def weigh(self, position, need, never=0):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+        factors, kind = self._factors(position), GUARD | EXIT
         for i, flags, weight in self.table.rows(need | never, need):
-            if not among or i in among:
-                # Not 0: without weights, all are alike.
-                yield i, (0 if among else weight) * factors[flags & kind] or 1
+            # Not 0: without weights, all are alike.
+            yield i, weight * factors[flags & kind] or 1
 
     def _draw(self, fit, *which):
         # An index by weight, or -1.  First as if nearly all were fit: that asks for few.
-        total = sum(w for _, w in self.weigh(*which))
-        for _ in range(4 if total else 0):
-            at = randbelow(total)
+        if which not in self._totals:
+            self._totals[which] = sum(w for _, w in self.weigh(*which))
+        for _ in range(4):
+            at = randbelow(self._totals[which] or 1)
             for i, w in self.weigh(*which):
                 at -= w
                 if at < 0:
                     break
+            if at >= 0:
+                # The table is not as it was.
+                del self._totals[which]
+                break
             if fit(i):
                 return i
         total, found = 0, -1
@@ -2776,22 +2781,34 @@ class PathSelector:
         return found
 
     def pick(self, role, accept, stable=STABLE, among=()):
-        """Return the index of a relay for `role` that `accept(index)` takes."""
+        """Return the index of a relay for `role`, or `among` some, that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
             fit = lambda i: self._doubts.get(i, 0) <= t and accept(i)
-            i = self._draw(fit, position, need, never, among)
+            left = [i for i in among if self.table.flags_of(i) & USABLE and fit(i)]
+            i = left[randbelow(len(left))] if left else -1
+            if not among:
+                i = self._draw(fit, position, need, never)
             if i >= 0:
                 return i
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
         """Return for how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
-        percent = 100
+        percent, weights, counts = 100, {}, {}
+        for _, flags, weight in self.table.rows():
+            flags &= GUARD | EXIT | USABLE
+            weights[flags] = weights.get(flags, 0) + weight
+            counts[flags] = counts.get(flags, 0) + 1
         for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
+            factors, have, total = self._factors(place), 0, 0
+            for flags, weight in weights.items():
+                if flags & need == need:
+                    weight = weight * factors[flags & ~USABLE] or counts[flags]
+                    total += weight
+                    have += weight if flags & USABLE else 0
             percent = percent * have // total if total else percent
         return percent
 

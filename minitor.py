@@ -1675,8 +1675,8 @@ class RelayTable(_Relays):
 
 # On flash: a file "hot" of rows in the consensus's order, written anew each hour (which commits
 # all), and shards of records, in slots that keep their relays: what is new goes where the hot
-# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of the
-# microdescriptor's digest.  A record: as above; bits of exit policy, family ids, family.
+# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of a hash over
+# what the record was made of.  A record: as above; bits of exit policy, family ids, family.
 _ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 200, ">20s4sHI80s", 110, 400
 # A shard: digest, bits of its usable slots, records: one block.  40 numbers, 37 of them slots.
 _SLOTS, _SHARD = 37, 4091
@@ -1687,6 +1687,10 @@ _PORTS = (
 )
 # What is open for writing, to be closed before another opens it.
 _writing = []
+
+
+def _bit(bits, i):
+    return bits[i >> 3] >> (i & 7) & 1
 
 
 def _family_bit(rsa_id):
@@ -1702,7 +1706,7 @@ class FlashTable(_Relays):
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
         self._usable, self._buffer, self._loaded, self._dirty = bytearray(5 * _SHARDS), None, -1, 0
         self._old = self._hot = self._new = None
-        self._forced = True
+        self._forced, self._failed = True, False
 
     def _digest(self, n, data):
         h = hashlib.sha256(self._salt + bytes((n >> 8, n & 255)))
@@ -1717,25 +1721,19 @@ class FlashTable(_Relays):
             if size < 40:
                 return None
             self._hot.seek(size - 40)
-            tail = self._hot.read(40)
+            tail, h = self._hot.read(40), hashlib.sha256(self._salt)
             head, self.shards, self._n = unpack(">IHH", tail[:8])
             self._hot.seek(0)
-            h, left = hashlib.sha256(self._salt), size - 32
-            while left > 0:
+            for left in range(size - 32, 0, -1024):
                 h.update(self._hot.read(min(left, 1024)))
-                left -= 1024
-            if h.digest() != tail[8:] or size != 10 * self._n + head + 40:
-                return None
-            data = bytearray(_SHARD)
-            for n in range(self.shards):
-                with open(self._path + str(n), "rb") as f:
-                    if f.readinto(data) != _SHARD:
-                        return None
-                if self._digest(n, memoryview(data)[16:]) != data[:16]:
+            good = h.digest() == tail[8:] and size == 10 * self._n + head + 40
+            for n in range(self.shards if good else 0):
+                data = self._read(n, 0, _SHARD + 1)
+                if len(data) != _SHARD or self._digest(n, memoryview(data)[16:]) != data[:16]:
                     return None
                 self._usable[5 * n : 5 * n + 5] = data[16:21]
             self._hot.seek(10 * self._n)
-            return Consensus(self._hot.read(head))
+            return Consensus(self._hot.read(head)) if good else None
         except (OSError, ValueError):
             return None
 
@@ -1780,21 +1778,22 @@ class FlashTable(_Relays):
         for n in sorted(range(most), key=lambda n: count[n] << 10 | n):
             self.shards = max(self.shards, n + 1)
             for i in range(40 * n, 40 * n + _SLOTS):
-                if not used[i >> 3] >> (i & 7) & 1:
+                if not _bit(used, i):
                     yield i
 
     def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         require(good and self._last < rsa_id, "a relay is malformed, or not in order")
         self._last = rsa_id
-        i = self._kept(rsa_id, md_digest)
+        fields = pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
+        mark = sha256(fields)[:4]
+        i = self._kept(rsa_id, unpack("<HH", mark))
         if i < 0:
             i = next(self._vacant, -1)
             if i < 0:
                 self.short = True
                 return
             self._usable[i >> 3] &= ~(1 << (i & 7))
-            fields = pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
             if self._new:
                 self._new.write(pack("<H", i) + fields)
             else:
@@ -1802,17 +1801,16 @@ class FlashTable(_Relays):
         exponent = 0
         while weight >> 11:
             weight, exponent = weight >> 1, exponent + 1
-        row = pack(_ROW, flags, exponent << 11 | weight, i, md_digest)
+        row = pack(_ROW, flags, exponent << 11 | weight, i, mark)
         self._hot.write(row)
         self._sum.update(row)
         self._n += 1
 
-    def _kept(self, rsa_id, md_digest):
-        # Its slot in the old table, or -1 if it is new or its microdescriptor is.
-        old, mark = self._old, unpack("<HH", md_digest[:4])
+    def _kept(self, rsa_id, mark):
+        # Its slot in the old table, or -1 if something is new.
+        old = self._old
         while old and self._cursor < len(old):
             at, h = old._row(self._cursor), old._rows
-            # To make other digests meet takes 2^32 tries, and wins nothing.
             i, same = h[at + 2], (h[at + 3], h[at + 4]) == mark
             if not same and old.rsa_id(i) > rsa_id:
                 break
@@ -1861,7 +1859,7 @@ class FlashTable(_Relays):
                     yield i, flags, (weight & 2047) << (weight >> 11)
 
     def flags_of(self, i):
-        return USABLE if self._usable[i >> 3] >> (i & 7) & 1 else 0
+        return USABLE if _bit(self._usable, i) else 0
 
     def identities(self, need):
         # In the order of slots: each shard is opened once.
@@ -1870,12 +1868,11 @@ class FlashTable(_Relays):
         for i, _, _ in self.rows(need, need):
             wanted[i >> 3] |= 1 << (i & 7)
         for n in range(self.shards):
-            if any(wanted[5 * n : 5 * n + 5]):
-                with open(self._path + str(n), "rb") as f:
-                    for i in range(40 * n, 40 * n + _SLOTS):
-                        if wanted[i >> 3] >> (i & 7) & 1:
-                            f.seek(51 + i % 40 * _SLOT)
-                            yield i, f.read(32)
+            with open(self._path + str(n), "rb") as f:
+                for i in range(40 * n, 40 * n + _SLOTS):
+                    if _bit(wanted, i):
+                        f.seek(51 + i % 40 * _SLOT)
+                        yield i, f.read(32)
 
     def find(self, rsa_id):
         # A few relays are looked up again and again.
@@ -1915,8 +1912,9 @@ class FlashTable(_Relays):
             try:
                 write_file(self._path + str(n), data)
             except OSError:
-                # Usable is what is there.
-                self._loaded = -1
+                # Usable is what is there; a new table cannot come into force any more.
+                self._loaded, self._failed = -1, True
+                self._usable[5 * n : 5 * n + 5] = bytes(5)
                 self._usable[5 * n : 5 * n + 5] = self._read(n, 16, 5)
                 raise
 
@@ -1996,9 +1994,11 @@ class FlashTable(_Relays):
             self._flush()
             self._buffer, self._loaded = None, -1
             if not self._forced:
+                if self._failed:
+                    raise OSError("a shard is lacking")
+                replace(self._path + "hot.tmp", self._path + "hot")
                 for table in (self, self._old or self):
                     table._hot.close()
-                replace(self._path + "hot.tmp", self._path + "hot")
                 self._open("hot")
                 self._forced, self._old = True, None
                 self._remove("new")
@@ -3333,6 +3333,7 @@ class PathSelector:
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
+        self._totals = {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
             return
@@ -3355,29 +3356,33 @@ class PathSelector:
             self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
         self._save()
 
-    def weigh(self, position, need, never=0, among=()):
-        """Yield (index, weight) of the relays with all flags `need` and none of `never`.
-
-        Those `among` some, if given, weigh alike.
-        """
+    def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-        factors, kind = dict(w), GUARD | EXIT
+        return dict(w)
+
+    def weigh(self, position, need, never=0):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+        factors, kind = self._factors(position), GUARD | EXIT
         for i, flags, weight in self.table.rows(need | never, need):
-            if not among or i in among:
-                # Not 0: without weights, all are alike.
-                yield i, (0 if among else weight) * factors[flags & kind] or 1
+            # Not 0: without weights, all are alike.
+            yield i, weight * factors[flags & kind] or 1
 
     def _draw(self, fit, *which):
         # An index by weight, or -1.  First as if nearly all were fit: that asks for few.
-        total = sum(w for _, w in self.weigh(*which))
-        for _ in range(4 if total else 0):
-            at = randbelow(total)
+        if which not in self._totals:
+            self._totals[which] = sum(w for _, w in self.weigh(*which))
+        for _ in range(4):
+            at = randbelow(self._totals[which] or 1)
             for i, w in self.weigh(*which):
                 at -= w
                 if at < 0:
                     break
+            if at >= 0:
+                # The table is not as it was.
+                del self._totals[which]
+                break
             if fit(i):
                 return i
         total, found = 0, -1
@@ -3388,22 +3393,34 @@ class PathSelector:
         return found
 
     def pick(self, role, accept, stable=STABLE, among=()):
-        """The index of a relay for `role` that `accept(index)` takes."""
+        """The index of a relay for `role`, or `among` some, that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
             fit = lambda i: self._doubts.get(i, 0) <= t and accept(i)
-            i = self._draw(fit, position, need, never, among)
+            left = [i for i in among if self.table.flags_of(i) & USABLE and fit(i)]
+            i = left[randbelow(len(left))] if left else -1
+            if not among:
+                i = self._draw(fit, position, need, never)
             if i >= 0:
                 return i
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
         """For how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
-        percent = 100
+        percent, weights, counts = 100, {}, {}
+        for _, flags, weight in self.table.rows():
+            flags &= GUARD | EXIT | USABLE
+            weights[flags] = weights.get(flags, 0) + weight
+            counts[flags] = counts.get(flags, 0) + 1
         for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
+            factors, have, total = self._factors(place), 0, 0
+            for flags, weight in weights.items():
+                if flags & need == need:
+                    weight = weight * factors[flags & ~USABLE] or counts[flags]
+                    total += weight
+                    have += weight if flags & USABLE else 0
             percent = percent * have // total if total else percent
         return percent
 

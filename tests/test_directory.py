@@ -297,6 +297,26 @@ def net(monkeypatch):
     return FakeNet(200)
 
 
+@pytest.fixture
+def on_flash(monkeypatch):
+    """As on a board: the table in files."""
+
+    def new_table(path, network_id, old):
+        table = minitor.FlashTable(path, network_id)
+        table.begin(old)
+        return table
+
+    def load_table(path, network_id):
+        table = minitor.FlashTable(path, network_id)
+        consensus = table.load()
+        return consensus and (table, consensus)
+
+    monkeypatch.setattr(minitor, "new_table", new_table)
+    monkeypatch.setattr(minitor, "load_table", load_table)
+    monkeypatch.setattr(minitor, "_BATCH", 37)
+    monkeypatch.setattr(minitor, "_WORKERS", 1)
+
+
 def full(directory):
     return next(directory.table.missing(), None) is None
 
@@ -348,6 +368,106 @@ def test_refresh_downloads_what_changed(net, tmp_path):
     assert not [p for p in mirror.asked if "/keys/" in p]
     i = directory.table.find(net.relays[0].rsa_id)
     assert directory.table.exit_allows(i, 23)
+
+
+def usable(table):
+    return sum(1 for _ in table.rows(minitor.USABLE, minitor.USABLE))
+
+
+def test_bootstrap_and_refresh_on_flash(net, tmp_path, on_flash):
+    mirror = Mirror(net)
+    directory = Setup(tmp_path, net, [mirror]).bootstrap()
+    assert len(directory.table) == 200 and 120 <= usable(directory.table) < 200
+    assert 3 < len([p for p in mirror.asked if "/micro/" in p]) < 6
+    # A warm start asks no one, and goes on where it was.
+    setup = Setup(tmp_path, net, [])
+    directory = setup.bootstrap()
+    assert 120 <= usable(directory.table) < 200
+    setup.mirrors = [Mirror(net)]
+    setup.refresh(full)
+    assert usable(directory.table) == 200
+    # The next hour: what is new is fetched before the table changes.
+    mirror = setup.mirrors[0]
+    mirror.asked.clear()
+    net.valid_after += 60
+    net.relays[0].policy = "accept 80,443"
+    net.relays[1:3] = [FakeRelay(1000)]
+    setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    assert len(directory.table) == usable(directory.table) == 199
+    assert sum(p.count("-") + 1 for p in mirror.asked if "/micro/" in p) == 2
+    table = Setup(tmp_path, net, []).bootstrap().table
+    assert usable(table) == 199
+    for r in net.relays:
+        i = table.find(r.rsa_id)
+        assert table.relay(i).ntor_key == r.ntor_key
+        assert table.exit_allows(i, 80) == ("accept 80" in r.policy)
+
+
+def test_forged_consensuses_change_nothing_on_flash(net, tmp_path, on_flash):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    mirror, directory = setup.mirrors[0], setup.directory
+    before = {i: (flags, weight) for i, flags, weight in directory.table.rows()}
+    net.valid_after += 60
+    net.relays[5].weight = 7
+    forged = net.consensus().replace(b"Bandwidth=1000", b"Bandwidth=9999", 1)
+    for body in (FakeNet(250).consensus(), forged, net.consensus()[:5000]):
+        mirror.spoil = {"consensus": answer(body)}
+        with pytest.raises(minitor.DirectoryError, match="no directory gave"):
+            asyncio.run(directory._ask(directory._consensus_from))
+        table = Setup(tmp_path, net, []).bootstrap().table
+        for each in (table, directory.table):
+            assert {i: (flags, weight) for i, flags, weight in each.rows()} == before
+            assert {each.rsa_id(i) for i in before} == {r.rsa_id for r in net.relays}
+    mirror.spoil = {}
+    setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    # A damaged shard is noticed: all is fetched anew.
+    shard = tmp_path / "relays.d" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    again = Setup(tmp_path, net, [Mirror(net)])
+    assert usable(again.bootstrap().table) >= 120 and again.progress[0][0] == 25
+
+
+def test_more_relays_change_than_flash_has_room_for(net, tmp_path, on_flash):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    net.relays = [FakeRelay(n) for n in range(1000, 1200)]
+    net.valid_after += 60
+    # What has no room is in the next pass, with the same consensus.
+    directory = setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    assert directory.table.short and len(directory.table) < 200
+    directory = setup.refresh(lambda d: not d.table.short)
+    assert len(directory.table) == usable(directory.table) == 200
+
+
+def test_flash_that_is_full(net, tmp_path, on_flash, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "no space")
+
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    right = minitor.write_file
+    monkeypatch.setattr(minitor, "write_file", fail)
+    with pytest.raises(minitor.DirectoryError, match="cannot be written"):
+        Setup(tmp_path / "other", net, [Mirror(net)]).bootstrap()
+    net.valid_after += 60
+    net.relays[0].policy = "accept 80,443"
+    directory = setup.directory
+
+    async def refresh():
+        table, consensus = await directory._ask(directory._consensus_from)
+        await directory._fill(table, consensus)
+
+    with pytest.raises(minitor.DirectoryError, match="cannot be written"):
+        asyncio.run(refresh())
+    # The one in force is whole, and the next attempt succeeds.
+    assert usable(directory.table) == 200 and len(directory.table) == 200
+    monkeypatch.setattr(minitor, "write_file", right)
+    asyncio.run(refresh())
+    assert directory.consensus.valid_after == net.valid_after
 
 
 def test_bad_directories_are_left(net, tmp_path):

@@ -139,6 +139,13 @@ def life(count):
         assert fill(table, relays) == len(lacking)
         table.save(PATH, NETWORK, consensus)
         check(table, relays, hour)
+    # One has another address, and the same microdescriptor.
+    old, moved = table, relays[count // 2]
+    moved.address = bytes((99, 1, 0, 1))
+    table = write(relays, old, 5)
+    assert fill(table, relays) == 1
+    table.save(PATH, NETWORK, consensus)
+    check(table, relays, 5)
     # An abandoned one (a forged consensus) leaves all as it was.
     m.FlashTable(PATH, NETWORK).begin(table)
     write([Relay(n, 9) for n in range(count)], table)

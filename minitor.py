@@ -2031,7 +2031,9 @@ class Channel:
         except Exception as e:
             self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
         while not self.closed:
-            await asyncio.sleep(5)
+            await asyncio.sleep(1 if MICROPYTHON else 5)
+            # Or what is closed would stay in memory.
+            reader = writer = None
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
@@ -3109,10 +3111,11 @@ class Directory:
         self.table = self.consensus = self.paths = None
         self._certs, self._percent, self._failures = {}, 0, 0
 
-    def _report(self, percent, tag, summary):
+    def report(self, percent, tag, summary):
         if percent > self._percent:
             self._percent = percent
-            self._progress(percent, tag, summary)
+            if self._progress:
+                self._progress(percent, tag, summary)
 
     async def bootstrap(self):
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
@@ -3169,7 +3172,7 @@ class Directory:
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
             place = places[randbelow(len(places))]
-        self._report(5, "conn", "Connecting to a relay")
+        self.report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
         seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
@@ -3207,7 +3210,7 @@ class Directory:
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
-        self._report(25, "requesting_status", "Asking for networkstatus consensus")
+        self.report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
         wanted = "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
@@ -3216,7 +3219,7 @@ class Directory:
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         if missing:
-            self._report(40, "loading_keys", "Loading authority key certs")
+            self.report(40, "loading_keys", "Loading authority key certs")
             pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
@@ -3225,6 +3228,10 @@ class Directory:
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
+        consensus.signatures = {}
+        if MICROPYTHON:
+            # 4 KB of the public network's, for what is fetched once in some hours.
+            self._certs.clear()
         table.finish(consensus, self.table)
         try:
             consensus.check_times(now())
@@ -3250,7 +3257,7 @@ class Directory:
                 break
             queue, changed = table.missing(4 * _BATCH), True
             args = self._microdescs_from, weights, until, queue
-            self._report(45, "requesting_descriptors", "Asking for relay descriptors")
+            self.report(45, "requesting_descriptors", "Asking for relay descriptors")
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
@@ -3263,7 +3270,7 @@ class Directory:
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)
-        self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
+        self.report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
         def sink(digest, *found):
@@ -3276,7 +3283,7 @@ class Directory:
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
-                self._report(done, "loading_descriptors", "Loading relay descriptors")
+                self.report(done, "loading_descriptors", "Loading relay descriptors")
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)
@@ -3642,9 +3649,8 @@ class AsyncTor:
 
     def __init__(self, data_dir=None, network=None, progress=None):
         self.data_dir, network = folders(data_dir, network)
-        self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()
-        self.directory = Directory(network, self.data_dir, self._channels, self.progress)
+        self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {key of an onion service, or port: Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
@@ -3670,12 +3676,12 @@ class AsyncTor:
             self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
-        self.progress(95, "circuit_create", "Establishing a Tor circuit")
+        directory.report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         self._tasks = [spawn(directory.refresh())]
         if SPARES:
             self._tasks.append(spawn(self._keep_spares()))
-        self.progress(100, "done", "Done")
+        directory.report(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""

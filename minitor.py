@@ -3111,7 +3111,7 @@ class Directory:
         self.table = self.consensus = self.paths = None
         self._certs, self._percent, self._failures = {}, 0, 0
 
-    def report(self, percent, tag, summary):
+    def _report(self, percent, tag, summary):
         if percent > self._percent:
             self._percent = percent
             if self._progress:
@@ -3172,7 +3172,7 @@ class Directory:
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
             place = places[randbelow(len(places))]
-        self.report(5, "conn", "Connecting to a relay")
+        self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
         seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
@@ -3210,7 +3210,7 @@ class Directory:
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
-        self.report(25, "requesting_status", "Asking for networkstatus consensus")
+        self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
         wanted = "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
@@ -3219,7 +3219,7 @@ class Directory:
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         if missing:
-            self.report(40, "loading_keys", "Loading authority key certs")
+            self._report(40, "loading_keys", "Loading authority key certs")
             pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
@@ -3257,7 +3257,7 @@ class Directory:
                 break
             queue, changed = table.missing(4 * _BATCH), True
             args = self._microdescs_from, weights, until, queue
-            self.report(45, "requesting_descriptors", "Asking for relay descriptors")
+            self._report(45, "requesting_descriptors", "Asking for relay descriptors")
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
@@ -3270,7 +3270,7 @@ class Directory:
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)
-        self.report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
+        self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
         def sink(digest, *found):
@@ -3283,7 +3283,7 @@ class Directory:
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
-                self.report(done, "loading_descriptors", "Loading relay descriptors")
+                self._report(done, "loading_descriptors", "Loading relay descriptors")
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)
@@ -3676,12 +3676,12 @@ class AsyncTor:
             self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
-        directory.report(95, "circuit_create", "Establishing a Tor circuit")
+        directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         self._tasks = [spawn(directory.refresh())]
         if SPARES:
             self._tasks.append(spawn(self._keep_spares()))
-        directory.report(100, "done", "Done")
+        directory._report(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""

@@ -3215,12 +3215,14 @@ class Directory:
         wanted = "+".join([hexlify(i[:3]) for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
-        consensus = parser.finish()
+        # What the parser holds is not needed any more.
+        consensus, parser = parser.finish(), None
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        if missing:
+        # Nine have 20 KB: too much for a board at once.
+        for some in _pieces(missing, 1 if MICROPYTHON else 99):
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in missing]
+            pairs = ["%s-%s" % (hexlify(i), hexlify(k)) for i, k in some]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
                 text = await directory_request(circuit, path, 1 << 17)

@@ -53,6 +53,11 @@ class Board(Program):
         """Return (live, peak) of each sample since the service is there."""
         return [tuple(map(int, pair)) for pair in re.findall(STILL, self.out)]
 
+    def __exit__(self, kind, *_):
+        if kind:
+            print("the board said:", self.out[-1500:], self.err[-2500:])
+        super().__exit__()
+
     def refusals(self):
         """Return how often the output tells of an allocation that failed."""
         return len(REFUSED.findall(self.out + self.err))

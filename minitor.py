@@ -2473,7 +2473,9 @@ class Channel:
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
-            await asyncio.sleep(5)
+            await asyncio.sleep(1 if MICROPYTHON else 5)
+            # Or what is closed would stay in memory.
+            reader = writer = None
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
@@ -3745,7 +3747,8 @@ class Directory:
     def _report(self, percent, tag, summary):
         if percent > self._percent:
             self._percent = percent
-            self._progress(percent, tag, summary)
+            if self._progress:
+                self._progress(percent, tag, summary)
 
     async def bootstrap(self):
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
@@ -3845,12 +3848,14 @@ class Directory:
         wanted = "+".join([i[:3].hex() for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
-        consensus = parser.finish()
+        # What the parser holds is not needed any more.
+        consensus, parser = parser.finish(), None
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        if missing:
+        # Nine have 20 KB: too much for a board at once.
+        for some in _pieces(missing, 1 if MICROPYTHON else 99):
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in some]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
                 text = await directory_request(circuit, path, 1 << 17)
@@ -3858,6 +3863,10 @@ class Directory:
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
+        consensus.signatures = {}
+        if MICROPYTHON:
+            # 4 KB of the public network's, for what is fetched once in some hours.
+            self._certs.clear()
         table.finish(consensus, self.table)
         try:
             consensus.check_times(now())
@@ -4299,9 +4308,8 @@ class AsyncTor:
     def __init__(self, data_dir=None, network=None, progress=None, budget=0):
         _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
-        self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()
-        self.directory = Directory(network, self.data_dir, self._channels, self.progress)
+        self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {key of an onion service, or port: Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
@@ -4327,11 +4335,11 @@ class AsyncTor:
             self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
-        self.progress(95, "circuit_create", "Establishing a Tor circuit")
+        directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
         self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
-        self.progress(100, "done", "Done")
+        directory._report(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""

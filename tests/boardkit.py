@@ -14,6 +14,8 @@ sys.path[:0] = [str(TESTS / "board")]
 import builds  # noqa: E402
 import runtimes  # noqa: E402
 
+# For one transfer: a busy machine takes its time.
+SECONDS = 900
 PHASE = r"phase (\w+) live (\d+) peak (\d+) seconds (\S+)"
 STILL = r"still live (\d+) peak (\d+)"
 REFUSED = re.compile("MemoryError|memory allocation failed")
@@ -44,12 +46,17 @@ class Board(Program):
         found = self.wait_out(PHASE.replace(r"(\w+)", name, 1), seconds)
         return int(found[2]), float(found[3])
 
-    def address(self, seconds=240):
+    def address(self, seconds=SECONDS):
         return self.wait_out(ADDRESS, seconds)[1]
 
     def still(self):
         """Return (live, peak) of each sample since the service is there."""
         return [tuple(map(int, pair)) for pair in re.findall(STILL, self.out)]
+
+    def __exit__(self, kind, *_):
+        if kind:
+            print("the board said:", self.out[-1500:], self.err[-2500:])
+        super().__exit__()
 
     def refusals(self):
         """Return how often the output tells of an allocation that failed."""
@@ -93,12 +100,12 @@ def transfers(clients, address, folder, size=MB):
 
     def one(n, client):
         body = payload(size, 100 + n)
-        down = curl_ok(client, "http://%s/bytes/%d?seed=%d" % (address, size, 100 + n), seconds=240)
+        down = curl_ok(client, "http://%s/bytes/%d?seed=%d" % (address, size, 100 + n), seconds=SECONDS)
         assert sha256hex(down) == sha256hex(body)
         path = Path(folder) / ("upload%d" % n)
         path.write_bytes(body)
         answer = curl_ok(client, "http://%s/sum" % address, "--data-binary", "@%s" % path,
-                         "-H", "Expect:", seconds=240)
+                         "-H", "Expect:", seconds=SECONDS)
         assert answer.decode().strip() == sha256hex(body)
 
     at_once([lambda n=n, c=client: one(n, c) for n, client in enumerate(clients)])

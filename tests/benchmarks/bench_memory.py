@@ -52,9 +52,11 @@ class Bench:
                         peak, took = board.phase(phase, self.seconds)
                         found.append((phase, peak, "%.1f s" % took))
                 except AssertionError as e:
-                    text = (board.out + board.err).strip() or str(e)
-                    failed = re.findall(r"^\w*Error.*|.*allocat.*", text, re.M)
-                    return found + [(phase, None, (failed or [text])[-1][-160:])]
+                    # A program that ended says why in its last line.
+                    failed = re.findall(r"^\w*Error.*", board.out + board.err, re.M)
+                    text = (failed or [str(e)])[-1][-160:]
+                    return found + [(phase, None, "%s; %d allocations failed" % (
+                        text, board.refusals()))]
             return found
         finally:
             board.kill()

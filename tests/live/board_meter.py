@@ -39,13 +39,21 @@ async def sampler(pause):
         await asyncio.sleep_ms(pause)
 
 
+async def settle():
+    # What ran before leaves words on the stack that keep memory until others overwrite them.
+    for _ in range(4):
+        await asyncio.sleep_ms(20)
+
+
 async def main(network, data_dir, port, period="2"):
     minitor = sys.modules["minitor"]
     sampling = asyncio.create_task(sampler(50))
     tor = minitor.AsyncTor(data_dir, network)
     await tor.start()
+    await settle()
     phase("bootstrap")
     service = await tor.create_onion_service({80: int(port)})
+    await settle()
     phase("publish")
     print(service.address)
     sampling.cancel()

@@ -56,7 +56,7 @@ def test_peak_does_not_depend_on_the_number_of_relays(target, tmp_path):
     assert abs(peaks[1] - peaks[0]) < SAME
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_serves_four_clients(tornet, target, clients, tmp_path):
     """100 requests, and 1 MB each way, by four clients at once; memory stays as it was."""
     with Board(tmp_path / "board", HEAP, tornet, target.port) as board:
@@ -64,9 +64,9 @@ def test_serves_four_clients(tornet, target, clients, tmp_path):
         for client in clients:
             reach(client, address)
         rounds = []
-        for _ in range(3):
-            requests(clients, address, 100)
-            transfers(clients, address, tmp_path, MB)
+        for count, size in (100, MB), (20, MB // 10), (20, MB // 10):
+            requests(clients, address, count)
+            transfers(clients, address, tmp_path, size)
             board_lives(board)
             rounds.append(settled(board))
         print("live memory after each round in bytes:", rounds)
@@ -99,7 +99,7 @@ def test_loses_introduction_points_and_guard(tornet, target, clients, relays, tm
         assert settled(board) - before < 2 * SAME
 
 
-@pytest.mark.timeout(300 + 300 * PERIODS)
+@pytest.mark.timeout(600 + 300 * PERIODS)
 def test_time_periods(tornet_sparse, target, tmp_path):
     """It keeps serving while time periods pass (MINITOR_PERIODS of them), memory flat."""
     client = tornet_sparse.client()
@@ -108,18 +108,21 @@ def test_time_periods(tornet_sparse, target, tmp_path):
             address = board.address()
             reach(client, address)
             first, lives, results = shared_random(tornet_sparse)[1], {}, []
-            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 1) + 60
-            while len(lives) <= PERIODS and time.monotonic() < end:
+            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 1) + 160
+            # Of the last period, too, there has to be time after it published.
+            changed = time.monotonic()
+            while len(lives) <= PERIODS or time.monotonic() < changed + 100:
+                assert time.monotonic() < end, lives
                 forget(client)
                 done = curl(client, "http://%s/" % address, user=str(time.time_ns()), seconds=25)
                 results.append(done.returncode == 0)
                 number = shared_random(tornet_sparse)[1] - first
+                changed = changed if number in lives else time.monotonic()
                 lives[number] = min(lives.get(number, 1 << 30), board.still()[-1][0])
                 time.sleep(4)
             board_lives(board)
             print("least live memory by period in bytes:", lives)
             print("fetches:", "".join(".x"[not good] for good in results))
-            assert len(lives) > PERIODS
             # Away while it publishes anew, not longer.
             assert sum(results) >= 0.8 * len(results)
             assert "xxxx" not in "".join(".x"[not good] for good in results)

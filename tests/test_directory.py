@@ -70,6 +70,7 @@ def alone(data):
 
 
 def network_of(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "torrc"
     path.write_text(text)
     return minitor.load_network(str(path))

@@ -1198,7 +1198,7 @@ class Build:
         """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
         tree = Fold({"NARROW": architecture != "x64"}).visit(ast.parse(self.text))
         tree.body = [s for s in tree.body if binds(s) != {"NARROW"}]
-        for i, text in enumerate([ast.unparse(bare(tidy(tree)))] + self.overlays):
+        for i, text in enumerate([ast.unparse(bare(tree))] + self.overlays):
             if text:
                 name = OVERLAY % (i - 1) if i else "minitor"
                 yield name + ".mpy", mpy(text.encode(), name + ".py", architecture, 3)

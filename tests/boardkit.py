@@ -100,7 +100,8 @@ def transfers(clients, address, folder, size=MB):
 
     def one(n, client):
         body = payload(size, 100 + n)
-        down = curl_ok(client, "http://%s/bytes/%d?seed=%d" % (address, size, 100 + n), seconds=SECONDS)
+        url = "http://%s/bytes/%d?seed=%d" % (address, size, 100 + n)
+        down = curl_ok(client, url, seconds=SECONDS)
         assert sha256hex(down) == sha256hex(body)
         path = Path(folder) / ("upload%d" % n)
         path.write_bytes(body)

@@ -165,6 +165,8 @@ def binds(statement):
     if isinstance(statement, FUNCTIONS + (ast.ClassDef,)):
         return {statement.name}
     inner = [n for n in ast.walk(statement) if isinstance(n, (ast.comprehension, ast.arguments))]
+    for n in ast.walk(statement):
+        inner += n.body if isinstance(n, FUNCTIONS + (ast.ClassDef,)) else []
     return set(bound(statement)) - {name for n in inner for name in bound(n)}
 
 

@@ -594,9 +594,11 @@ OVERLAYS = (
     "directory_request _Identity _Splitter b64decode",
     "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
     " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
-    " RelayTable.set_microdesc",
-    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser",
-    "Directory._microdescs_from MicrodescParser",
+    " new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable._slots"
+    " FlashTable.finish FlashTable.save FlashTable._pending FlashTable.missing",
+    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser"
+    " FlashTable.add FlashTable._kept",
+    "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"

@@ -69,7 +69,8 @@ def test_more_clients_than_memory(board, client):
             refused += one.returncode != 0
         slow.kill()
         slow.wait()
-    print("%d answered, %d not" % (answered, refused), board.err[-3000:], board.out[-300:])
-    assert board.running and answered
+    how = "%d answered, %d not; it ended with %s" % (answered, refused, board.process.poll())
+    print(how, board.err[-3000:])
+    assert board.running and answered, how
     retry(lambda: curl_ok(client, url + "/", user="after"), 120)
     assert board.running

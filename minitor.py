@@ -3222,8 +3222,8 @@ def relieve(circuits, still=0):
                 held = len(stream._incoming) + len(stream.outgoing)
                 if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
                     most, victim = held, stream
-            # Best an idle one of a service's client.
-            if not other or circuit.on_begin and not circuit.streams:
+            # Best an idle one of a service's client, never an introduction point's.
+            if not circuit.on_control and (not other or circuit.on_begin and not circuit.streams):
                 other = circuit
         if victim:
             log(NOTICE, "out of memory: a stream ends")

@@ -15,7 +15,7 @@ import builds  # noqa: E402
 import runtimes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-HEAP = os.environ.get("MINITOR_TEST_HEAP", "160k")
+HEAP = os.environ.get("MINITOR_TEST_HEAP", "400k")
 
 
 @pytest.fixture(scope="module")

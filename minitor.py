@@ -2479,14 +2479,14 @@ class Channel:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks.append(spawn(self._read(reader)))
             self._tasks.append(spawn(self._write(writer)))
+            # Or what is closed would stay in memory.
+            reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
             await asyncio.sleep(1 if MICROPYTHON else 5)
-            # Or what is closed would stay in memory.
-            reader = writer = None
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
@@ -2502,7 +2502,7 @@ class Channel:
 
     def room(self):
         # In cells.
-        return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
+        return ((6168 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
         self._queue.append(data)
@@ -2545,6 +2545,7 @@ class Channel:
         finally:
             self._tasks[0].cancel()
             await hang_up(writer)
+            self._tasks.clear()
 
     async def _read(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
@@ -2553,7 +2554,7 @@ class Channel:
             try:
                 self._cells(rest)
                 rest, self._at = rest[self._at :], 0
-                data = data or await reader.read(4112 if MICROPYTHON else 1 << 18)
+                data = data or await reader.read(2056 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 rest, data = rest + data, b""
@@ -2647,12 +2648,13 @@ class Channels:
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 8 if MICROPYTHON else 100
+BATCH = 4 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
-# So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
-READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
+# So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
+# once, on a board what fills BATCH cells.
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 1972) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
 # So much unread, the stream ends.
 MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 
@@ -2986,6 +2988,10 @@ class Circuit:
             keys = finish(reply)
         except ProtocolError as e:
             raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
+        if self.path and MICROPYTHON:
+            # Of a hop that is not the last no more is needed, and there is more.
+            self.path[-1], hop = Record(), self.path[-1]
+            self.path[-1].rsa_id = hop.rsa_id
         self.path.append(relay)
         self._add(Layer(keys))
         self.kh = keys[72:]
@@ -3270,7 +3276,7 @@ async def pump(stream, reader, writer):
 
     async def move(source, sink):
         try:
-            while data := await source.read(WRITE_AHEAD // 2):
+            while data := await source.read(PIECE):
                 sink.write(data)
                 await sink.drain()
         except MemoryError:
@@ -3695,10 +3701,10 @@ async def http_request(stream, path, limit, sink=None, body=None):
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
     stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
-    for at in range(0, size, WRITE_AHEAD // 2):
+    for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
-        stream.write(body.read(WRITE_AHEAD // 2))
+        stream.write(body.read(PIECE))
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -3847,6 +3853,8 @@ class Directory:
             finally:
                 if circuit:
                     circuit.close()
+                    if MICROPYTHON and not circuit.channel.circuits:
+                        circuit.channel.close()
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):

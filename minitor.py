@@ -1089,18 +1089,19 @@ def _add(p, q):
 
 def _multiply(*terms):
     # The sum of k * point, encoded.  Each k becomes odd digits with three zeros or more between.
-    added = {}
+    added = []
     for k, point in terms:
-        twice, odd = _add(point, point), [point]
+        twice, odd, digits = _add(point, point), [None, point], bytearray(256)
         for i in range(7):
-            odd.append(_add(odd[i], twice))
+            odd.append(_add(odd[i + 1], twice))
         i = 0
         while k:
             if k & 1:
-                added.setdefault(i, []).append(odd[k >> 1 & 7])
+                digits[i] = (k >> 1 & 7) + 1
                 k &= -16
             k >>= 1
             i += 1
+        added.append((odd, digits))
     p = _P
     x, y, z, e, h = 0, 1, 1, 0, 1
     for i in range(255, -1, -1):
@@ -1109,9 +1110,10 @@ def _multiply(*terms):
         f = (2 * z * z + g) % p
         x, y, z = e * f % p, g * h % p, f * g % p
         # Only an addition needs T = e * h.
-        for point in added.get(i, ()):
-            x, y, z, h = _add((x, y, z, e * h % p), point)
-            e = 1
+        for odd, digits in added:
+            if digits[i]:
+                x, y, z, h = _add((x, y, z, e * h % p), odd[digits[i]])
+                e = 1
     z = pow(z, p - 2, p)
     return _bytes(y * z % p | (x * z % p & 1) << 255)
 
@@ -1266,9 +1268,12 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        item = document(one)
+        # Without a copy of it.
+        h = Sha1(mark)
+        h.update(memoryview(one)[: one.find(end) + len(end)])
+        item, digest = document(one), h.digest()
         identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
+        fingerprint = sha1(identity)
         if fingerprint in identities:
             key = rsa_public_key(signing)
             good = rsa_verify(rsa_public_key(identity), digest, signature)
@@ -2554,7 +2559,7 @@ class Channel:
             try:
                 self._cells(rest)
                 rest, self._at = rest[self._at :], 0
-                data = data or await reader.read(2056 if MICROPYTHON else 1 << 18)
+                data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 rest, data = rest + data, b""
@@ -2581,11 +2586,14 @@ class Channel:
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif circuit:
-                while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
+                many = command == RELAY and not MICROPYTHON
+                while many and at + 514 <= end and data[at : at + 5] == head:
                     self._at = at = at + 514
                 try:
-                    cells = [data[n : n + size] for n in range(body, at, 514)]
-                    circuit.receive(b"".join(cells), command)
+                    body = data[body:at]
+                    if many:
+                        body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
+                    circuit.receive(body, command)
                 except MemoryError:
                     circuit.close("out of memory", 5)
 
@@ -2648,13 +2656,13 @@ class Channels:
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 4 if MICROPYTHON else 100
+BATCH = 2 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
 # once, on a board what fills BATCH cells.
-READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 1972) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 976) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
 # So much unread, the stream ends.
 MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 

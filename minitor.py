@@ -132,7 +132,7 @@ def read_file(path):
 replace = os.rename if MICROPYTHON else os.replace
 
 
-def write_file(path, data):
+def write_file(path, *pieces):
     """Replace a file in one step."""
     partial, options = path + ".tmp", {}
     if not MICROPYTHON:
@@ -140,7 +140,8 @@ def write_file(path, data):
         partial = "%s.%d.tmp" % (path, os.getpid())
         options["opener"] = lambda name, flags: os.open(name, flags, 0o600)
     with open(partial, "wb", **options) as f:
-        f.write(data)
+        for piece in pieces:
+            f.write(piece)
         if not MICROPYTHON:
             f.flush()
             os.fsync(f.fileno())
@@ -1088,18 +1089,19 @@ def _add(p, q):
 
 def _multiply(*terms):
     # The sum of k * point, encoded.  Each k becomes odd digits with three zeros or more between.
-    added = {}
+    added = []
     for k, point in terms:
-        twice, odd = _add(point, point), [point]
+        twice, odd, digits = _add(point, point), [None, point], bytearray(256)
         for i in range(7):
-            odd.append(_add(odd[i], twice))
+            odd.append(_add(odd[i + 1], twice))
         i = 0
         while k:
             if k & 1:
-                added.setdefault(i, []).append(odd[k >> 1 & 7])
+                digits[i] = (k >> 1 & 7) + 1
                 k &= -16
             k >>= 1
             i += 1
+        added.append((odd, digits))
     p = _P
     x, y, z, e, h = 0, 1, 1, 0, 1
     for i in range(255, -1, -1):
@@ -1108,9 +1110,10 @@ def _multiply(*terms):
         f = (2 * z * z + g) % p
         x, y, z = e * f % p, g * h % p, f * g % p
         # Only an addition needs T = e * h.
-        for point in added.get(i, ()):
-            x, y, z, h = _add((x, y, z, e * h % p), point)
-            e = 1
+        for odd, digits in added:
+            if digits[i]:
+                x, y, z, h = _add((x, y, z, e * h % p), odd[digits[i]])
+                e = 1
     z = pow(z, p - 2, p)
     return _bytes(y * z % p | (x * z % p & 1) << 255)
 
@@ -1265,9 +1268,12 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        item = document(one)
+        # Without a copy of it.
+        h = Sha1(mark)
+        h.update(memoryview(one)[: one.find(end) + len(end)])
+        item, digest = document(one), h.digest()
         identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
+        fingerprint = sha1(identity)
         if fingerprint in identities:
             key = rsa_public_key(signing)
             good = rsa_verify(rsa_public_key(identity), digest, signature)
@@ -1677,9 +1683,9 @@ class RelayTable(_Relays):
 # all), and shards of records, in slots that keep their relays: what is new goes where the hot
 # file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of a hash over
 # what the record was made of.  A record: as above; bits of exit policy, family ids, family.
-_ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 200, ">20s4sHI80s", 110, 400
+_ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 50, ">20s4sHI80s", 110, 400
 # A shard: digest, bits of its usable slots, records: one block.  40 numbers, 37 of them slots.
-_SLOTS, _SHARD = 37, 4091
+_SLOTS = 37
 # Where the spans of ports begin for which a bit tells that all in them are taken.
 _PORTS = (
     "1 20 22 23 25 26 53 54 80 81 110 111 143 144 443 444 465 466 587 588 993 996 5222 5223 "
@@ -1704,13 +1710,15 @@ class FlashTable(_Relays):
         self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
         self._n = self.shards = 0
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
-        self._usable, self._buffer, self._loaded, self._dirty = bytearray(5 * _SHARDS), None, -1, 0
+        # The records of one shard: no large piece of memory.
+        self._usable, self._records, self._loaded, self._dirty = bytearray(), None, -1, 0
         self._old = self._hot = self._new = None
         self._forced, self._failed = True, False
 
-    def _digest(self, n, data):
+    def _digest(self, n, pieces):
         h = hashlib.sha256(self._salt + bytes((n >> 8, n & 255)))
-        h.update(data)
+        for piece in pieces:
+            h.update(piece)
         return h.digest()[:16]
 
     def load(self):
@@ -1728,10 +1736,13 @@ class FlashTable(_Relays):
                 h.update(self._hot.read(min(left, 1024)))
             good = h.digest() == tail[8:] and size == 10 * self._n + head + 40
             for n in range(self.shards if good else 0):
-                data = self._read(n, 0, _SHARD + 1)
-                if len(data) != _SHARD or self._digest(n, memoryview(data)[16:]) != data[:16]:
+                with open(self._path + str(n), "rb") as f:
+                    digest, bits = f.read(16), f.read(5)
+                    # One piece more, which has to be empty.
+                    pieces = [bits] + [f.read(_SLOT) for _ in range(_SLOTS + 1)]
+                self._usable.extend(bits)
+                if self._digest(n, pieces) != digest:
                     return None
-                self._usable[5 * n : 5 * n + 5] = data[16:21]
             self._hot.seek(10 * self._n)
             return Consensus(self._hot.read(head)) if good else None
         except (OSError, ValueError):
@@ -1769,17 +1780,22 @@ class FlashTable(_Relays):
 
     def _slots(self, old):
         # Yield those that `old` does not use: of the emptiest shards first.
-        used, count, most = bytearray(5 * _SHARDS), bytearray(_SHARDS), _SHARDS
+        count, used, most = bytearray(_SHARDS), b"", _SHARDS
         if old:
             most = min(max(old.shards, len(old) // 31 + 1), _SHARDS)
+            used = bytearray(5 * most)
             for i, _, _ in old.rows():
                 used[i >> 3] |= 1 << (i & 7)
                 count[i // 40] += 1
-        for n in sorted(range(most), key=lambda n: count[n] << 10 | n):
-            self.shards = max(self.shards, n + 1)
-            for i in range(40 * n, 40 * n + _SLOTS):
-                if not _bit(used, i):
-                    yield i
+        for least in range(_SLOTS):
+            for n in range(most):
+                if count[n] != least:
+                    continue
+                self.shards = max(self.shards, n + 1)
+                self._usable.extend(bytes(5 * self.shards - len(self._usable)))
+                for i in range(40 * n, 40 * n + _SLOTS):
+                    if not (old and _bit(used, i)):
+                        yield i
 
     def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
@@ -1827,7 +1843,7 @@ class FlashTable(_Relays):
         while _writing:
             _writing.pop().close()
         self._open("hot.tmp")
-        self._vacant = None
+        self._vacant, self._records, self._loaded = None, None, -1
         self._forced = False
 
     def __len__(self):
@@ -1864,7 +1880,7 @@ class FlashTable(_Relays):
     def identities(self, need):
         # In the order of slots: each shard is opened once.
         self._flush()
-        wanted = bytearray(5 * _SHARDS)
+        wanted = bytearray(5 * self.shards)
         for i, _, _ in self.rows(need, need):
             wanted[i >> 3] |= 1 << (i & 7)
         for n in range(self.shards):
@@ -1883,10 +1899,9 @@ class FlashTable(_Relays):
         return self._found[rsa_id]
 
     def _field(self, i, at, size):
-        n, at = i // 40, 21 + i % 40 * _SLOT + at
-        if n == self._loaded:
-            return bytes(self._buffer[at : at + size])
-        return self._read(n, at, size)
+        if i // 40 == self._loaded:
+            return self._records[i % 40][at : at + size]
+        return self._read(i // 40, 21 + i % 40 * _SLOT + at, size)
 
     def _read(self, n, at, size):
         with open(self._path + str(n), "rb") as f:
@@ -1896,21 +1911,22 @@ class FlashTable(_Relays):
     def _load(self, n):
         if n != self._loaded:
             self._flush()
-            self._buffer, self._loaded = self._buffer or bytearray(_SHARD), n
+            self._records, self._loaded = None, -1
             try:
                 with open(self._path + str(n), "rb") as f:
-                    f.readinto(self._buffer)
+                    f.seek(21)
+                    self._records = [f.read(_SLOT) for _ in range(_SLOTS)]
             except OSError:
-                self._buffer[:] = bytes(_SHARD)
+                self._records = [bytes(_SLOT)] * _SLOTS
+            self._loaded = n
 
     def _flush(self):
-        n, data = self._loaded, self._buffer
+        n = self._loaded
         if self._dirty:
             self._dirty = 0
-            data[16:21] = self._usable[5 * n : 5 * n + 5]
-            data[:16] = self._digest(n, memoryview(data)[16:])
+            pieces = [self._usable[5 * n : 5 * n + 5]] + self._records
             try:
-                write_file(self._path + str(n), data)
+                write_file(self._path + str(n), self._digest(n, pieces), *pieces)
             except OSError:
                 # Usable is what is there; a new table cannot come into force any more.
                 self._loaded, self._failed = -1, True
@@ -1921,8 +1937,8 @@ class FlashTable(_Relays):
     def _place(self, i, fields, usable=0):
         # Set the record of a relay whose microdescriptor is not there, or that has none.
         self._load(i // 40)
-        at, bit = 21 + i % 40 * _SLOT, 1 << (i & 7)
-        self._buffer[at : at + _SLOT] = fields + bytes(_SLOT - len(fields))
+        bit = 1 << (i & 7)
+        self._records[i % 40] = fields + bytes(_SLOT - len(fields))
         self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
         self._dirty = 1
 
@@ -1992,7 +2008,7 @@ class FlashTable(_Relays):
             for _ in self._pending() if self._new else ():
                 pass
             self._flush()
-            self._buffer, self._loaded = None, -1
+            self._records, self._loaded = None, -1
             if not self._forced:
                 if self._failed:
                     raise OSError("a shard is lacking")
@@ -2468,14 +2484,14 @@ class Channel:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
             self._tasks.append(spawn(self._read(reader)))
             self._tasks.append(spawn(self._write(writer)))
+            # Or what is closed would stay in memory.
+            reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
             await asyncio.sleep(1 if MICROPYTHON else 5)
-            # Or what is closed would stay in memory.
-            reader = writer = None
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
@@ -2491,7 +2507,7 @@ class Channel:
 
     def room(self):
         # In cells.
-        return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
+        return ((6168 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
         self._queue.append(data)
@@ -2534,6 +2550,7 @@ class Channel:
         finally:
             self._tasks[0].cancel()
             await hang_up(writer)
+            self._tasks.clear()
 
     async def _read(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
@@ -2542,7 +2559,7 @@ class Channel:
             try:
                 self._cells(rest)
                 rest, self._at = rest[self._at :], 0
-                data = data or await reader.read(4112 if MICROPYTHON else 1 << 18)
+                data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 rest, data = rest + data, b""
@@ -2569,11 +2586,14 @@ class Channel:
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif circuit:
-                while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
+                many = command == RELAY and not MICROPYTHON
+                while many and at + 514 <= end and data[at : at + 5] == head:
                     self._at = at = at + 514
                 try:
-                    cells = [data[n : n + size] for n in range(body, at, 514)]
-                    circuit.receive(b"".join(cells), command)
+                    body = data[body:at]
+                    if many:
+                        body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
+                    circuit.receive(body, command)
                 except MemoryError:
                     circuit.close("out of memory", 5)
 
@@ -2636,12 +2656,13 @@ class Channels:
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 8 if MICROPYTHON else 100
+BATCH = 2 if MICROPYTHON else 100
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
-# So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
-READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
+# So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
+# once, on a board what fills BATCH cells.
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 976) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
 # So much unread, the stream ends.
 MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 
@@ -2975,6 +2996,10 @@ class Circuit:
             keys = finish(reply)
         except ProtocolError as e:
             raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
+        if self.path and MICROPYTHON:
+            # Of a hop that is not the last no more is needed, and there is more.
+            self.path[-1], hop = Record(), self.path[-1]
+            self.path[-1].rsa_id = hop.rsa_id
         self.path.append(relay)
         self._add(Layer(keys))
         self.kh = keys[72:]
@@ -3259,7 +3284,7 @@ async def pump(stream, reader, writer):
 
     async def move(source, sink):
         try:
-            while data := await source.read(WRITE_AHEAD // 2):
+            while data := await source.read(PIECE):
                 sink.write(data)
                 await sink.drain()
         except MemoryError:
@@ -3684,10 +3709,10 @@ async def http_request(stream, path, limit, sink=None, body=None):
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
     stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
-    for at in range(0, size, WRITE_AHEAD // 2):
+    for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
-        stream.write(body.read(WRITE_AHEAD // 2))
+        stream.write(body.read(PIECE))
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -3836,6 +3861,8 @@ class Directory:
             finally:
                 if circuit:
                     circuit.close()
+                    if MICROPYTHON and not circuit.channel.circuits:
+                        circuit.channel.close()
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
@@ -3850,6 +3877,7 @@ class Directory:
         await directory_request(circuit, path, 32 << 20, parser.feed)
         # What the parser holds is not needed any more.
         consensus, parser = parser.finish(), None
+        table.finish(consensus, self.table)
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         # Nine have 20 KB: too much for a board at once.
@@ -3867,7 +3895,6 @@ class Directory:
         if MICROPYTHON:
             # 4 KB of the public network's, for what is fetched once in some hours.
             self._certs.clear()
-        table.finish(consensus, self.table)
         try:
             consensus.check_times(now())
         except DirectoryError:

@@ -5,20 +5,7 @@ import asyncio
 import sys
 
 import minitor
-
-if sys.implementation.name == "micropython":
-    # Unix ports crash when a poll object that holds a TLS stream, too, grows past four sockets
-    # (extmod/modselect.c moves the stream's null pointer): it grows before.  Chips are spared.
-    import socket
-    from asyncio import core
-
-    sockets = [socket.socket() for _ in range(32)]
-    for one in sockets:
-        core._io_queue.poller.register(one, 1)
-    for one in sockets:
-        core._io_queue.poller.unregister(one)
-        one.close()
-
+import pollroom  # noqa: F401
 
 async def greet(reader, writer):
     line = await reader.readline()

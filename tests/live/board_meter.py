@@ -8,6 +8,8 @@ import gc
 import sys
 import time
 
+import pollroom  # noqa: F401
+
 peak, started = 0, time.ticks_ms()
 
 

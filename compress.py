@@ -615,9 +615,14 @@ import gc, sys
 _users = [0] * COUNT
 _held = [()] * COUNT
 
+def _often(n):
+    # Collections now, and `n` in the heap's size: what lives long then fills holes.
+    gc.collect()
+    gc.threshold((gc.mem_alloc() + gc.mem_free()) // n)
+
 def _hold(i):
     if not _users[i]:
-        gc.collect()
+        _often(28)
         try:
             _held[i] = __import__(OVERLAY % i).args
             if _held[i][0] != TAG:
@@ -638,7 +643,7 @@ def _drop(i):
     if not _users[i]:
         _held[i] = ()
         del sys.modules[OVERLAY % i]
-        gc.collect()
+        _often(28 if any(_users) else 4)
 
 def _far(n, *args, **named):
     _hold(n % COUNT)

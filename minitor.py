@@ -930,7 +930,7 @@ class AesCtrPortable:
 
 # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
 # no garbage, and few of many circuits have such objects.
-_recent, _RECENT = [], 10
+_recent, _RECENT = [], 4
 _STREAM = memoryview(_SCRATCH)[:528]
 
 
@@ -2507,7 +2507,7 @@ class Channel:
 
     def room(self):
         # In cells.
-        return ((6168 if MICROPYTHON else 1 << 18) - self._queued) // 514
+        return ((3084 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
         self._queue.append(data)
@@ -3089,16 +3089,15 @@ class Circuit:
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def _send_cells(self, kind, command, stream_id, pieces):
-        # On a board.
-        cells, at, layer = bytearray(514 * len(pieces)), 0, self._layers[-1]
+        # On a board, which seldom has much memory in one piece.
+        layer = self._layers[-1]
         for data in pieces:
-            n, body = len(data), at + 5
-            pack_into(">IBBHHIH", cells, at, self.circ_id, kind, command, 0, stream_id, 0, n)
-            at += 514
-            cells[body + 11 : body + 11 + n] = data
+            n, made = len(data), bytearray(514)
+            pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
+            made[16 : 16 + n] = data
             if n < DATA_MAX - 4:
-                cells[body + 15 + n : at] = urandom(DATA_MAX - 4 - n)
-            layer.seal(cells, body)
+                made[20 + n :] = urandom(DATA_MAX - 4 - n)
+            layer.seal(made, 5)
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
@@ -3106,8 +3105,8 @@ class Circuit:
             i = len(self._layers)
             while i:
                 i -= 1
-                self._layers[i].out_cipher.apply(cells, body, 509)
-        self.channel.send(cells)
+                self._layers[i].out_cipher.apply(made, 5, 509)
+            self.channel.send(made)
 
     def resume(self):
         for stream in list(self.streams.values()):

@@ -928,39 +928,39 @@ class AesCtrPortable:
         return x.to_bytes(n, "big")
 
 
-# Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
-# no garbage, and few of many circuits have such objects.
-_recent, _RECENT = [], 4
-_STREAM = memoryview(_SCRATCH)[:528]
+if MICROPYTHON:
+    # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
+    # no garbage, and few of many circuits have such objects.
+    _recent, _RECENT = [], 4
+    _STREAM = memoryview(_SCRATCH)[:528]
 
+    class AesCtrCryptolib:
+        def __init__(self, key, iv=bytes(16)):
+            # The counter, how much of its block is used, and the key.
+            self._state, self._aes = bytearray(iv) + b"\0" + key, None
 
-class AesCtrCryptolib:
-    def __init__(self, key, iv=bytes(16)):
-        # The counter, how much of its block is used, and the key.
-        self._state, self._aes = bytearray(iv) + b"\0" + key, None
+        def apply(self, data, start, n):
+            """Encrypt data[start : start + n] where it stands."""
+            if not self._aes:
+                self._aes = aes(self._state[17:], 1)
+                _recent.append(self)
+                if len(_recent) > _RECENT:
+                    _recent.pop(0)._aes = None
+            while n:
+                at = self._state[16]
+                count = min(n, 528 - at)
+                _counters(self._state, _SCRATCH, at + count)
+                self._aes.encrypt(_STREAM, _STREAM)
+                _xor(data, start, _SCRATCH, at, count)
+                self._state[16] = at + count & 15
+                start += count
+                n -= count
 
-    def apply(self, data, start, n):
-        """Encrypt data[start : start + n] where it stands."""
-        if not self._aes:
-            self._aes = aes(self._state[17:], 1)
-            _recent.append(self)
-            if len(_recent) > _RECENT:
-                _recent.pop(0)._aes = None
-        while n:
-            at = self._state[16]
-            count = min(n, 528 - at)
-            _counters(self._state, _SCRATCH, at + count)
-            self._aes.encrypt(_STREAM, _STREAM)
-            _xor(data, start, _SCRATCH, at, count)
-            self._state[16] = at + count & 15
-            start += count
-            n -= count
-
-    def crypt(self, data):
-        # What can change does so in place.
-        out = bytearray(data) if isinstance(data, bytes) else data
-        self.apply(out, 0, len(out))
-        return out if out is data else bytes(out)
+        def crypt(self, data):
+            # What can change does so in place.
+            out = bytearray(data) if isinstance(data, bytes) else data
+            self.apply(out, 0, len(out))
+            return out if out is data else bytes(out)
 
 
 class AesCtrOpenssl:
@@ -2656,7 +2656,7 @@ class Channels:
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 2 if MICROPYTHON else 100
+BATCH = 2 if MICROPYTHON else 31
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498

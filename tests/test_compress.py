@@ -23,6 +23,7 @@ import compress  # noqa: E402
 # These read the text of minitor.py, or take minutes.
 NOT_FOR_BUILDS = (
     "test_compress.py", "test_image.py", "test_source.py", "test_hashes.py", "test_robustness.py",
+    "test_viper.py",
 )
 
 

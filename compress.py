@@ -310,7 +310,7 @@ class Fold(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        if getattr(node.func, "id", None) == "log":
+        if self.least and getattr(node.func, "id", None) == "log":
             severity = node.args[0]
             if isinstance(severity, ast.Constant) and severity.value < self.least:
                 return ast.copy_location(ast.Constant(None), node)

@@ -115,7 +115,7 @@ async def main():
                 room = None
         found.append(await lost())
     print("lost after %d, %d and %d bytes" % tuple(found))
-    assert 16384 < found[1] < found[0] < 60000 and found[2] < 32768
+    assert m.READ_AHEAD < found[1] < found[0] < 60000 and found[2] < 32768
     held = None
     assert not client.closed and not service.closed
     for task in tasks:

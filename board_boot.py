@@ -1,6 +1,6 @@
 """Starts minitor and an application on a board: copy it there as main.py.
 
-Beside it: minitor.mpy, the application, and settings.json (SETTINGS, below, has the rest of it):
+Beside it: minitor*.mpy, the application, and settings.json (SETTINGS, below, has the rest of it):
     {"ssid": "the WiFi", "password": "its password", "app": "thermostat"}
 The application is a module with the first or the second of these coroutine functions, or both:
     handler(reader, writer)    answers a visitor of the onion service
@@ -19,9 +19,9 @@ import ntptime
 import sys
 import time
 
-# What stands where a setting is missing, or the type of what must not be missing.
+# Defaults, or the type of what must not be missing.  "heap_budget": as AsyncTor's, 0: its own.
 SETTINGS = {"ssid": str, "password": str, "app": str, "port": 80, "ntp_host": "pool.ntp.org"}
-SETTINGS.update({"watchdog_seconds": 120, "data_dir": "minitor", "network": ""})
+SETTINGS.update({"watchdog_seconds": 120, "data_dir": "minitor", "network": "", "heap_budget": 0})
 REJOIN, NTP_TRIES, FIRST_PAUSE, LONGEST_PAUSE, STEADY = 30, 5, 5, 600, 600
 
 
@@ -98,8 +98,8 @@ async def serve(settings, wlan, minitor, app, up):
     while not wlan.isconnected():
         await asyncio.sleep(1)
     await set_clock(settings["ntp_host"])
-    progress = lambda *step: print("Bootstrapped %d%% (%s): %s" % step)
-    async with minitor.AsyncTor(settings["data_dir"], settings["network"] or None, progress) as tor:
+    more = settings["network"] or None, lambda *step: print("Bootstrapped %d%% (%s): %s" % step)
+    async with minitor.AsyncTor(settings["data_dir"], *more, settings["heap_budget"]) as tor:
         if hasattr(app, "handler"):
             service = await tor.create_onion_service(settings["port"], app.handler)
             print("This board is at %s, port %d" % (service.address, settings["port"]))

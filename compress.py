@@ -9,13 +9,15 @@
                                                   MicroPython's firmware with all of it inside
 
 A build keeps what its entry points reach.  A class named as an entry keeps its public
-methods, CLASS.METHOD that method.  What is kept of the rest goes by names: a function,
-class or constant stays when its name is mentioned, a method when its attribute is.
+methods, CLASS.METHOD that method, .METHOD it in any class.  What is kept of the rest goes by
+names: a function, class or constant stays when its name is mentioned, a method when its
+attribute is.
 
 For CPython the outcome is minified by python-minifier and, once more, packed into a file
 that unpacks itself.  For boards texts of errors and logs become codes, integer constants
-are put where they are used, and names of our own give way to ones that the firmware
-already holds, or to short ones; then mpy-cross compiles it.
+are put where they are used, what is needed now and then only goes into overlays
+(minitor0.mpy and so on, beside minitor.mpy), and names of our own give way to ones that
+the firmware already holds, or to short ones; then mpy-cross compiles it.
 
 An image replaces all that the flash held, an onion service's key too.
 
@@ -36,6 +38,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "minitor.py"
@@ -67,8 +70,11 @@ PRESETS = {
 # Of these texts a board gets so much, line breaks left out: twice 9 for authorities, 21 of 200
 # fallback mirrors; no words for reasons, which have numbers.
 SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
-# What programs name: their public methods with their parameters, and these attributes, stay.
+# Attributes that are None on a board: it has no congestion control.
+ABSENT = ("vegas",)
+# What programs name, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
+CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 
 # Names in MicroPython's firmware.  Each .mpy refers to the first by number.
@@ -113,8 +119,9 @@ wait_for_ms wrap_socket current_task intersection start_server version_info get_
 get_extra_info implementation new_event_loop load_cert_chain open_connection print_exception
 server_hostname verify_callback run_until_complete getpeercert
 """.split()
-# To mpy-cross these are no names.
+# To mpy-cross these are no names; and this one tells how long viper's integers are.
 NATIVE = {"const", "micropython", "native", "viper", "ptr8", "ptr16", "ptr32", "uint", "int"}
+NATIVE.add("NARROW")
 # The arguments of all functions take their names from these.
 ARGUMENTS = "key index start stop end step count sep item data n e s t r v".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -157,7 +164,10 @@ def binds(statement):
     """Return the names that a statement binds in the block where it stands."""
     if isinstance(statement, FUNCTIONS + (ast.ClassDef,)):
         return {statement.name}
-    return set(bound(statement))
+    inner = [n for n in ast.walk(statement) if isinstance(n, (ast.comprehension, ast.arguments))]
+    for n in ast.walk(statement):
+        inner += n.body if isinstance(n, FUNCTIONS + (ast.ClassDef,)) else []
+    return set(bound(statement)) - {name for n in inner for name in bound(n)}
 
 
 def used(node):
@@ -238,11 +248,16 @@ def number(node):
 class Fold(ast.NodeTransformer):
     """Put in the values of the names in `known`, and drop what can then not run.
 
-    Docstrings go as well, and logs below the severity `least`.
+    Docstrings go as well, logs below the severity `least`, and attributes that are `absent`.
     """
 
-    def __init__(self, known, least=0):
-        self.known, self.least = known, least
+    def __init__(self, known, least=0, absent=()):
+        self.known, self.least, self.absent = known, least, absent
+
+    def visit_Attribute(self, node):
+        if isinstance(node.ctx, ast.Load) and node.attr in self.absent:
+            return ast.copy_location(ast.Constant(None), node)
+        return self.generic_visit(node)
 
     def visit_Name(self, node):
         if isinstance(node.ctx, ast.Load) and node.id in self.known:
@@ -295,7 +310,7 @@ class Fold(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        if getattr(node.func, "id", None) == "log":
+        if self.least and getattr(node.func, "id", None) == "log":
             severity = node.args[0]
             if isinstance(severity, ast.Constant) and severity.value < self.least:
                 return ast.copy_location(ast.Constant(None), node)
@@ -353,7 +368,7 @@ def fold(tree, micropython, least=0):
     Returns the tree and {name: value} of the constants.
     """
     known = {"MICROPYTHON": micropython}
-    tree, found, more = Fold(known).visit(tree), None, {}
+    tree, found, more = Fold(known, 0, ABSENT if micropython else ()).visit(tree), None, {}
     while more != found:
         found = more
         tree = Fold(dict(found, **known), least).visit(tree)
@@ -401,12 +416,13 @@ class Shake:
     def __init__(self, tree, entries):
         self.tree, self.modules, self.roots = tree, modules(tree), roots(tree)
         self.names, self.attributes, self.done = set(), set(), set()
-        for owner, name in [find(tree, path) for path in entries]:
+        for owner, name in [find(tree, path) for path in entries if path[0] != "."]:
             self.names.add(owner or name)
             self.attributes.add((owner, name))
             for c, member in parts(tree):
                 if c and c.name == name and not owner:
                     self.attributes |= {(name, n) for n in binds(member) if n[0] != "_"}
+        self.attributes |= {(None, path[1:]) for path in entries if path[0] == "."}
         while self._round():
             pass
 
@@ -515,7 +531,7 @@ def messages(tree):
 def texts(tree):
     """Return the texts of errors and logs; the place of a text in the list is its code."""
     found = [message(n.args[place])[0] for n, place in messages(tree)]
-    return list(dict.fromkeys([LACKS] + found))
+    return list(dict.fromkeys([LACKS] + found + [STALE]))
 
 
 CODED = """
@@ -560,6 +576,366 @@ def explain(line, table):
         return "%s (%s)" % (found.group(), table[n]) if n < len(table) else found.group()
 
     return re.sub(r"\bE(\d+)\b", text, line)
+
+
+# ── Overlays ──
+
+# What a board needs only now and then: functions, and with each the functions and constants that
+# nothing else uses; classes without instances that live on.  Every entry is a module of its
+# own, loaded while one of its functions runs, and dropped afterwards.  An entry before it that
+# it calls stays loaded as long; a later one just for each call.  Native code stays in the main
+# module: it is never freed.
+OVERLAYS = (
+    # Once.
+    "OnionService.__init__ load_network Directory.__init__ load_service_key"
+    " check_target",
+    "rsa_public_key rsa_verify",
+    # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
+    "directory_request _Identity _Splitter b64decode",
+    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
+    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
+    " new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable._slots"
+    " FlashTable.finish FlashTable.save FlashTable._pending FlashTable.missing",
+    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser"
+    " FlashTable.add FlashTable._kept",
+    "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
+    # Signatures; a service's descriptors.
+    "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
+    " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
+    " onion_address OnionService._add_intro",
+    "make_descriptor revision_counter descriptor_place",
+)
+# What takes long to compute is there as a value.
+VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()
+OVERLAY = "minitor%d"
+# A function there is called by a number: its place in `args`, and the overlay's.  Before it
+# stand the build's number and the overlays that this one needs.
+FAR = """
+import gc, sys
+_users = [0] * COUNT
+_held = [()] * COUNT
+
+def _often(n):
+    # Collections now, and `n` in the heap's size: what lives long then fills holes.
+    gc.collect()
+    gc.threshold((gc.mem_alloc() + gc.mem_free()) // n)
+
+def _hold(i):
+    if not _users[i]:
+        _often(28)
+        try:
+            _held[i] = __import__(OVERLAY % i).args
+            if _held[i][0] != TAG:
+                raise ImportError(STALE % i)
+        except BaseException:
+            for j in range(i + 1):
+                if not _users[j]:
+                    sys.modules.pop(OVERLAY % j, None)
+            raise
+    for j in _held[i][1]:
+        _hold(j)
+    _users[i] += 1
+
+def _drop(i):
+    _users[i] -= 1
+    for j in _held[i][1]:
+        _drop(j)
+    if not _users[i]:
+        _held[i] = ()
+        del sys.modules[OVERLAY % i]
+        _often(28 if any(_users) else 4)
+
+def _far(n, *args, **named):
+    _hold(n % COUNT)
+    try:
+        return _held[n % COUNT][n // COUNT](*args, **named)
+    finally:
+        _drop(n % COUNT)
+
+async def _afar(n, *args, **named):
+    _hold(n % COUNT)
+    try:
+        return await _held[n % COUNT][n // COUNT](*args, **named)
+    finally:
+        _drop(n % COUNT)
+"""
+STUB = "def %s(*args, **named):\n    return %s(%d, *args, **named)"
+STALE = OVERLAY + ".mpy is of another build than minitor.mpy: copy all files of one"
+
+
+def put_values(tree, source):
+    """Put what the source computes for VALUES in its place."""
+    space = {"__name__": "minitor"}
+    for c, s in parts(tree):
+        for name in binds(s) if isinstance(s, ast.Assign) else ():
+            if (c.name + "." + name if c else name) in VALUES:
+                if len(space) == 1:
+                    exec(compile(source, "minitor.py", "exec"), space)
+                value = getattr(space[c.name], name) if c else space[name]
+                s.value = ast.parse(repr(value)).body[0].value
+
+
+class Part:
+    """A part of the module: a statement, or a method, or (`node`: the class) the rest of a class.
+
+    `names` and `attributes` that it mentions; `overlay`: where it lives, None: in the main module.
+    """
+
+    def __init__(self, owner, node, top):
+        self.owner, self.node, self.top, self.overlay, self.number = owner, node, top, None, None
+        self.binds = {node.name} if hasattr(node, "name") else binds(node)
+        within = [node]
+        if isinstance(node, ast.ClassDef):
+            within = node.bases + [m for m in node.body if not isinstance(m, FUNCTIONS)]
+        walked = [n for part in within for n in ast.walk(part)]
+        self.names = {n.id for n in walked if isinstance(n, ast.Name)}
+        self.attributes = {n.attr for n in walked if isinstance(n, ast.Attribute)}
+        calls = [n for n in walked if isinstance(n, ast.Call)]
+        self.spawned = [n.func for call in calls if getattr(call.func, "id", "") == "spawn"
+                        for n in call.args if isinstance(n, ast.Call)]
+        decorated = [n for n in walked if getattr(n, "decorator_list", None)]
+        # An empty list, say, is there to be filled: it must not be made anew.
+        filled = [n for n in walked if not getattr(n, "elts", getattr(n, "keys", True))]
+        filled += [call for call in calls if not call.args]
+        constant = isinstance(node, ast.Assign) and not filled
+        self.movable = (constant or hasattr(node, "name")) and not decorated
+
+
+def module_parts(tree):
+    """List all Parts of the module."""
+    found, tops = [], roots(tree)
+    for s in tree.body:
+        owner = s if isinstance(s, ast.ClassDef) else None
+        found.append(Part(None, s, tops.get(owner and owner.name)))
+        methods = owner.body if owner else ()
+        found += [Part(owner, m, tops[owner.name]) for m in methods if isinstance(m, FUNCTIONS)]
+    return found
+
+
+def public_part(part, stay):
+    """Return whether a function or class is called by a name that stays."""
+    name = getattr(part.node, "name", "")
+    if not part.owner:
+        return bool(part.binds & stay)
+    return part.owner.name + "." + name in stay
+
+
+def place(all_parts, stay, texts):
+    """Set `overlay` of parts: of those in OVERLAYS, and of what only one of these uses.
+
+    What a task of its own runs is no such thing.
+    """
+    listed = {name: i for i, names in enumerate(OVERLAYS) for name in names.split()}
+    for part in all_parts:
+        owner = part.owner.name if part.owner else None
+        if part.movable and part.binds:
+            name = min(part.binds)
+            part.overlay = listed.get(owner + "." + name if owner else name, listed.get(owner))
+    tasks = {n.attr if isinstance(n, ast.Attribute) else n.id for part in all_parts
+             for n in part.spawned if isinstance(n, (ast.Attribute, ast.Name))}
+    methods = [part for part in all_parts if part.owner]
+    bound_names = [part.node.name for part in methods]
+    moved = True
+    while moved:
+        moved = False
+        for part in [p for p in all_parts if p.overlay is None and p.movable]:
+            if public_part(part, stay) or not part.binds or part.binds & tasks:
+                continue
+            if isinstance(part.node, ast.ClassDef):
+                continue
+            if part.owner:
+                name = part.node.name
+                if bound_names.count(name) > 1 or texts.match(name):
+                    continue
+                if any(name in p.names for p in all_parts if p.node is part.owner):
+                    continue
+                users = [p for p in all_parts if name in p.attributes and p is not part]
+            else:
+                users = [p for p in all_parts if part.binds & p.names and p is not part]
+            where = {p.overlay for p in users}
+            if len(where) == 1 and None not in where:
+                moved, part.overlay = True, where.pop()
+    # A function of a later overlay can be called, but nothing else can be had from there.
+    things = [p for p in all_parts if not p.owner and not isinstance(p.node, FUNCTIONS)]
+    while not moved:
+        moved = True
+        for part in [p for p in things if p.overlay is not None]:
+            users = [p for p in all_parts if p.overlay is None or p.overlay < part.overlay]
+            if any(part.binds & p.names for p in users) or public_part(part, stay):
+                moved = False
+                for p in all_parts:
+                    if p is part or p.owner is part.node:
+                        p.overlay = None
+
+
+class Calls(ast.NodeTransformer):
+    """Let one part call the functions of overlays by numbers, in its own one by their names.
+
+    `stubs` gets the functions that are mentioned otherwise.
+    """
+
+    def __init__(self, part, functions, single, exports, stubs):
+        self.part, self.functions, self.single = part, functions, single
+        self.exports, self.stubs = exports, stubs
+        self.local = list(bound(part.node))
+        if hasattr(part.node, "name"):
+            self.local.remove(part.node.name)
+
+    def _target(self, node):
+        name = getattr(node, "id", None) or getattr(node, "attr", None)
+        for f in self.functions.get(name, ()):
+            if isinstance(node, ast.Name):
+                if not f.owner and name not in self.local:
+                    return f
+            elif f.owner:
+                own = getattr(node.value, "id", None) == "self" and self.part.top
+                if own == f.top and (own, name) in self.single or name in self.single and not own:
+                    return f
+        return None
+
+    def visit_Call(self, node):
+        f = self._target(node.func)
+        if not f:
+            return self.generic_visit(node)
+        first = [self.visit(node.func.value)] if f.owner else []
+        node.args = first + [self.visit(a) for a in node.args]
+        node.keywords = [self.visit(k) for k in node.keywords]
+        node.func = ast.Name(f.name, ast.Load())
+        if not self._here(f):
+            node.func, number = far(f, self.exports)
+            node.args.insert(0, ast.Constant(number))
+        return node
+
+    def _here(self, f):
+        return self.part.overlay is not None and f.overlay <= self.part.overlay
+
+    def visit_Name(self, node):
+        f = self._target(node)
+        if f and not self._here(f):
+            self.stubs.add(f)
+        return node
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        f = self._target(node)
+        if f and self._here(f) and isinstance(node.value, ast.Name):
+            return ast.parse("lambda *args: %s(%s, *args)" % (f.name, node.value.id)).body[0].value
+        self.stubs.update([f for f in self.functions.get(node.attr, ()) if f.owner])
+        return node
+
+
+def far(part, exports):
+    """Return a Name to call the function of an overlay by, and its number."""
+    found = exports[part.overlay]
+    if part not in found:
+        found.append(part)
+    number = (found.index(part) + 2) * len(OVERLAYS) + part.overlay
+    name = "_afar" if isinstance(part.node, ast.AsyncFunctionDef) else "_far"
+    return ast.Name(name, ast.Load()), number
+
+
+def separate(tree, stay, stale):
+    """Take the overlays out: mark their statements with `overlay`; methods become functions.
+
+    Returns the tree and the functions that each has to offer; `stale`: the code of that text.
+    """
+    tag = zlib.crc32(ast.unparse(tree).encode()) >> 12
+    every = module_parts(tree)
+    place(every, stay, computed(tree))
+    whole = {p.node for p in every if p.overlay is not None and isinstance(p.node, ast.ClassDef)}
+    functions, methods, exports, stubs = {}, [], [[] for _ in OVERLAYS], set()
+    for p in every:
+        if p.owner:
+            methods.append((p.top, p.node.name))
+        if p.overlay is not None and isinstance(p.node, FUNCTIONS) and p.owner not in whole:
+            functions.setdefault(p.node.name, []).append(p)
+            p.name = "%s__%s" % (p.owner.name, p.node.name) if p.owner else p.node.name
+            if public_part(p, stay) or p.owner and p.node.name[:2] == "__":
+                stubs.add(p)
+    # Methods whose name is enough to know them by: with `self`, or with any object.
+    names = [name for _, name in methods]
+    others = {n.attr for n in ast.walk(tree)
+              if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    others |= set(STATIC + HELD + FOREIGN)
+    single = {pair for pair in methods if methods.count(pair) == 1}
+    single |= {name for name in names if names.count(name) == 1 and name not in others}
+    for p in every:
+        node = p.node
+        if isinstance(node, ast.ClassDef):
+            continue
+        Calls(p, functions, single, exports, stubs).generic_visit(node)
+    body = []
+    for s in tree.body:
+        body.append(s)
+        s.overlay = None
+    for p in every:
+        if p.owner in whole:
+            continue
+        if not p.owner:
+            p.node.overlay = p.overlay
+        if p in stubs:
+            call, number = far(p, exports)
+            stub = ast.parse(STUB % (p.node.name, call.id, number)).body[0]
+            block = p.owner.body if p.owner else body
+            stub.overlay = None
+            block.insert(block.index(p.node), stub)
+        if p.owner and p.overlay is not None:
+            p.owner.body.remove(p.node)
+            p.node.path = "%s.%s" % (p.owner.name, p.node.name)
+            p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
+            body.insert(body.index(p.owner) + 1, p.node)
+    if any(exports):
+        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag}
+        values["STALE"] = "E%d %%d" % stale
+        machinery = Fold(values).visit(ast.parse(FAR)).body
+        for s in machinery:
+            s.overlay = None
+        body[:0] = machinery
+    tree.body = body
+    return tidy(tree), exports, tag
+
+
+def modules_of(tree, stay, exports, tag):
+    """Return the text of the main module, and of each overlay (None: it is empty)."""
+    sources, found = {}, []
+    # Of a function and its stub, the function.
+    for s in sorted(tree.body, key=lambda s: s.overlay is None):
+        for name in binds(s):
+            sources.setdefault(name, s)
+    for i, offered in enumerate(exports):
+        body = [s for s in tree.body if s.overlay == i]
+        for n in [n for s in body for n in ast.walk(s) if isinstance(n, ast.Assign)]:
+            kept = [t for t in n.targets if isinstance(t, (ast.Attribute, ast.Subscript))]
+            if kept and any(isinstance(v, ast.Lambda) for v in ast.walk(n.value)):
+                raise BuildError("an overlay's code would be held: %s" % ast.unparse(n))
+        needs = sorted({n for s in body for n in used(s)} & set(sources))
+        lines, deps, wanted = [], set(), {}
+        for name in needs:
+            s = sources[name]
+            if isinstance(s, IMPORTS):
+                s = type(s)(**dict(vars(s), names=[a for a in s.names if name in bound(a)]))
+                lines.append(ast.unparse(s))
+            elif s.overlay != i:
+                # Of a later one main has the stub.
+                earlier = s.overlay is not None and s.overlay < i
+                deps |= {s.overlay} if earlier else set()
+                module = OVERLAY % s.overlay if earlier else "minitor"
+                wanted.setdefault(module, []).append(name)
+        for module in sorted(wanted):
+            lines.append("from %s import %s" % (module, ", ".join(wanted[module])))
+        names = ["%d" % tag, repr(bytes(sorted(deps)))] + [p.node.name for p in offered]
+        text = [ast.unparse(s) for s in body]
+        found.append("\n".join(lines + text + ["args = " + ", ".join(names)]) if body else None)
+    body = [s for s in tree.body if s.overlay is None]
+    there = {n for s in body for n in used(s)} | stay
+    for s in body:
+        if isinstance(s, IMPORTS):
+            s.names = [a for a in s.names if set(bound(a)) & there]
+    body = [s for s in body if not isinstance(s, IMPORTS) or s.names]
+    found.insert(0, ast.unparse(ast.Module(body, [])))
+    for text in found:
+        check(ast.parse(text or ""))
+    return found
 
 
 # ── Names ──
@@ -611,7 +987,7 @@ def computed(tree):
     return re.compile("(%s)$" % "|".join(sorted(found)))
 
 
-def own_attributes(tree):
+def own_attributes(tree, public_names):
     """Return {attribute: users} of those that only our classes have.
 
     The users are families of classes, each by its topmost class; None is among them when the
@@ -620,10 +996,11 @@ def own_attributes(tree):
     tops, foreign, users = roots(tree), modules(tree), {}
     found, stay = set(), set(PUBLIC_ATTRIBUTES + STATIC + HELD + FOREIGN) | NATIVE
     for c, part in parts(tree):
-        family = tops[c.name] if c else None
+        owner = c or getattr(part, "owner", None)
+        family = tops[owner.name] if owner else None
         for name in sorted(binds(part)) if c else ():
             users.setdefault(name, set()).add(family)
-            (stay if c.name in PUBLIC and name[0] != "_" else found).add(name)
+            (stay if c.name + "." + name in public_names else found).add(name)
         for n in ast.walk(part):
             if isinstance(n, ast.Attribute):
                 name = getattr(n.value, "id", None)
@@ -636,21 +1013,28 @@ def own_attributes(tree):
     return {a: u for a, u in users.items() if a in found - stay and not pattern.match(a)}
 
 
-def given(tree):
+def given(tree, public_names):
     """Return the names of arguments that a call here, or a program's, gives by keyword."""
     found = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for c, f in parts(tree):
-        if isinstance(f, FUNCTIONS) and (c or f).name in PUBLIC:
-            if f.name[0] != "_" or f.name == "__init__":
+        if isinstance(f, FUNCTIONS):
+            path = c.name + "." + f.name if c else getattr(f, "path", f.name)
+            if path in public_names and ("." in path or path in PUBLIC):
                 found |= {n.arg for n in ast.walk(f.args) if isinstance(n, ast.arg)}
     return found
 
 
-def public(tree):
-    """Return the names of the module that stay: what PUBLIC lists, and every error."""
-    names = module_names(tree)
-    errors = {name for name, root in roots(tree).items() if root == "TorError"}
-    return {name for name in names if name in PUBLIC or name[:2] == "__"} | errors
+def public(tree, entries):
+    """Return the names that stay: what PUBLIC lists, every error, entries; CLASS.METHOD."""
+    names, stay = module_names(tree), set(entries)
+    for c, f in parts(tree):
+        if c and isinstance(f, FUNCTIONS):
+            path = c.name + "." + f.name
+            named = c.name in PUBLIC and c.name in entries and f.name[0] != "_"
+            if named or "." + f.name in entries or path in CONSTRUCTORS:
+                stay.add(path)
+    stay |= {name for name, root in roots(tree).items() if root == "TorError"}
+    return stay | {name for name in names if name in PUBLIC or name[:2] == "__"}
 
 
 def shorten(tree, stay):
@@ -659,7 +1043,7 @@ def shorten(tree, stay):
     Two things may get one name where they cannot meet: a variable and an attribute, and
     attributes of unrelated classes that are used through `self` only.
     """
-    keywords = given(tree)
+    keywords = given(tree, stay)
     own = [n for s in tree.body for n in sorted(binds(s))]
     stay = stay | keywords | set(imports(tree)) | NATIVE
     own = [n for n in dict.fromkeys(own) if n not in stay]
@@ -669,7 +1053,7 @@ def shorten(tree, stay):
     fresh = iter([n for n in FRESH if n not in taken | never | set(ARGUMENTS)])
     names = {n: next(fresh) for n in own}
 
-    users = own_attributes(tree)
+    users = own_attributes(tree, stay)
     for c, member in parts(tree):
         if c:
             # Looked up in a class, a name is an attribute first.
@@ -722,6 +1106,17 @@ def check(tree):
     return tree
 
 
+def bare(tree):
+    """Take the brackets off `a, b = (c, d)`: with them MicroPython makes a tuple first."""
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Tuple):
+            values = getattr(n.value, "elts", ())
+            if isinstance(n.value, ast.Tuple) and 1 < len(values) < 4:
+                # No name, but it is written as one.
+                n.value = ast.Name(", ".join([ast.unparse(value) for value in values]), ast.Load())
+    return tree
+
+
 # ── Builds ──
 
 
@@ -760,15 +1155,19 @@ class Build:
         self.codes = texts(tree)
         tree, values = fold(tree, self.micropython, SEVERITIES.index(least))
         cut(tree, [path for path in cuts.split() if path not in more])
-        stay = public(tree) | set(entries)
+        stay = public(tree, entries)
         if self.micropython:
             self._cut_texts(tree, more)
+            for name in " ".join(OVERLAYS).split():
+                find(tree, name)
+            put_values(tree, source)
             tree = check(Shake(encode(tree, self.codes), entries).result())
             tree, once = use_once(tree, stay)
-            tree, names, attributes = shorten(tree, stay)
+            tree, exports, tag = separate(tree, stay, self.codes.index(STALE))
+            tree, names, attributes = shorten(check(tree), stay)
             values = {name: repr(value) for name, value in dict(values, **once).items()}
             self.map = {"names": names, "attributes": attributes, "values": values}
-            self.text = ast.unparse(tree)
+            self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
             tree = check(Shake(tree, entries).result())
             self.text = self._minified(ast.unparse(tree), sorted(stay))
@@ -804,15 +1203,21 @@ class Build:
             literal = literal.replace(character, escape)
         return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
 
-    def mpy(self, architecture):
-        """Return the .mpy for one of ARCHITECTURES."""
-        return mpy(self.text.encode(), "minitor.py", architecture, 3)
+    def modules(self, architecture):
+        """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
+        tree = Fold({"NARROW": architecture != "x64"}).visit(ast.parse(self.text))
+        tree.body = [s for s in tree.body if binds(s) != {"NARROW"}]
+        for i, text in enumerate([ast.unparse(bare(tree))] + self.overlays):
+            if text:
+                name = OVERLAY % (i - 1) if i else "minitor"
+                yield name + ".mpy", mpy(text.encode(), name + ".py", architecture, 3)
 
     def files(self, architectures=ARCHITECTURES):
         """Yield (path, content) of what the build consists of: bytes."""
         if self.micropython:
             for architecture in architectures:
-                yield "%s-%s/minitor.mpy" % (self.what, architecture), self.mpy(architecture)
+                for name, data in self.modules(architecture):
+                    yield "%s-%s/%s" % (self.what, architecture, name), data
         else:
             yield self.what + "/minitor.py", self.text.encode()
             yield self.what + "-packed/minitor.py", self.packed()
@@ -972,9 +1377,9 @@ def image(options):
     files = {
         "main.py": MAIN,
         "settings.json": options.settings.read_bytes(),
-        "minitor.mpy": Build(source, "board", options.entry, options.severity).mpy(architecture),
         "board_boot.mpy": mpy(BOOT.read_bytes(), BOOT.name, architecture),
     }
+    files.update(Build(source, "board", options.entry, options.severity).modules(architecture))
     files.update(application(options.app, architecture) if options.app else ())
     app = settings["app"].replace(".", "/")
     if not {app + ".mpy", app + "/__init__.mpy"} & set(files):

@@ -27,6 +27,7 @@ from array import array
 from struct import pack, pack_into, unpack, unpack_from
 
 MICROPYTHON = sys.implementation.name == "micropython"
+NARROW = sys.maxsize == (1 << 31) - 1
 
 if MICROPYTHON:
     import gc
@@ -34,7 +35,15 @@ if MICROPYTHON:
     from cryptolib import aes
 
     # Early: so what lives long stays together, and large pieces find room.
-    gc.threshold((gc.mem_free() + gc.mem_alloc()) // 4)
+    _heap = gc.mem_free() + gc.mem_alloc()
+    gc.threshold(_heap // 4)
+    # The budget in bytes, and when it was last exceeded.  An ESP32's heap grows into what WiFi and
+    # TLS need; one that is larger is in PSRAM.
+    _admission = [_heap * 7 // 8, None]
+    if sys.platform == "esp32" and _heap < 1 << 18:
+        _admission[0] = 96 << 10
+    # What may end a task that nobody cancelled: `wait_for` without memory cancels.
+    FAILURES = Exception, asyncio.CancelledError
     ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
     print_exception = sys.print_exception
 
@@ -42,6 +51,7 @@ if MICROPYTHON:
         return len(a) == len(b) and not sum([x ^ y for x, y in zip(a, b)])
 
 else:
+    import io
     import socket
     import ssl
     import threading
@@ -50,6 +60,7 @@ else:
     from operator import sub as ticks_diff
     from types import SimpleNamespace
 
+    _admission, FAILURES = [0, None], Exception
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
 
@@ -83,6 +94,20 @@ def sha256(data):
     return hashlib.sha256(data).digest()
 
 
+def crowded():
+    """Tell whether memory is past its budget, so that nothing new is begun."""
+    if not MICROPYTHON or gc.mem_alloc() <= _admission[0]:
+        return False
+    # Refusing shall not cost a collection each time.
+    if _admission[1] is None or ticks_diff(ticks_ms(), _admission[1]) > 1000:
+        gc.collect()
+        _admission[1] = ticks_ms() if gc.mem_alloc() > _admission[0] else None
+        if _admission[1] is None:
+            return False
+        log(NOTICE, "%d bytes are in use: nothing new begins", gc.mem_alloc())
+    return True
+
+
 def private_dir(path):
     """Make a folder, and those above it, on a host for its owner alone."""
     if not MICROPYTHON:
@@ -104,7 +129,10 @@ def read_file(path):
         return None
 
 
-def write_file(path, data):
+replace = os.rename if MICROPYTHON else os.replace
+
+
+def write_file(path, *pieces):
     """Replace a file in one step."""
     partial, options = path + ".tmp", {}
     if not MICROPYTHON:
@@ -112,11 +140,17 @@ def write_file(path, data):
         partial = "%s.%d.tmp" % (path, os.getpid())
         options["opener"] = lambda name, flags: os.open(name, flags, 0o600)
     with open(partial, "wb", **options) as f:
-        f.write(data)
+        for piece in pieces:
+            f.write(piece)
         if not MICROPYTHON:
             f.flush()
             os.fsync(f.fileno())
-    (os.rename if MICROPYTHON else os.replace)(partial, path)
+    replace(partial, path)
+
+
+def spool(path):
+    """Return a file for what is written once and read again, on a host in memory."""
+    return open(path, "w+b") if MICROPYTHON else io.BytesIO()
 
 
 DEBUG, INFO, NOTICE, WARN, ERR = range(5)
@@ -130,12 +164,16 @@ def set_log(severity, sink=None):
 
 def log(severity, text, *args):
     """Log `text % args`: never private keys or addresses of clients."""
-    if severity >= _log[0]:
+    if severity < _log[0]:
+        return
+    try:
         if _log[1]:
             return _log[1](severity, text % args)
         name = "debug info notice warn err".split()[severity]
         line = time.gmtime()[:6] + (name, text % args)
         print("%d-%02d-%02d %02d:%02d:%02d [%s] %s" % line, file=sys.stderr)
+    except MemoryError:
+        pass
 
 
 def cache_file(path, data):
@@ -184,11 +222,24 @@ def spawn(coroutine):
             if _log[0] == DEBUG:
                 print_exception(e)
         finally:
-            _tasks.discard(asyncio.current_task())
+            if not MICROPYTHON:
+                _tasks.discard(asyncio.current_task())
 
     task = asyncio.create_task(run())
-    _tasks.add(task)
+    if not MICROPYTHON:
+        _tasks.add(task)
     return task
+
+
+async def lasting(work, wanted):
+    """Run the coroutine function `work` while `wanted()`, again whatever ends it."""
+    while wanted():
+        try:
+            await work()
+        except FAILURES as e:
+            if wanted():
+                log(WARN, "a task starts anew: %s: %s", type(e).__name__, e)
+        await asyncio.sleep(10)
 
 
 async def tls_connect(address, port, seconds):
@@ -282,6 +333,10 @@ class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
+# Where there is no memory for another one.
+NO_MEMORY = CircuitError("out of memory", 5)
+
+
 # === 3. Bytes ===
 # Binary structures; all raise ProtocolError.
 
@@ -350,43 +405,288 @@ def b32decode(text):
 _MASK = (1 << 64) - 1
 
 
-class _Hash:
-    def __init__(self, data=b"", state=None):
-        self._state, self._length, self._rest = state or (self._start, 0, b"")
-        self.update(data)
-
-    def copy(self):
-        return type(self)(b"", (self._state, self._length, self._rest))
-
-    def update(self, data):
-        self._length += len(data)
-        data = memoryview(self._rest + bytes(data))
-        while len(data) >= self._size:
-            self._absorb(data[: self._size])
-            data = data[self._size :]
-        self._rest = bytes(data)
-
-    def digest(self):
-        end = self.copy()
-        n = self._size // 8
-        n += -(self._length + 1 + n) % self._size
-        end.update(b"\x80" + (self._length * 8).to_bytes(n, "big"))
-        return pack(self._format, *end._state)
+def _roots(last, power):
+    # FIPS 180-4 4.2.3, by Newton.
+    for p in range(2, last + 1):
+        if all(p % q for q in range(2, p)):
+            n, x, y = p << 64 * power, 1 << 68, 1 << 67
+            while y < x:
+                x, y = y, ((power - 1) * y + n // y ** (power - 1)) // power
+            yield x & _MASK
 
 
-class _Sha1(_Hash):
-    _size = 64
-    _format = ">5I"
-    _start = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+def _lanes():
+    # The order of FIPS 202 3.2.2 and 3.2.3: where a lane goes, and its column; in bytes.
+    x, y = 1, 0
+    for i in range(24):
+        x, y = y, (2 * x + 3 * y) % 5
+        yield 8 * (x + 5 * y)
+        yield 8 * x
 
-    def _absorb(self, block, mask=0xFFFFFFFF):
-        w = list(unpack(">16I", block))
+
+_BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
+
+
+# Each changes a state in place: numbers, little-endian, and behind them a block, which it clears.
+if MICROPYTHON and NARROW:
+    # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
+    _SCRATCH = bytearray(640)
+    _ROUNDS = pack("<80Q", *_roots(409, 3))
+    _LANES = bytes(_lanes())
+
+    @micropython.viper
+    def _xor(target, at, source, start, n):
+        t, s = ptr8(int(ptr8(target)) + int(at)), ptr8(int(ptr8(source)) + int(start))
+        i = int(n)
+        while i and int(t) & 3:
+            t[0] = t[0] ^ s[0]
+            t, s = ptr8(int(t) + 1), ptr8(int(s) + 1)
+            i -= 1
+        if i > 11:
+            # Chips load only aligned words.
+            turn = (int(s) & 3) << 3
+            back = 31 - turn
+            p, q = ptr32(int(t)), ptr32(int(s) & -4)
+            x = uint(q[0])
+            while i > 11:
+                y = uint(q[1])
+                p[0] = p[0] ^ int(x >> turn | y << back << 1)
+                x = uint(q[2])
+                p[1] = p[1] ^ int(y >> turn | x << back << 1)
+                p = ptr32(int(p) + 8)
+                q = ptr32(int(q) + 8)
+                i -= 8
+            t, s = ptr8(int(p)), ptr8(int(q) + (turn >> 3))
+        while i:
+            i -= 1
+            t[i] = t[i] ^ s[i]
+
+    @micropython.viper
+    def _counters(counter, stream, n):
+        c, t, i = ptr32(counter), ptr32(stream), int(n)
+        last = ptr8(counter)
+        while i > 0:
+            t[0] = c[0]
+            t[1] = c[1]
+            t[2] = c[2]
+            t[3] = c[3]
+            t = ptr32(int(t) + 16)
+            i -= 16
+            if i >= 0:
+                last[15] = last[15] + 1
+                j = 15
+                while j and last[j] == 0:
+                    j -= 1
+                    last[j] = last[j] + 1
+
+    @micropython.viper
+    def _sha1(state):
+        q = ptr32(state)
+        b = uint(q[1])
+        a, c = uint(q[0]), uint(q[2])
+        d, e = uint(q[3]), uint(q[4])
+        p, n = ptr32(_SCRATCH), 16
+        while n:
+            x = uint(q[5])
+            p[0] = x << 24 | (x & 0xFF00) << 8 | x >> 8 & 0xFF00 | x >> 24
+            q[5] = 0
+            p = ptr32(int(p) + 4)
+            q = ptr32(int(q) + 4)
+            n -= 1
+        q, n = ptr32(_SCRATCH), 64
+        while n:
+            x = uint(q[13] ^ q[8] ^ q[2] ^ q[0])
+            q[16] = x << 1 | x >> 31
+            q = ptr32(int(q) + 4)
+            n -= 1
+        q, k, i = ptr32(_SCRATCH), uint(0x5A827999), 0
+        while i < 4:
+            n = 20
+            while n:
+                if i & 1:
+                    x = b ^ c ^ d
+                elif i:
+                    x = (b | c) & d | b & c
+                else:
+                    x = (c ^ d) & b ^ d
+                x = (a << 5 | a >> 27) + x + e + k + uint(q[0])
+                e = d
+                d = c
+                c = b << 30 | b >> 2
+                b = a
+                a = x
+                q = ptr32(int(q) + 4)
+                n -= 1
+            i += 1
+            k = uint(0x6ED9EBA1)
+            if i == 2:
+                k = uint(0x8F1BBCDC)
+            elif i == 3:
+                k = uint(0xCA62C1D6)
+        q = ptr32(state)
+        q[0], q[1] = q[0] + int(a), q[1] + int(b)
+        q[2], q[3] = q[2] + int(c), q[3] + int(d)
+        q[4] = q[4] + int(e)
+
+    @micropython.viper
+    def _sha512_schedule(state):
+        # Numbers are low word, high word; sums are made of halves of words, for the carries.
+        q = ptr32(_SCRATCH)
+        p = ptr32(state)
+        n = 32
+        while n:
+            n -= 1
+            x = uint(p[16 + n])
+            q[n ^ 1] = x << 24 | (x & 0xFF00) << 8 | x >> 8 & 0xFF00 | x >> 24
+            # a to h take the place of the block.
+            p[16 + n] = p[n & 15]
+        n = 64
+        while n:
+            x, y = uint(q[2]), uint(q[3])
+            s = (x >> 1 | y << 31) ^ (x >> 8 | y << 24) ^ (x >> 7 | y << 25)
+            t = (y >> 1 | x << 31) ^ (y >> 8 | x << 24) ^ y >> 7
+            x, y = uint(q[28]), uint(q[29])
+            u = (x >> 19 | y << 13) ^ (y >> 29 | x << 3) ^ (x >> 6 | y << 26)
+            t = t + ((y >> 19 | x << 13) ^ (x >> 29 | y << 3) ^ y >> 6)
+            x, y = uint(q[0]), uint(q[18])
+            v = (x & 0xFFFF) + (y & 0xFFFF) + (s & 0xFFFF) + (u & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (s >> 16) + (u >> 16) + (v >> 16)
+            q[32] = x << 16 | v & 0xFFFF
+            q[33] = t + uint(q[1] + q[19]) + (x >> 16)
+            q = ptr32(int(q) + 8)
+            n -= 1
+
+    @micropython.viper
+    def _sha512(state):
+        _sha512_schedule(state)
+        p = ptr32(int(ptr32(state)) + 64)
+        q = ptr32(_SCRATCH)
+        k = ptr32(_ROUNDS)
+        n = 80
+        while n:
+            x, y = uint(p[8]), uint(p[9])
+            s = (x >> 14 | y << 18) ^ (x >> 18 | y << 14) ^ (y >> 9 | x << 23)
+            t = (y >> 14 | x << 18) ^ (y >> 18 | x << 14) ^ (x >> 9 | y << 23)
+            t = t + uint((p[13] ^ p[9] & (p[11] ^ p[13])) + p[15] + k[1] + q[1])
+            u = uint(p[12] ^ p[8] & (p[10] ^ p[12]))
+            x, y, z = uint(p[14]), uint(k[0]), uint(q[0])
+            v = (x & 0xFFFF) + (y & 0xFFFF) + (z & 0xFFFF) + (s & 0xFFFF) + (u & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (z >> 16) + (s >> 16) + (u >> 16) + (v >> 16)
+            s = x << 16 | v & 0xFFFF
+            t = t + (x >> 16)
+            x, y = uint(p[0]), uint(p[1])
+            u = (x >> 28 | y << 4) ^ (y >> 2 | x << 30) ^ (y >> 7 | x << 25)
+            z = (y >> 28 | x << 4) ^ (x >> 2 | y << 30) ^ (x >> 7 | y << 25)
+            z = z + t + uint(p[1] & p[3] | p[5] & (p[1] | p[3]))
+            y = uint(p[0] & p[2] | p[4] & (p[0] | p[2]))
+            v = (s & 0xFFFF) + (u & 0xFFFF) + (y & 0xFFFF)
+            y = (s >> 16) + (u >> 16) + (y >> 16) + (v >> 16)
+            i = 15
+            while i > 1:
+                p[i] = p[i - 2]
+                i -= 1
+            p[0] = y << 16 | v & 0xFFFF
+            p[1] = z + (y >> 16)
+            x = uint(p[8])
+            v = (x & 0xFFFF) + (s & 0xFFFF)
+            x = (x >> 16) + (s >> 16) + (v >> 16)
+            p[8] = x << 16 | v & 0xFFFF
+            p[9] = p[9] + int(t + (x >> 16))
+            k = ptr32(int(k) + 8)
+            q = ptr32(int(q) + 8)
+            n -= 1
+        q = ptr32(state)
+        while n < 8:
+            x, y = uint(q[0]), uint(p[0])
+            v = (x & 0xFFFF) + (y & 0xFFFF)
+            x = (x >> 16) + (y >> 16) + (v >> 16)
+            q[0] = x << 16 | v & 0xFFFF
+            q[1] = q[1] + p[1] + int(x >> 16)
+            p[0] = p[1] = p[16] = p[17] = 0
+            p = ptr32(int(p) + 8)
+            q = ptr32(int(q) + 8)
+            n += 1
+
+    @micropython.viper
+    def _keccak(state):
+        # What comes first is in registers; several at once are slower.
+        p = ptr32(state)
+        n = 0
+        a, d, bits = p, ptr32(_SCRATCH), ptr8(_BITS)
+        while int(bits[0]):
+            p, q, i = a, d, 10
+            while i:
+                q[0] = p[0] ^ p[10] ^ p[20] ^ p[30] ^ p[40]
+                p = ptr32(int(p) + 4)
+                q = ptr32(int(q) + 4)
+                i -= 1
+            p = d
+            p[10], p[11] = p[0], p[1]
+            x, y, i = uint(p[8]), uint(p[9]), 5
+            while i:
+                u, v = uint(p[0]), uint(p[1])
+                p[0] = x ^ uint(p[2] << 1) ^ uint(p[3]) >> 31
+                p[1] = y ^ uint(p[3] << 1) ^ uint(p[2]) >> 31
+                x, y, p = u, v, ptr32(int(p) + 8)
+                i -= 1
+            a[0], a[1] = a[0] ^ d[0], a[1] ^ d[1]
+            x, y = uint(a[2] ^ d[2]), uint(a[3] ^ d[3])
+            lanes, turn = ptr8(_LANES), 0
+            while i < 24:
+                i += 1
+                turn += i
+                n = turn & 31
+                p = ptr32(int(a) + lanes[0])
+                q = ptr32(int(d) + lanes[1])
+                u = uint(p[0] ^ q[0])
+                v = uint(p[1] ^ q[1])
+                if turn & 32:
+                    p[1] = x << n | y >> 32 - n
+                    p[0] = y << n | x >> 32 - n
+                else:
+                    p[0] = x << n | y >> 32 - n
+                    p[1] = y << n | x >> 32 - n
+                x = u
+                y = v
+                lanes = ptr8(int(lanes) + 2)
+            p, i = a, 10
+            while i:
+                x, y = uint(p[0]), uint(p[2])
+                p[0] = (y ^ -1) & uint(p[4]) ^ x
+                p[2] = uint((p[4] ^ -1) & p[6]) ^ y
+                p[4] = (p[6] ^ -1) & p[8] ^ p[4]
+                p[6] = (p[8] ^ -1) & int(x) ^ p[6]
+                p[8] = int((x ^ -1) & y) ^ p[8]
+                # The high words of a plane, then the next one.
+                p = ptr32(int(p) + (36 if i & 1 else 4))
+                i -= 1
+            n = bits[0]
+            a[0] = a[0] ^ (n & 3 | (n & 4) << 1 | (n & 8) << 4 | (n & 16) << 11 | (n & 32) << 26)
+            a[1] = a[1] ^ (n & 64) << 25
+            bits = ptr8(int(bits) + 1)
+
+else:
+    # On 64 bits viper's integers are longer.
+    _SCRATCH = bytearray(528)
+    _ROUNDS = list(_roots(409, 3))
+
+    def _xor(target, at, source, start, n):
+        x = uint(target[at : at + n]) ^ uint(source[start : start + n])
+        target[at : at + n] = x.to_bytes(n, "big")
+
+    def _counters(counter, stream, n):
+        for i in range(0, n, 16):
+            stream[i : i + 16] = counter[:16]
+            if n - i > 15:
+                counter[:16] = (uint(counter[:16]) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+
+    def _sha1(state, mask=0xFFFFFFFF):
+        w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
         while len(w) < 80:
             x = w[-3] ^ w[-8] ^ w[-14] ^ w[-16]
             w.append((x << 1 | x >> 31) & mask)
-        state = self._state
+        a, b, c, d, e = start
         for i, x in enumerate(w):
-            a, b, c, d, e = state
             x += (a << 5 | a >> 27) + e
             if i < 20:
                 x += (d ^ b & (c ^ d)) + 0x5A827999
@@ -394,54 +694,33 @@ class _Sha1(_Hash):
                 x += (b & c | d & (b | c)) + 0x8F1BBCDC
             else:
                 x += (b ^ c ^ d) + (0x6ED9EBA1 if i < 60 else 0xCA62C1D6)
-            state = x & mask, a, (b << 30 | b >> 2) & mask, c, d
-        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
+            a, b, c, d, e = x & mask, a, (b << 30 | b >> 2) & mask, c, d
+        w = [(x + y) & mask for x, y in zip((a, b, c, d, e), start)]
+        pack_into("<5I", state, 0, *w)
+        _xor(state, 20, state, 20, 64)
 
-
-def _roots(last, power):
-    # FIPS 180-4 4.2.3.
-    for p in range(2, last + 1):
-        if all(p % q for q in range(2, p)):
-            x = 0
-            for i in range(66, -1, -1):
-                x |= ((x | 1 << i) ** power <= p << 64 * power) << i
-            yield x & _MASK
-
-
-class _Sha512(_Hash):
-    _size = 128
-    _format = ">8Q"
-    _start = list(_roots(19, 2))
-    _k = list(_roots(409, 3))
-
-    def _absorb(self, block, mask=_MASK):
+    def _sha512(state, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
 
-        w = list(unpack(">16Q", block))
+        w, start = list(unpack_from(">16Q", state, 64)), unpack_from("<8Q", state)
         while len(w) < 80:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
-        state = self._state
-        for k, w in zip(self._k, w):
-            a, b, c, d, e, f, g, h = state
+        a, b, c, d, e, f, g, h = start
+        for k, w in zip(_ROUNDS, w):
             x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
-            state = y & mask, a, b, c, (d + x) & mask, e, f, g
-        self._state = [(x + y) & mask for x, y in zip(self._state, state)]
+            a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
+        w = [(x + y) & mask for x, y in zip((a, b, c, d, e, f, g, h), start)]
+        pack_into("<8Q", state, 0, *w)
+        _xor(state, 64, state, 64, 128)
 
-
-class _Sha3(_Hash):
-    _size = 136
-    _start = (0,) * 25
-    _bits = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t"  # FIPS 202 3.2.5
-
-    def _absorb(self, block, mask=_MASK):
-        block = unpack("<17Q", block) + (0,) * 8
-        a = [x ^ y for x, y in zip(self._state, block)]
+    def _keccak(state, mask=_MASK):
+        a = list(unpack_from("<25Q", state))
         b = a[:]
-        for bits in self._bits:
+        for bits in _BITS[:-1]:
             c = [a[x] ^ a[x + 5] ^ a[x + 10] ^ a[x + 15] ^ a[x + 20] for x in range(5)]
             d = [c[x - 1] ^ (c[x - 4] << 1 & mask | c[x - 4] >> 63) for x in range(5)]
             b[0] = a[0] ^ d[0]
@@ -456,21 +735,103 @@ class _Sha3(_Hash):
                 a[i : i + 5] = [c[x] ^ c[x + 2] ^ c[x + 1] & c[x + 2] for x in range(5)]
             for j in range(7):
                 a[0] ^= (bits >> j & 1) << (1 << j) - 1
-        self._state = a
+        pack_into("<25Q", state, 0, *a)
+
+
+
+# What `finish` returns; SHA-512 and SHA-3 have the longest states.
+_END = bytearray(200)
+
+
+class _Hash:
+    # `_size` bytes from `_at` on make a block; the digest's byte i is the state's i ^ `_turn`.
+
+    def __init__(self, data=b""):
+        self._state, self._length = bytearray(self._start), 0
+        self.update(data)
+
+    def copy(self):
+        other = type(self)()
+        other._state[:], other._length = self._state, self._length
+        return other
+
+    def update(self, data, start=0, n=None):
+        n = len(data) if n is None else n
+        while n:
+            at = self._length % self._size
+            count = min(n, self._size - at)
+            _xor(self._state, self._at + at, data, start, count)
+            self._length += count
+            start += count
+            n -= count
+            if at + count == self._size:
+                self._absorb(self._state)
+
+    def finish(self, suffix=128):
+        """Return a state that begins with the digest; the next call changes it."""
+        n, end = len(self._state), self._at + self._size
+        _xor(_END, 0, _END, 0, n)
+        _xor(_END, 0, self._state, 0, n)
+        at = self._at + self._length % self._size
+        _END[at] ^= suffix
+        self._pad(at, end)
+        self._absorb(_END)
+        return _END
+
+    def _pad(self, at, end):
+        if at >= end - self._size // 8:
+            self._absorb(_END)
+        n = self._length << 3
+        while n:
+            end -= 1
+            _END[end] = n & 255
+            n >>= 8
+
+    def digest(self):
+        numbers = unpack_from("<" + self._format, self.finish())
+        return pack(">" + self._format, *numbers)
+
+    def stamp(self, data, at):
+        """Write the digest's first four bytes to data[at:]."""
+        end = self.finish()
+        for i in range(4):
+            data[at + i] = end[i ^ self._turn]
+
+
+class _Sha1(_Hash):
+    _size, _at, _turn, _format = 64, 20, 3, "5I"
+    _start = pack("<5I64x", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+    _absorb = staticmethod(_sha1)
+
+
+class _Sha512(_Hash):
+    _size, _at, _format = 128, 64, "8Q"
+    _start = pack("<8Q128x", *_roots(19, 2))
+    _absorb = staticmethod(_sha512)
+
+
+class _Sha3(_Hash):
+    _size, _at, _turn, _start = 136, 0, 0, bytes(200)
+    _absorb = staticmethod(_keccak)
+
+    def finish(self, suffix=6):
+        return _Hash.finish(self, suffix)
+
+    def _pad(self, at, end):
+        _END[end - 1] ^= 128
 
     def digest(self, n=32, suffix=6):
-        end = self.copy()
-        size = 136 - self._length % 136
-        end.update((suffix + (1 << 8 * size - 1)).to_bytes(size, "little"))
-        out = pack("<17Q", *end._state[:17])
+        end = self.finish(suffix)
+        out = bytes(end[:136])
         while len(out) < n:
-            end._absorb(bytes(136))
-            out += pack("<17Q", *end._state[:17])
+            _keccak(end)
+            out += end[:136]
         return out[:n]
 
 
 Sha1 = _Sha1 if MICROPYTHON else hashlib.sha1
 Sha3_256 = _Sha3 if MICROPYTHON else hashlib.sha3_256
+Sha512 = _Sha512 if MICROPYTHON else hashlib.sha512
 
 
 # AES without OpenSSL is bit-sliced: a plane is a bit of the 4 bytes of a row, of 2048 blocks.
@@ -567,18 +928,39 @@ class AesCtrPortable:
         return x.to_bytes(n, "big")
 
 
-class AesCtrCryptolib:
-    def __init__(self, key, iv=bytes(16)):
-        self._key, self._at = key, uint(iv) << 4
+if MICROPYTHON:
+    # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
+    # no garbage, and few of many circuits have such objects.
+    _recent, _RECENT = [], 4
+    _STREAM = memoryview(_SCRATCH)[:528]
 
-    def crypt(self, data):
-        n, skip = len(data), self._at & 15
-        stream = bytearray(skip + n + 15 & -16)
-        for i in range(0, len(stream), 16):
-            stream[i : i + 16] = (self._at + i >> 4 & (1 << 128) - 1).to_bytes(16, "big")
-        aes(self._key, 1).encrypt(stream, stream)  # Not kept, being 313 bytes.
-        self._at += n
-        return (uint(stream[skip : skip + n]) ^ uint(data)).to_bytes(n, "big")
+    class AesCtrCryptolib:
+        def __init__(self, key, iv=bytes(16)):
+            # The counter, how much of its block is used, and the key.
+            self._state, self._aes = bytearray(iv) + b"\0" + key, None
+
+        def apply(self, data, start, n):
+            """Encrypt data[start : start + n] where it stands."""
+            if not self._aes:
+                self._aes = aes(self._state[17:], 1)
+                _recent.append(self)
+                if len(_recent) > _RECENT:
+                    _recent.pop(0)._aes = None
+            while n:
+                at = self._state[16]
+                count = min(n, 528 - at)
+                _counters(self._state, _SCRATCH, at + count)
+                self._aes.encrypt(_STREAM, _STREAM)
+                _xor(data, start, _SCRATCH, at, count)
+                self._state[16] = at + count & 15
+                start += count
+                n -= count
+
+        def crypt(self, data):
+            # What can change does so in place.
+            out = bytearray(data) if isinstance(data, bytes) else data
+            self.apply(out, 0, len(out))
+            return out if out is data else bytes(out)
 
 
 class AesCtrOpenssl:
@@ -628,7 +1010,7 @@ def shake256(data, n):
 
 
 def sha512(data):
-    return (_Sha512 if MICROPYTHON else hashlib.sha512)(data).digest()
+    return Sha512(data).digest()
 
 
 def hmac_sha256(key, data):
@@ -707,18 +1089,19 @@ def _add(p, q):
 
 def _multiply(*terms):
     # The sum of k * point, encoded.  Each k becomes odd digits with three zeros or more between.
-    added = {}
+    added = []
     for k, point in terms:
-        twice, odd = _add(point, point), [point]
+        twice, odd, digits = _add(point, point), [None, point], bytearray(256)
         for i in range(7):
-            odd.append(_add(odd[i], twice))
+            odd.append(_add(odd[i + 1], twice))
         i = 0
         while k:
             if k & 1:
-                added.setdefault(i, []).append(odd[k >> 1 & 7])
+                digits[i] = (k >> 1 & 7) + 1
                 k &= -16
             k >>= 1
             i += 1
+        added.append((odd, digits))
     p = _P
     x, y, z, e, h = 0, 1, 1, 0, 1
     for i in range(255, -1, -1):
@@ -727,9 +1110,10 @@ def _multiply(*terms):
         f = (2 * z * z + g) % p
         x, y, z = e * f % p, g * h % p, f * g % p
         # Only an addition needs T = e * h.
-        for point in added.get(i, ()):
-            x, y, z, h = _add((x, y, z, e * h % p), point)
-            e = 1
+        for odd, digits in added:
+            if digits[i]:
+                x, y, z, h = _add((x, y, z, e * h % p), odd[digits[i]])
+                e = 1
     z = pow(z, p - 2, p)
     return _bytes(y * z % p | (x * z % p & 1) << 255)
 
@@ -764,11 +1148,20 @@ def ed25519_public(esk):
     return _multiply((_int(esk[:32]), _BASE))
 
 
-def ed25519_sign(esk, public, message):
-    r = _int(sha512(esk[32:] + message)) % _L
+def ed25519_sign(esk, public, message, file=None):
+    """Sign `message`, and with it what is in `file`."""
+
+    def hashed(start):
+        h = Sha512(start + message)
+        if file:
+            file.seek(0)
+            while piece := file.read(512):
+                h.update(piece)
+        return _int(h.digest())
+
+    r = hashed(esk[32:]) % _L
     R = _multiply((r, _BASE))
-    h = _int(sha512(R + public + message))
-    return R + _bytes((r + h * _int(esk[:32])) % _L)
+    return R + _bytes((r + hashed(R + public) * _int(esk[:32])) % _L)
 
 
 def ed25519_verify(public, message, signature):
@@ -875,9 +1268,12 @@ def parse_authority_certs(text, identities):
     found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
     names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
     for one in text.split(mark)[1:]:
-        item = document(one)
+        # Without a copy of it.
+        h = Sha1(mark)
+        h.update(memoryview(one)[: one.find(end) + len(end)])
+        item, digest = document(one), h.digest()
         identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint, digest = sha1(identity), sha1(mark + one.partition(end)[0] + end)
+        fingerprint = sha1(identity)
         if fingerprint in identities:
             key = rsa_public_key(signing)
             good = rsa_verify(rsa_public_key(identity), digest, signature)
@@ -1096,9 +1492,9 @@ class MicrodescParser(_Splitter):
 # === 7. Relay table ===
 # The relays of a consensus in fixed records, sorted by RSA identity.
 
-# RSA identity; half of the microdescriptor's digest; Ed25519 identity, at first the other half;
-# ntor key; numbers of exit policy, family, family ids; IPv4 address, port; IPv6 /32.
-_RECORD, _SIZE = ">20s86s4sHI", 116
+# RSA identity; IPv4 address, port, IPv6 /32; Ed25519 identity, at first the microdescriptor's
+# digest; ntor key.  In memory: numbers of exit policy, family, family ids; half of the digest.
+_RECORD, _SIZE = ">20s4sHI70s16s", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
 _LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
@@ -1131,8 +1527,59 @@ def parse_link_specifiers(r, ntor_key):
     return t
 
 
-class RelayTable:
-    use_family_lists = use_family_ids = True
+def policy_takes(policy, spans):
+    """Return for each (low, high) whether an exit policy takes all these ports."""
+    word, _, ports = policy.partition(b" ")
+    try:
+        ranges = list(number_ranges(ports.decode()))
+    except ValueError:
+        word = b""
+    if word == b"accept":
+        return [any([a <= low and high <= b for a, b in ranges]) for low, high in spans]
+    good = word == b"reject"
+    return [good and all([high < a or b < low for a, b in ranges]) for low, high in spans]
+
+
+class _Relays:
+    # `whole`: all microdescriptors are to be fetched before use; `short`: for some relays there
+    # was no room.
+    use_family_lists, use_family_ids, whole, short = True, True, False, False
+
+    def relay(self, i):
+        parts = self._field(i, 20, 6), self.rsa_id(i), self.ed_id(i)
+        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
+        r = parse_link_specifiers(r, self._field(i, 62, 32))
+        r.index, r.flags, r.private = i, self.flags_of(i), False
+        return r
+
+    def rsa_id(self, i):
+        return self._field(i, 0, 20)
+
+    def ed_id(self, i):
+        return self._field(i, 30, 32)
+
+    def subnets(self, i):
+        return unpack(">H4xI", self._field(i, 20, 10))
+
+    def find(self, rsa_id):
+        """Return the index of a relay, or -1."""
+        # They are spread evenly.
+        low, high, first, last, key = 0, len(self), 0, 1 << 24, uint(rsa_id[:3])
+        while low < high and first <= key <= last:
+            at = low + (key - first) * (high - low) // (last - first + 1)
+            i = self.index_at(at)
+            found = self.rsa_id(i)
+            if found == rsa_id:
+                return i
+            if found < rsa_id:
+                low, first = at + 1, uint(found[:3])
+            else:
+                high, last = at, uint(found[:3])
+        return -1
+
+
+class RelayTable(_Relays):
+    """The relays in memory; indexes count from 0."""
 
     def __init__(self, records=b"", flags=b"", weights=b"", beside=(b"",)):
         self.records = bytearray(records)
@@ -1154,62 +1601,67 @@ class RelayTable:
         good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
         good = good and n < 65535 and self.rsa_id(n - 1) < rsa_id
         require(good, "a relay is malformed, not in order, or one too many")
-        self.records += pack(_RECORD, rsa_id, md_digest, address, port, net6)
+        fields = rsa_id, address, port, net6, md_digest, md_digest
+        self.records += pack(_RECORD, *fields)
         self.flags.append(flags)
         self.weights.append(weight)
 
     def __len__(self):
         return len(self.flags)
 
-    def relay(self, i):
-        parts = self._field(i, 106, 6), self.rsa_id(i), self.ed_id(i)
-        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
-        r = parse_link_specifiers(r, self._field(i, 68, 32))
-        r.index, r.flags, r.private = i, self.flags[i], False
-        return r
+    def flags_of(self, i):
+        return self.flags[i]
+
+    def index_at(self, n):
+        return n
+
+    def finish(self, consensus, old):
+        """Take over from the table `old`, or None, what is the same in this new one."""
+        if old:
+            self.carry_over(old)
 
     def _field(self, i, at, size):
         at += i * _SIZE
         return bytes(self.records[at : at + size])
 
-    def rsa_id(self, i):
-        return self._field(i, 0, 20)
-
-    def ed_id(self, i):
-        return self._field(i, 36, 32)
-
-    def find(self, rsa_id):
-        low, high = 0, len(self)
-        while low < high:
-            at = (low + high) // 2
-            low, high = (at + 1, high) if self.rsa_id(at) < rsa_id else (low, at)
-        return low if self.rsa_id(low) == rsa_id else -1
-
-    def subnets(self, i):
-        return unpack_from(">H4xI", self.records, i * _SIZE + 106)
-
-    def missing(self):
-        """Yield index and digest of microdescriptors to fetch."""
+    def rows(self, mask=0, need=0):
+        """Yield index, flags and weight of the relays that have of `mask` just `need`."""
         for i, flags in enumerate(self.flags):
-            if not flags & KNOWN:
-                yield i, self._field(i, 20, 32)
+            if flags & mask == need:
+                yield i, flags, self.weights[i]
+
+    def identities(self, need):
+        """Yield index and Ed25519 identity of the relays with all flags `need`."""
+        for i, _, _ in self.rows(need, need):
+            yield i, self.ed_id(i)
+
+    def missing(self, most=65535):
+        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
+        wanted = {}
+        for i, _, _ in self.rows(KNOWN, 0):
+            wanted[self._field(i, 30, 32)] = i
+            if len(wanted) == most:
+                yield wanted
+                wanted = {}
+        if wanted:
+            yield wanted
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
         if len(keys) == 64:
             self.flags[i] |= USABLE
             numbers = [self._number(text) for text in beside]
-            pack_into(">64sHHH", self.records, i * _SIZE + 36, keys, *numbers)
+            pack_into(">64sHHH", self.records, i * _SIZE + 30, keys, *numbers)
 
     def _texts(self, i):
-        numbers = unpack_from(">HHH", self.records, i * _SIZE + 100)
+        numbers = unpack(">HHH", self._field(i, 94, 6))
         return [self._beside[n] for n in numbers]
 
     def carry_over(self, old):
-        for i, digest in self.missing():
-            j = old.find(self.rsa_id(i))
-            if j >= 0 and old.flags[j] & KNOWN and old._field(j, 20, 16) == digest[:16]:
-                keys = old._field(j, 36, 64 if old.flags[j] & USABLE else 0)
+        for i, _, _ in self.rows(KNOWN, 0):
+            j, half = old.find(self.rsa_id(i)), self._field(i, 100, 16)
+            if j >= 0 and old.flags[j] & KNOWN and old._field(j, 100, 16) == half:
+                keys = old._field(j, 30, 64 if old.flags[j] & USABLE else 0)
                 self.set_microdesc(i, keys, old._texts(j))
 
     def same_family(self, i, j):
@@ -1219,12 +1671,7 @@ class RelayTable:
         return shared or listed and self.rsa_id(i)[:4] in _pieces(list_j, 4)
 
     def exit_allows(self, i, port):
-        word, _, ports = self._texts(i)[0].partition(b" ")
-        try:
-            inside = [low for low, high in number_ranges(ports.decode()) if low <= port <= high]
-        except ValueError:
-            return False
-        return word == (b"accept" if inside else b"reject")
+        return policy_takes(self._texts(i)[0], [(port, port)])[0]
 
     def save(self, path, network_id, consensus):
         pieces = [consensus.head, self.records, self.flags, self.weights] + self._beside
@@ -1232,8 +1679,364 @@ class RelayTable:
         cache_file(path, sha256(_LAYOUT + network_id + body) + body)
 
 
+# On flash: a file "hot" of rows in the consensus's order, written anew each hour (which commits
+# all), and shards of records, in slots that keep their relays: what is new goes where the hot
+# file in force has nothing.  A row: flags, weight (5 bits exponent), slot, 4 bytes of a hash over
+# what the record was made of.  A record: as above; bits of exit policy, family ids, family.
+_ROW, _ROWS, _COLD, _SLOT, _SHARDS = "<HHH4s", 50, ">20s4sHI80s", 110, 400
+# A shard: digest, bits of its usable slots, records: one block.  40 numbers, 37 of them slots.
+_SLOTS = 37
+# Where the spans of ports begin for which a bit tells that all in them are taken.
+_PORTS = (
+    "1 20 22 23 25 26 53 54 80 81 110 111 143 144 443 444 465 466 587 588 993 996 5222 5223 "
+    "6667 6668 6697 6698 8000 8080 8081 9001"
+)
+# What is open for writing, to be closed before another opens it.
+_writing = []
+
+
+def _bit(bits, i):
+    return bits[i >> 3] >> (i & 7) & 1
+
+
+def _family_bit(rsa_id):
+    return 1 << (rsa_id[3] & 63)
+
+
+class FlashTable(_Relays):
+    """The relays in files; indexes are numbers of slots."""
+
+    def __init__(self, path, network_id):
+        self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
+        self._n = self.shards = 0
+        self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
+        # The records of one shard: no large piece of memory.
+        self._usable, self._records, self._loaded, self._dirty = bytearray(), None, -1, 0
+        self._old = self._hot = self._new = None
+        self._forced, self._failed = True, False
+
+    def _digest(self, n, pieces):
+        h = hashlib.sha256(self._salt + bytes((n >> 8, n & 255)))
+        for piece in pieces:
+            h.update(piece)
+        return h.digest()[:16]
+
+    def load(self):
+        """Return the Consensus, or None where something is missing or damaged."""
+        try:
+            self._open("hot")
+            size = self._hot.seek(0, 2)
+            if size < 40:
+                return None
+            self._hot.seek(size - 40)
+            tail, h = self._hot.read(40), hashlib.sha256(self._salt)
+            head, self.shards, self._n = unpack(">IHH", tail[:8])
+            self._hot.seek(0)
+            for left in range(size - 32, 0, -1024):
+                h.update(self._hot.read(min(left, 1024)))
+            good = h.digest() == tail[8:] and size == 10 * self._n + head + 40
+            for n in range(self.shards if good else 0):
+                with open(self._path + str(n), "rb") as f:
+                    digest, bits = f.read(16), f.read(5)
+                    # One piece more, which has to be empty.
+                    pieces = [bits] + [f.read(_SLOT) for _ in range(_SLOTS + 1)]
+                self._usable.extend(bits)
+                if self._digest(n, pieces) != digest:
+                    return None
+            self._hot.seek(10 * self._n)
+            return Consensus(self._hot.read(head)) if good else None
+        except (OSError, ValueError):
+            return None
+
+    def begin(self, old):
+        """Be ready for a new consensus; `old`: the table in force, or None."""
+        while _writing:
+            _writing.pop().close()
+        private_dir(self._path[:-1])
+        if old:
+            self._usable, self.shards, self.whole = old._usable, old.shards, True
+        else:
+            self._remove("hot")
+            n = 0
+            while self._remove(str(n)):
+                n += 1
+        self._old, self._cursor, self._last, self._vacant = old, 0, b"", self._slots(old)
+        self._hot, self._sum = open(self._path + "hot.tmp", "wb"), hashlib.sha256(self._salt)
+        _writing.append(self._hot)
+        if old:
+            # It waits there for its microdescriptors: each shard is written once.
+            self._new = open(self._path + "new", "wb")
+            _writing.append(self._new)
+
+    def _remove(self, name):
+        try:
+            os.remove(self._path + name)
+            return True
+        except OSError:
+            pass
+
+    def _open(self, name):
+        self._hot, self._first = open(self._path + name, "rb"), -1
+
+    def _slots(self, old):
+        # Yield those that `old` does not use: of the emptiest shards first.
+        count, used, most = bytearray(_SHARDS), b"", _SHARDS
+        if old:
+            most = min(max(old.shards, len(old) // 31 + 1), _SHARDS)
+            used = bytearray(5 * most)
+            for i, _, _ in old.rows():
+                used[i >> 3] |= 1 << (i & 7)
+                count[i // 40] += 1
+        for least in range(_SLOTS):
+            for n in range(most):
+                if count[n] != least:
+                    continue
+                self.shards = max(self.shards, n + 1)
+                self._usable.extend(bytes(5 * self.shards - len(self._usable)))
+                for i in range(40 * n, 40 * n + _SLOTS):
+                    if not (old and _bit(used, i)):
+                        yield i
+
+    def add(self, rsa_id, md_digest, address, port, net6, flags, weight):
+        good = 0 < port < 65536 and len(address) == 4 and not (weight | net6) >> 32
+        require(good and self._last < rsa_id, "a relay is malformed, or not in order")
+        self._last = rsa_id
+        fields = pack(_COLD, rsa_id, address, port, net6, md_digest)[:62]
+        mark = sha256(fields)[:4]
+        i = self._kept(rsa_id, unpack("<HH", mark))
+        if i < 0:
+            i = next(self._vacant, -1)
+            if i < 0:
+                self.short = True
+                return
+            self._usable[i >> 3] &= ~(1 << (i & 7))
+            if self._new:
+                self._new.write(pack("<H", i) + fields)
+            else:
+                self._place(i, fields)
+        exponent = 0
+        while weight >> 11:
+            weight, exponent = weight >> 1, exponent + 1
+        row = pack(_ROW, flags, exponent << 11 | weight, i, mark)
+        self._hot.write(row)
+        self._sum.update(row)
+        self._n += 1
+
+    def _kept(self, rsa_id, mark):
+        # Its slot in the old table, or -1 if something is new.
+        old = self._old
+        while old and self._cursor < len(old):
+            at, h = old._row(self._cursor), old._rows
+            i, same = h[at + 2], (h[at + 3], h[at + 4]) == mark
+            if not same and old.rsa_id(i) > rsa_id:
+                break
+            self._cursor += 1
+            if same:
+                return i
+        return -1
+
+    def finish(self, consensus, old):
+        tail = consensus.head + pack(">IHH", len(consensus.head), self.shards, self._n)
+        self._sum.update(tail)
+        self._hot.write(tail + self._sum.digest())
+        self._flush()
+        while _writing:
+            _writing.pop().close()
+        self._open("hot.tmp")
+        self._vacant, self._records, self._loaded = None, None, -1
+        self._forced = False
+
+    def __len__(self):
+        return self._n
+
+    def _row(self, n):
+        # Where row `n` is in self._rows.
+        at = n % _ROWS
+        if self._first != n - at:
+            self._first = n - at
+            self._hot.seek(10 * self._first)
+            self._hot.readinto(self._rows)
+        return 5 * at
+
+    def index_at(self, n):
+        return self._rows[self._row(n) + 2]
+
+    def rows(self, mask=0, need=0):
+        h, usable = self._rows, self._usable
+        for first in range(0, self._n, _ROWS):
+            for at in range(0, 5 * min(_ROWS, self._n - first), 5):
+                if self._first != first:
+                    self._row(first)
+                i, flags = h[at + 2], h[at]
+                if usable[i >> 3] >> (i & 7) & 1:
+                    flags |= USABLE
+                if flags & mask == need:
+                    weight = h[at + 1]
+                    yield i, flags, (weight & 2047) << (weight >> 11)
+
+    def flags_of(self, i):
+        return USABLE if _bit(self._usable, i) else 0
+
+    def identities(self, need):
+        # In the order of slots: each shard is opened once.
+        self._flush()
+        wanted = bytearray(5 * self.shards)
+        for i, _, _ in self.rows(need, need):
+            wanted[i >> 3] |= 1 << (i & 7)
+        for n in range(self.shards):
+            with open(self._path + str(n), "rb") as f:
+                for i in range(40 * n, 40 * n + _SLOTS):
+                    if _bit(wanted, i):
+                        f.seek(51 + i % 40 * _SLOT)
+                        yield i, f.read(32)
+
+    def find(self, rsa_id):
+        # A few relays are looked up again and again.
+        if rsa_id not in self._found:
+            if len(self._found) > 15:
+                self._found.clear()
+            self._found[rsa_id] = _Relays.find(self, rsa_id)
+        return self._found[rsa_id]
+
+    def _field(self, i, at, size):
+        if i // 40 == self._loaded:
+            return self._records[i % 40][at : at + size]
+        return self._read(i // 40, 21 + i % 40 * _SLOT + at, size)
+
+    def _read(self, n, at, size):
+        with open(self._path + str(n), "rb") as f:
+            f.seek(at)
+            return f.read(size)
+
+    def _load(self, n):
+        if n != self._loaded:
+            self._flush()
+            self._records, self._loaded = None, -1
+            try:
+                with open(self._path + str(n), "rb") as f:
+                    f.seek(21)
+                    self._records = [f.read(_SLOT) for _ in range(_SLOTS)]
+            except OSError:
+                self._records = [bytes(_SLOT)] * _SLOTS
+            self._loaded = n
+
+    def _flush(self):
+        n = self._loaded
+        if self._dirty:
+            self._dirty = 0
+            pieces = [self._usable[5 * n : 5 * n + 5]] + self._records
+            try:
+                write_file(self._path + str(n), self._digest(n, pieces), *pieces)
+            except OSError:
+                # Usable is what is there; a new table cannot come into force any more.
+                self._loaded, self._failed = -1, True
+                self._usable[5 * n : 5 * n + 5] = bytes(5)
+                self._usable[5 * n : 5 * n + 5] = self._read(n, 16, 5)
+                raise
+
+    def _place(self, i, fields, usable=0):
+        # Set the record of a relay whose microdescriptor is not there, or that has none.
+        self._load(i // 40)
+        bit = 1 << (i & 7)
+        self._records[i % 40] = fields + bytes(_SLOT - len(fields))
+        self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
+        self._dirty = 1
+
+    def _pending(self):
+        # Put the new ones into their shards; yield {digest: slot} of each shard.
+        wanted = {}
+        with open(self._path + "new", "rb") as f:
+            while fields := f.read(64):
+                i = fields[0] | fields[1] << 8
+                if wanted and i // 40 != self._loaded:
+                    yield wanted
+                    wanted = {}
+                if not self.flags_of(i):
+                    self._place(i, fields[2:])
+                    wanted[fields[32:]] = i
+        if wanted:
+            yield wanted
+        self._flush()
+        self._new = None
+
+    def missing(self, most=0):
+        """As RelayTable's, but shard by shard."""
+        wanted = {}
+        if self._new:
+            return (yield from self._pending())
+        for i, _, _ in self.rows(USABLE, 0):
+            if wanted and i // 40 != self._loaded:
+                yield wanted
+                wanted = {}
+            self._load(i // 40)
+            digest = self._field(i, 30, 32)
+            if any(digest):
+                wanted[digest] = i
+        if wanted:
+            yield wanted
+
+    def set_microdesc(self, i, keys, beside):
+        self._load(i // 40)
+        good, fields = len(keys) == 64, self._field(i, 0, 30)
+        if good:
+            policy, family, ids = beside
+            starts = [int(port) for port in _PORTS.split()]
+            taken = policy_takes(policy, [(a, b - 1) for a, b in zip(starts, starts[1:] + [65536])])
+            ports = sum([1 << n for n, all_of_it in enumerate(taken) if all_of_it])
+            ids, bits = b"".join([one[:2] for one in _pieces(ids, 8)[:2]]), 0
+            for member in _pieces(family, 4):
+                bits |= _family_bit(member)
+            fields += keys + pack(">I4sQ", ports, ids, bits)
+        self._place(i, fields, good)
+
+    def exit_allows(self, i, port):
+        n = sum([int(start) <= port for start in _PORTS.split()]) - 1
+        return bool(uint(self._field(i, 94, 4)) >> n & 1)
+
+    def same_family(self, i, j):
+        # Those that are of one family always are; some that are not, seem to be.
+        a, b = [self._field(k, 98, 12) for k in (i, j)]
+        shared = set(_pieces(a[:4], 2)) & set(_pieces(b[:4], 2)) - {b"\0\0"}
+        if self.use_family_ids and shared:
+            return True
+        mutual = uint(a[4:]) & _family_bit(self.rsa_id(j)) and uint(b[4:])
+        return bool(self.use_family_lists and mutual & _family_bit(self.rsa_id(i)))
+
+    def save(self, path, network_id, consensus):
+        """Put the new table into force, or keep what came since."""
+        try:
+            for _ in self._pending() if self._new else ():
+                pass
+            self._flush()
+            self._records, self._loaded = None, -1
+            if not self._forced:
+                if self._failed:
+                    raise OSError("a shard is lacking")
+                replace(self._path + "hot.tmp", self._path + "hot")
+                for table in (self, self._old or self):
+                    table._hot.close()
+                self._open("hot")
+                self._forced, self._old = True, None
+                self._remove("new")
+        except OSError as e:
+            raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
+
+
+def new_table(path, network_id, old):
+    """Return an empty table, to take the place of `old` (or None)."""
+    if not MICROPYTHON:
+        return RelayTable()
+    table = FlashTable(path, network_id)
+    table.begin(old)
+    return table
+
+
 def load_table(path, network_id):
-    """The (RelayTable, Consensus) that `save` wrote, or None."""
+    """The (table, Consensus) that `save` wrote, or None."""
+    if MICROPYTHON:
+        table = FlashTable(path, network_id)
+        consensus = table.load()
+        return consensus and (table, consensus)
     data = read_file(path) or b""
     r, pieces = Reader(data[32:]), []
     if sha256(_LAYOUT + network_id + r.data) != data[:32]:
@@ -1485,13 +2288,12 @@ def hsdir_ring(table, consensus, blinded, period, use):
         start = b"store-at-idx" + blinded + pack(">QQQ", n + 1, length, number)
         places.append((sha3_256(start), []))
     value += pack(">QQ", number, length)
-    for i, flags in enumerate(table.flags):
-        if flags & needed == needed:
-            at = sha3_256(b"node-idx" + table.ed_id(i) + value)
-            for start, nearest in places:
-                item = at < start, at, i
-                if len(nearest) < replicas * spread or item < nearest[-1]:
-                    nearest[:] = sorted(nearest + [item])[: replicas * spread]
+    for i, ed_id in table.identities(needed):
+        at = sha3_256(b"node-idx" + ed_id + value)
+        for start, nearest in places:
+            item = at < start, at, i
+            if len(nearest) < replicas * spread or item < nearest[-1]:
+                nearest[:] = sorted(nearest + [item])[: replicas * spread]
     for _, nearest in places:
         # A replica skips what an earlier one took.
         found += [i for _, _, i in nearest if i not in found][:spread]
@@ -1518,9 +2320,17 @@ def make_ed_cert(kind, key, when, esk, public):
 _base64 = binascii.b2a_base64  # ends the line
 
 
-def _armour(keyword, label, data):
-    lines = b"".join([_base64(data[i : i + 48]) for i in range(0, len(data), 48)])
-    return b"%s\n-----BEGIN %s-----\n%s-----END %s-----\n" % (keyword, label, lines, label)
+def _armour(keyword, label, pieces, end=b"\n"):
+    # Yield an item, its object in base64.
+    yield b"%s\n-----BEGIN %s-----\n" % (keyword, label)
+    data = b""
+    for piece in pieces:
+        data += piece
+        n = len(data) // 48 * 48
+        if n:
+            yield b"".join([_base64(data[i : i + 48]) for i in range(0, n, 48)])
+            data = data[n:]
+    yield (_base64(data) if data else b"") + b"-----END %s-----%s" % (label, end)
 
 
 def _enc_key_ed(u):
@@ -1530,56 +2340,74 @@ def _enc_key_ed(u):
 
 
 def _layer(keyword, secret, salt):
-    # To en- or decrypt; the MAC of salt and text (2.5.3).
+    # To en- or decrypt; the MAC of salt and text to come (2.5.3).
     keys = shake256(secret + salt + b"hsdir-%s-data" % keyword, 80)
-    mac = lambda sealed: hs_mac(keys[48:], bytes(7) + b"\x10" + sealed)
+    mac = Sha3_256(bytes(7) + b"\x20" + keys[48:] + bytes(7) + b"\x10" + salt)
     return AesCtr(keys[:32], keys[32:48]).crypt, mac
 
 
-def _seal(keyword, secret, plain):
-    salt = urandom(16)
+def _seal(keyword, secret, salt, pieces):
     crypt, mac = _layer(keyword, secret, salt)
-    sealed = salt + crypt(plain)
-    return _armour(keyword, b"MESSAGE", sealed + mac(sealed))
+    yield salt
+    for piece in pieces:
+        piece = crypt(piece)
+        mac.update(piece)
+        yield piece
+    yield mac.digest()
 
 
 def _unseal(item, keyword, secret):
     blob = item(keyword)[1]
     crypt, mac = _layer(keyword, secret, blob[:16])
     error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
-    require(consteq(mac(blob[:-32]), blob[-32:]), error)
+    mac.update(blob[16:-32])
+    require(consteq(mac.digest(), blob[-32:]), error)
     return crypt(blob[16:-32]).partition(b"\0")[0]
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """A descriptor to publish (2.4, 2.5); `esk`: the blinded secret key."""
+def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
+    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
     signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
-        return _armour(keyword, b"ED25519 CERT", make_ed_cert(kind, key, when, esk, by))
+        made = make_ed_cert(kind, key, when, esk, by)
+        return b"".join(_armour(keyword, b"ED25519 CERT", [made]))
 
-    inner = b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
-    for i in intro_points:
-        inner += b"introduction-point " + _base64(i.specifiers)
-        inner += b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
-        inner += b"enc-key ntor " + _base64(i.enc_key)
-        inner += cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
-    outer = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
+    def inner():
+        yield b"create2-formats 2\n" + (b"flow-control 1-2 %d\n" % flow if flow else b"")
+        for i in intro_points:
+            yield b"introduction-point " + _base64(i.specifiers)
+            yield b"onion-key ntor " + _base64(i.ntor_key) + cert(b"auth-key", 9, i.auth_key)
+            yield b"enc-key ntor " + _base64(i.enc_key)
+            yield cert(b"enc-key-cert", 11, _enc_key_ed(i.enc_key))
+
+    def outer(size=0):
+        yield from _pieces(head, 480)
+        for piece in _armour(b"encrypted", b"MESSAGE", sealed, b""):
+            size += len(piece)
+            yield piece
+        left = -(len(head) + size) % 10000
+        for at in range(0, left, 480):
+            yield bytes(min(480, left - at))
+
+    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
     for _ in range(16):
         # Made up: nobody shall see whether there are authorized clients.
         made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
-        outer += ("auth-client %s %s %s\n" % made_up).encode()
-    outer += _seal(b"encrypted", secret, inner)[:-1]
-    outer += bytes(-len(outer) % 10000)
-    text = b"hs-descriptor 3\ndescriptor-lifetime 180\n"
-    text += cert(b"descriptor-signing-key-cert", 8, public, esk, blinded)
-    text += b"revision-counter %d\n" % revision + _seal(b"superencrypted", secret, outer)
-    signature = ed25519_sign(signer, public, _SIGNED + text)
-    return text + b"signature %s\n" % b64encode(signature).encode()
+        head += ("auth-client %s %s %s\n" % made_up).encode()
+    sealed = _seal(b"encrypted", secret, urandom(16), inner())
+    text = _seal(b"superencrypted", secret, urandom(16), outer())
+    file.write(b"hs-descriptor 3\ndescriptor-lifetime 180\n")
+    file.write(cert(b"descriptor-signing-key-cert", 8, public, esk, blinded))
+    file.write(b"revision-counter %d\n" % revision)
+    for piece in _armour(b"superencrypted", b"MESSAGE", text):
+        file.write(piece)
+    signature = ed25519_sign(signer, public, _SIGNED, file)
+    file.write(b"signature %s\n" % b64encode(signature).encode())
 
 
 def _cert(item, keyword, kind, public, when):
@@ -1639,7 +2467,7 @@ class Channel:
     `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
     """
 
-    closed = None
+    closed, _lacks = None, 0
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -1654,18 +2482,24 @@ class Channel:
     async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
-            self._tasks = [spawn(self._read(reader)), spawn(self._write(writer))]
+            self._tasks.append(spawn(self._read(reader)))
+            self._tasks.append(spawn(self._write(writer)))
+            # Or what is closed would stay in memory.
+            reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
         except Exception as e:
-            self.close("cannot be reached: %s" % (str(e) or "no answer within %d s" % seconds))
+            self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
-            await asyncio.sleep(5)
+            await asyncio.sleep(1 if MICROPYTHON else 5)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
             if idle > 180 and not self.circuits:
                 self.close("idle")
             elif idle > 240:
-                self.send(cell(0, PADDING))
+                try:
+                    self.send(cell(0, PADDING))
+                except MemoryError:
+                    pass
         # Even if the peer reads nothing.
         await asyncio.sleep(2)
         for task in self._tasks:
@@ -1673,49 +2507,73 @@ class Channel:
 
     def room(self):
         # In cells.
-        return ((16448 if MICROPYTHON else 1 << 18) - self._queued) // 514
+        return ((3084 if MICROPYTHON else 1 << 18) - self._queued) // 514
 
     def send(self, data):
         self._queue.append(data)
         self._queued += len(data)
         self._wake.set()
 
+    def _relieve(self):
+        # At first others may let go of some memory.
+        self._lacks += 1
+        if self._lacks % 4 == 0:
+            relieve(self.circuits.values())
+
     async def _write(self, writer):
+        full, size = False, 0
         try:
             while self._queue or not self.closed:
-                await self._wake.wait()
+                try:
+                    for circuit in list(self.circuits.values()) * full:
+                        circuit.resume()
+                    idle, full = not self._queue, False
+                    waiting = self._wake.wait() if idle else writer.drain()
+                    if MICROPYTHON and not idle:
+                        # As its `write` has it, which would copy.
+                        size = len(self._queue[0])
+                        setattr(writer, "out_buf", self._queue.pop(0))
+                    elif not idle:
+                        data, self._queue = b"".join(self._queue), []
+                        size = len(data)
+                        writer.write(data)
+                except MemoryError:
+                    self._relieve()
+                    waiting, idle = asyncio.sleep(0), True
+                await waiting
                 self._wake.clear()
-                data, self._queue = b"".join(self._queue), []
-                writer.write(data)
-                self._used = ticks_ms()
-                await writer.drain()
-                full = self.room() < 1
-                self._queued -= len(data)
-                for circuit in list(self.circuits.values()) * full:
-                    circuit.resume()
-        except (OSError, MemoryError) as e:
-            self.close("the link broke: %s" % e)
+                if not idle:
+                    self._used, full = ticks_ms(), self.room() < 1
+                    self._queued -= size
+        except Exception as e:
+            self.close("the link broke: ", e)
         finally:
             self._tasks[0].cancel()
             await hang_up(writer)
+            self._tasks.clear()
 
     async def _read(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
-        rest = b"\0\0"
-        try:
-            while not self.closed:
-                data = await reader.read(4112 if MICROPYTHON else 1 << 18)
+        data, rest, self._at = b"", b"\0\0", 0
+        while not self.closed:
+            try:
+                self._cells(rest)
+                rest, self._at = rest[self._at :], 0
+                data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
-                data = rest + data
-                rest = data[self._cells(data) :]
-        except (OSError, ProtocolError, MemoryError) as e:
-            self.close("the link broke: %s" % e)
+                rest, data = rest + data, b""
+            except MemoryError:
+                # What was read is still here.
+                self._relieve()
+                await asyncio.sleep(0)
+            except Exception as e:
+                self.close("the link broke: ", e)
 
     def _cells(self, data):
-        # Dispatch whole cells, relay cells in a row for a circuit together; return their bytes.
-        at, end = 0, len(data)
-        while end - at >= 7:
+        # Dispatch whole cells, relay cells in a row for a circuit together; `_at`: how far.
+        end = len(data)
+        while end - (at := self._at) >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
             require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
             if command >= 128 or command == VERSIONS:
@@ -1723,17 +2581,21 @@ class Channel:
                 require(size <= 16384, "a cell of %d bytes" % size)
             if end - body < size:
                 break
-            at = body + size
+            self._at = at = body + size
             circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
                 self._handshake(command, data[body:at])
             elif circuit:
-                cells = [data[body:at]]
-                while command == RELAY and at + 514 <= end and data[at : at + 5] == head:
-                    cells.append(data[at + 5 : at + 514])
-                    at += 514
-                circuit.receive(b"".join(cells), command)
-        return at
+                many = command == RELAY and not MICROPYTHON
+                while many and at + 514 <= end and data[at : at + 5] == head:
+                    self._at = at = at + 514
+                try:
+                    body = data[body:at]
+                    if many:
+                        body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
+                    circuit.receive(body, command)
+                except MemoryError:
+                    circuit.close("out of memory", 5)
 
     def _handshake(self, command, body):
         # Clients do not answer AUTH_CHALLENGE.
@@ -1758,15 +2620,20 @@ class Channel:
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
 
-    def close(self, why="closed"):
+    def close(self, why="closed", error=""):
         """Close the channel and its circuits; what is queued is still written."""
         if self.closed:
             return
-        self.closed = ChannelError("%s: %s" % (self, why))
-        log(INFO, "%s", self.closed)
+        self.closed = NO_MEMORY
+        try:
+            why = "%s%s" % (why, error)
+            self.closed = ChannelError("%s: %s" % (self, why))
+            log(INFO, "%s", self.closed)
+        except MemoryError:
+            pass
         self.opened.set(error=self.closed)
-        for circuit in list(self.circuits.values()):
-            circuit.close(why, 8)
+        while self.circuits:
+            self.circuits.popitem()[1].close(why, 8)
         self._wake.set()
 
 
@@ -1789,12 +2656,18 @@ class Channels:
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
 # Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 8 if MICROPYTHON else 100
+BATCH = 2 if MICROPYTHON else 31
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
-# So much unread, a stream sends no SENDME; so much unsent, `drain` waits.
-READ_AHEAD, WRITE_AHEAD = (16384, 8192) if MICROPYTHON else (1 << 18, 1 << 17)
+# So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
+# once, on a board what fills BATCH cells.
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 976) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
+# So much unread, the stream ends.
+MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
+
+
+_TAG = bytearray(4)
 
 
 class Layer:
@@ -1808,10 +2681,26 @@ class Layer:
         self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
         self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
 
+    def seal(self, data, at):
+        """Write the tag of the relay message data[at : at + 509]."""
+        self.out_digest.update(data, at, 509)
+        self.out_digest.stamp(data, at + 5)
+
+    def opens(self, data, at):
+        """Tell whether the tag of data[at : at + 509] is right."""
+        for i in range(at + 5, at + 9):
+            _TAG[i & 3], data[i] = data[i], 0
+        self.in_digest.update(data, at, 509)
+        self.in_digest.stamp(data, at + 5)
+        good = True
+        for i in range(at + 5, at + 9):
+            good = good and data[i] == _TAG[i & 3]
+        return good
+
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
         trial = self.in_digest.copy()
-        trial.update(body[:5] + bytes(4) + body[9:])
+        trial.update(bytes(body[:5]) + bytes(4) + bytes(body[9:]))
         if trial.digest()[:4] == body[5:9]:
             self.in_digest = trial
             return True
@@ -1879,18 +2768,26 @@ class Stream:
 
     def __init__(self, circuit, stream_id):
         self.circuit, self.stream_id, self._incoming = circuit, stream_id, bytearray()
-        circuit.streams[stream_id] = self
-        self.opened, self._changed = Promise(), asyncio.Event()
+        # `moved`: when bytes were last sent or read.
+        self.opened, self._changed, self.moved = Promise(), asyncio.Event(), ticks_ms()
         self._package = NO_LIMIT if circuit.vegas else STREAM_WINDOW
         # None for DATA before CONNECTED.
         self._deliver = self._package if circuit.on_begin else 0
+        circuit.streams[stream_id] = self
 
     def feed(self, data):
         self._deliver -= 1
-        good = self._deliver >= 0 and len(self._incoming) <= 16 * XOFF_LIMIT
-        require(good, "DATA too early on a stream, or too much")
+        unread = len(self._incoming)
+        if self._deliver < 0 or unread > MOST_UNREAD or unread > READ_AHEAD and crowded():
+            # A client of ours loses the stream, not the circuit; a window may be too large here.
+            short = self.circuit.on_begin or MICROPYTHON and self._deliver >= 0
+            require(short, "DATA too early on a stream, or too much")
+            return self.send_end(END_RESOURCELIMIT)
         if not self._closing:
-            self._incoming.extend(data)
+            try:
+                self._incoming.extend(data)
+            except MemoryError:
+                self.send_end(END_RESOURCELIMIT)
 
     def arrived(self):
         # Wake the reader, and let the other side go on, or stop it.
@@ -1900,12 +2797,12 @@ class Stream:
             return
         while self._deliver <= STREAM_WINDOW - STREAM_INCREMENT and unread < READ_AHEAD:
             self._deliver += STREAM_INCREMENT
-            self.circuit.send(SENDME, self.stream_id, b"")
+            self._send(SENDME, b"")
         # XON comes when half is read.
         stop = unread * (1 + self._stopped) > XOFF_LIMIT
         if self.circuit.vegas and stop != self._stopped:
             self._stopped, command = stop, XOFF if stop else XON
-            self.circuit.send(command, self.stream_id, bytes(1 if stop else 5))
+            self._send(command, bytes(1 if stop else 5))
 
     def message(self, command, data):
         if command == END:
@@ -1922,7 +2819,19 @@ class Stream:
             raise ProtocolError("message %d out of place on a stream" % command)
         self.flush()
 
+    def _send(self, command, *pieces):
+        try:
+            self.circuit.send(command, self.stream_id, *pieces)
+        except CircuitError:
+            pass  # it ended this stream
+
     def flush(self):
+        try:
+            self._flush()
+        except MemoryError:
+            self.send_end(END_RESOURCELIMIT)
+
+    def _flush(self):
         circuit, room = self.circuit, self.circuit.channel.room
         while self.outgoing:
             count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
@@ -1934,15 +2843,21 @@ class Stream:
             pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
             self.outgoing = self.outgoing[end:]
             self._package -= len(pieces)
-            circuit.send(DATA, self.stream_id, *pieces)
+            self.moved = ticks_ms()
+            self._send(DATA, *pieces)
         self._changed.set()
         if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
 
     def send_end(self, reason):
-        if not self._ended:
-            self.end(StreamError("closed here", END_DONE))
-            self.circuit.send(END, self.stream_id, bytes([reason]))
+        """End the stream; for want of memory, with what is unread."""
+        if self._ended:
+            return
+        error = StreamError("closed here", END_DONE)
+        if reason == END_RESOURCELIMIT:
+            error, self._incoming = StreamError("out of memory", reason), bytearray()
+        self.end(error)
+        self._send(END, bytes([reason]))
 
     def end(self, error):
         self._closing, self._ended, self.outgoing = True, True, b""
@@ -1956,11 +2871,12 @@ class Stream:
     def accept(self):
         if not self._ended:
             self.opened.set()
-            self.circuit.send(CONNECTED, self.stream_id, b"")
+            self._send(CONNECTED, b"")
 
     def _take(self, n):
         piece = bytes(memoryview(self._incoming)[:n])
         self._incoming = self._incoming[n:]
+        self.moved = ticks_ms()
         self.arrived()
         return piece
 
@@ -2080,15 +2996,25 @@ class Circuit:
             keys = finish(reply)
         except ProtocolError as e:
             raise self.close("hop %d: %s" % (len(self.path) + 1, e), 1)
+        if self.path and MICROPYTHON:
+            # Of a hop that is not the last no more is needed, and there is more.
+            self.path[-1], hop = Record(), self.path[-1]
+            self.path[-1].rsa_id = hop.rsa_id
         self.path.append(relay)
-        self._layers.append(Layer(keys))
+        self._add(Layer(keys))
         self.kh = keys[72:]
 
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
-        self._layers.append(Layer(keys, True, service))
+        self._add(Layer(keys, True, service))
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
+
+    def _add(self, layer):
+        if self._layers:
+            # Messages go to the last hop.
+            self._layers[-1].out_digest = None
+        self._layers.append(layer)
 
     def expect(self, command):
         """A Promise of the body of `command`, which comes once; CircuitError."""
@@ -2118,8 +3044,8 @@ class Circuit:
         while (stream_id := stream_id % 65535 + 1) in self.streams:
             pass
         self._last_id, stream = stream_id, Stream(self, stream_id)
-        self.send(command, stream_id, body)
         try:
+            self.send(command, stream_id, body)
             await stream.opened.wait(seconds)
             return stream
         except BaseException as e:
@@ -2132,6 +3058,17 @@ class Circuit:
         """Send relay messages of one kind to the last hop; CircuitError."""
         if self.closed:
             raise self.closed
+        try:
+            self._send(command, stream_id, pieces)
+        except MemoryError:
+            # The relays may count other bytes now.
+            raise self.close("out of memory", 5)
+
+    def _send(self, command, stream_id, pieces):
+        # Up to eight may be early (tor-spec 5.6); no path is so long.
+        kind = RELAY_EARLY if command == EXTEND2 else RELAY
+        if MICROPYTHON:
+            return self._send_cells(kind, command, stream_id, pieces)
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
@@ -2148,10 +3085,28 @@ class Circuit:
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
-        # Up to eight may be early (tor-spec 5.6); no path is so long.
-        kind = RELAY_EARLY if command == EXTEND2 else RELAY
         head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
+
+    def _send_cells(self, kind, command, stream_id, pieces):
+        # On a board, which seldom has much memory in one piece.
+        layer = self._layers[-1]
+        for data in pieces:
+            n, made = len(data), bytearray(514)
+            pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
+            made[16 : 16 + n] = data
+            if n < DATA_MAX - 4:
+                made[20 + n :] = urandom(DATA_MAX - 4 - n)
+            layer.seal(made, 5)
+            if command == DATA:
+                self.inflight += 1
+                if self.inflight % self._increment == 0:
+                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+            i = len(self._layers)
+            while i:
+                i -= 1
+                self._layers[i].out_cipher.apply(made, 5, 509)
+            self.channel.send(made)
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -2167,28 +3122,42 @@ class Circuit:
                 self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
                 self._message(command, 0, data)
-        except (ProtocolError, MemoryError) as e:
-            self.close(str(e) or "out of memory", 1)
+        except ProtocolError as e:
+            self.close(str(e), 1)
+        except MemoryError:
+            self.close("out of memory", 5)
+        except CircuitError:
+            pass  # closed while it answered
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
-        for layer in self._layers[:-1]:
-            data, at = layer.in_cipher.crypt(data), 0
+        if MICROPYTHON and isinstance(data, bytes):
+            data = bytearray(data)
+        for i in range(len(self._layers) - 1):
+            layer, at = self._layers[i], 0
+            data = layer.in_cipher.crypt(data)
             while at < len(data):
                 if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
                     self._unasked(data[at], data[at + 11])
                     # The layers behind never saw it: their key streams go on without.
-                    data = data[:at] + data[at + 509 :]
+                    data = bytearray(data[:at]) + data[at + 509 :]
                 else:
                     at += 509
         layer, touched = self._layers[-1], set()
-        digest, view = layer.in_digest, memoryview(bytearray(layer.in_cipher.crypt(data)))
+        digest, data = layer.in_digest, layer.in_cipher.crypt(data)
+        view = memoryview(data if MICROPYTHON else bytearray(data))
         for at in range(0, len(view), 509):
-            command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
-            view[at + 5 : at + 9] = b"\0\0\0\0"
-            digest.update(view[at : at + 509])
-            found = digest.digest()
-            if recognised or found[:4] != tag or size > DATA_MAX:
+            if MICROPYTHON:
+                command, recognised = view[at], view[at + 1] | view[at + 2]
+                stream_id = view[at + 3] << 8 | view[at + 4]
+                size = view[at + 9] << 8 | view[at + 10]
+                good = layer.opens(view, at)
+            else:
+                command, recognised, stream_id, tag, size = unpack_from(">BHH4sH", view, at)
+                view[at + 5 : at + 9] = b"\0\0\0\0"
+                digest.update(view[at : at + 509])
+                good = digest.digest()[:4] == tag
+            if recognised or not good or size > DATA_MAX:
                 raise ProtocolError("a relay cell that no hop recognises")
             data = view[at + 11 : at + 11 + size]
             if command != DATA:
@@ -2204,7 +3173,7 @@ class Circuit:
                 touched.add(stream)
             if self._deliver <= CIRCUIT_WINDOW - self._increment:
                 self._deliver += self._increment
-                self.send(SENDME, 0, b"\1\0\x14" + found[:20])
+                self.send(SENDME, 0, b"\1\0\x14" + digest.digest()[:20])
         for stream in touched:
             stream.arrived()
 
@@ -2218,7 +3187,12 @@ class Circuit:
         if stream:
             stream.message(command, data)
         elif stream_id and command == BEGIN and self.on_begin:
-            spawn(self.on_begin(Stream(self, stream_id), parse_begin(data)))
+            port = parse_begin(data)
+            try:
+                spawn(self.on_begin(Stream(self, stream_id), port))
+            except MemoryError:
+                self.streams.pop(stream_id, None)
+                self.send(END, stream_id, bytes([END_RESOURCELIMIT]))
         elif stream_id:
             # It may have been closed here.
             late = command in (END, SENDME, CONNECTED, RESOLVED, XOFF, XON)
@@ -2242,17 +3216,47 @@ class Circuit:
     def close(self, text="closed here", reason=0, tell=True):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
-            self.closed = error = CircuitError("%s: %s" % (self, text), reason)
-            log(INFO, "%s", error)
-            self.closing.set(error)
+            # Memory may be short: first what frees some.
+            self.closed = ended = NO_MEMORY
+            self._layers = []
             self.channel.circuits.pop(self.circ_id, None)
-            if tell:  # no reason, as tor
-                self.channel.send(cell(self.circ_id, DESTROY))
+            try:
+                self.closed = CircuitError("%s: %s" % (self, text), reason)
+                log(INFO, "%s", self.closed)
+                ended = StreamError(str(self.closed), 8)
+                if tell:  # no reason, as tor
+                    self.channel.send(cell(self.circ_id, DESTROY))
+            except MemoryError:
+                pass
+            self.closing.set(self.closed)
             for promise in self._expected.values():
-                promise.set(error=error)
-            for stream in list(self.streams.values()):
-                stream.end(StreamError(str(error), 8))
+                promise.set(error=self.closed)
+            while self.streams:
+                self.streams.popitem()[1].end(ended)
         return self.closed
+
+
+def relieve(circuits, still=0):
+    """For want of memory end the stream that holds most (and is `still` for so many ms), or,
+    without any and if not `still`, close a circuit."""
+    most, victim, other = 1023, None, None
+    try:
+        for circuit in circuits:
+            for stream in circuit.streams.values():
+                held = len(stream._incoming) + len(stream.outgoing)
+                if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
+                    most, victim = held, stream
+            # Best an idle one of a service's client, never an introduction point's.
+            if not circuit.on_control and (not other or circuit.on_begin and not circuit.streams):
+                other = circuit
+        if victim:
+            log(NOTICE, "out of memory: a stream ends")
+            victim.send_end(END_RESOURCELIMIT)
+        elif other and not still:
+            log(NOTICE, "out of memory: a circuit ends")
+            other.close("out of memory", 5)
+    except MemoryError:
+        pass
 
 
 BUILD_SECONDS = 20
@@ -2279,16 +3283,21 @@ async def pump(stream, reader, writer):
 
     async def move(source, sink):
         try:
-            while data := await source.read(WRITE_AHEAD // 2):
+            while data := await source.read(PIECE):
                 sink.write(data)
                 await sink.drain()
+        except MemoryError:
+            stream.send_end(END_RESOURCELIMIT)
         except (OSError, TorError):
             pass
         stream.close()
 
-    task = spawn(move(reader, stream))
-    await move(stream, writer)
-    task.cancel()
+    try:
+        task = spawn(move(reader, stream))
+        await move(stream, writer)
+        task.cancel()
+    except MemoryError:
+        stream.send_end(END_RESOURCELIMIT)
     try:
         writer.close()
         await writer.wait_closed()
@@ -2350,57 +3359,94 @@ class PathSelector:
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
+        self._totals = {}
         self._weights = dict(consensus.bandwidth_weights, Wge=0)
         if not self._file:
             return
         self.sample = [g for g in self.sample if g.until > now()]
-        free = set([i for i, _ in self.weigh(*_ROLES["guard"])])
+        found, free = {table.find(g.rsa_id): g for g in self.sample}, 0
         for g in self.sample:
-            i = table.find(g.rsa_id)
-            g.index = i if i in free else -1
-            free.discard(i)
+            g.index = -1
+        for i, _ in self.weigh(*_ROLES["guard"]):
+            if i in found:
+                found[i].index = i
+            else:
+                free += 1
         # A failure counts once a relay answered since: a dead network uses up no guards.
         listed = self._order()
         usable = [g for g in listed if g.failed_at > self.online or not g.down()]
         lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
         room = self.param("guard-max-sample-size", 60, 1) - len(listed)
-        for _ in range(min(lack, room, len(free))):
-            i = self.pick("guard", lambda i: i in free)
-            free.remove(i)
+        for _ in range(min(lack, room, free)):
+            i = self.pick("guard", lambda i: i not in [g.index for g in self.sample])
             self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
         self._save()
 
-    def weigh(self, position, need, never=0):
-        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+    def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
-        factors, mask, kind = dict(w), need | never, GUARD | EXIT
-        for i, flags in enumerate(self.table.flags):
-            if flags & mask == need:
-                # Not 0: without weights, all are alike.
-                yield i, self.table.weights[i] * factors[flags & kind] or 1
+        return dict(w)
 
-    def pick(self, role, accept, stable=STABLE, even=0):
-        """The index of a relay for `role` that `accept(index)` takes."""
+    def weigh(self, position, need, never=0):
+        """Yield (index, weight) of the relays with all flags `need` and none of `never`."""
+        factors, kind = self._factors(position), GUARD | EXIT
+        for i, flags, weight in self.table.rows(need | never, need):
+            # Not 0: without weights, all are alike.
+            yield i, weight * factors[flags & kind] or 1
+
+    def _draw(self, fit, *which):
+        # An index by weight, or -1.  First as if nearly all were fit: that asks for few.
+        if which not in self._totals:
+            self._totals[which] = sum(w for _, w in self.weigh(*which))
+        for _ in range(4):
+            at = randbelow(self._totals[which] or 1)
+            for i, w in self.weigh(*which):
+                at -= w
+                if at < 0:
+                    break
+            if at >= 0:
+                # The table is not as it was.
+                del self._totals[which]
+                break
+            if fit(i):
+                return i
+        total, found = 0, -1
+        for i, w in self.weigh(*which):
+            if fit(i):
+                total += w
+                found = i if randbelow(total) < w else found
+        return found
+
+    def pick(self, role, accept, stable=STABLE, among=()):
+        """The index of a relay for `role`, or `among` some, that `accept(index)` takes."""
         position, need, never = _ROLES[role]
         # If none is left: without these flags, as tor; then those that failed lately.
         least, t = need & ~(FAST | STABLE | EXIT), now()
         for need, t in ((need | stable, t), (least, t), (least, 1 << 40)):
-            left = self.weigh(position, need, never)
-            left = [(i, even or w) for i, w in left if self._doubts.get(i, 0) <= t and accept(i)]
-            at = randbelow(sum(w for _, w in left) or 1)
-            for i, w in left:
-                at -= w
-                if at < 0:
-                    return i
+            fit = lambda i: self._doubts.get(i, 0) <= t and accept(i)
+            left = [i for i in among if self.table.flags_of(i) & USABLE and fit(i)]
+            i = left[randbelow(len(left))] if left else -1
+            if not among:
+                i = self._draw(fit, position, need, never)
+            if i >= 0:
+                return i
         raise CircuitError("no %s is left for this path" % role)
 
     def percent(self):
         """For how many of 100 paths microdescriptors are here (path-spec 2.1.0)."""
-        percent = 100
+        percent, weights, counts = 100, {}, {}
+        for _, flags, weight in self.table.rows():
+            flags &= GUARD | EXIT | USABLE
+            weights[flags] = weights.get(flags, 0) + weight
+            counts[flags] = counts.get(flags, 0) + 1
         for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            have, total = [sum(w for _, w in self.weigh(place, f)) for f in (need | USABLE, need)]
+            factors, have, total = self._factors(place), 0, 0
+            for flags, weight in weights.items():
+                if flags & need == need:
+                    weight = weight * factors[flags & ~USABLE] or counts[flags]
+                    total += weight
+                    have += weight if flags & USABLE else 0
             percent = percent * have // total if total else percent
         return percent
 
@@ -2421,8 +3467,8 @@ class PathSelector:
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
         """The Relay to enter by, of those that `accept(index)` takes (4.6)."""
-        flags, primary = self.table.flags, self.primary()
-        fit = [g for g in self._order() if flags[g.index] & USABLE and accept(g.index)]
+        flags, primary = self.table.flags_of, self.primary()
+        fit = [g for g in self._order() if flags(g.index) & USABLE and accept(g.index)]
         # Where all are down, the best take turns.
         up = [g for g in fit if not g.down()] or sorted(fit[:3], key=lambda g: g.failed_at)[:1]
         if not up:
@@ -2477,12 +3523,12 @@ class PathSelector:
         def apart(i):
             # As in tor: to avoid their families, or a guard as target, would tell of them.
             if second:
-                return i not in path and (len(path) > 2 or i in second)
+                return i not in path
             return all([distinct(table, i, j) for j in path if j >= 0])
 
         path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
-            path.append(self.pick(role, apart, stable, second and len(path) == 2))
+            path.append(self.pick(role, apart, stable, second if len(path) == 2 else ()))
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
 
     def _layer_two(self):
@@ -2582,10 +3628,17 @@ aS0Pb)pMG{0q$9PA@YD}+3ovqqAk3)Tk1NVhGggN^d-@c[~Bn^%K;:^r1\Lpq3noD7hibk{u+GRjlmM0
 """
 
 
+def place(entry):
+    """(address, OR port, RSA identity) of a directory, which packed is a third as large."""
+    if isinstance(entry, tuple):
+        return entry
+    return ".".join(map(str, entry[:4])), uint(entry[4:6]), entry[6:]
+
+
 def load_network(path=None):
     """The Tor network of the torrc file `path`, or the public one; ConfigError.
 
-    `authorities`, `fallbacks`: [(address, OR port, RSA identity)]; `identities`: the v3 ones.
+    `authorities`, `fallbacks`: see place; `identities`: the v3 ones.
     """
     network, places, v3_ids, lines = Record(), [], [], []
     network.testing = False
@@ -2594,9 +3647,8 @@ def load_network(path=None):
             n = 0
             for digit in entry:
                 n = n * 91 + ord(digit) - 36
-            place = n.to_bytes(26, "big")
-            places.append((".".join(map(str, place[:4])), uint(place[4:6]), place[6:]))
-        v3_ids, places = [place[2] for place in places[:9]], places[9:]
+            places.append(n.to_bytes(26, "big"))
+        v3_ids, places = [entry[6:] for entry in places[:9]], places[9:]
     else:
         try:
             with open(path) as f:
@@ -2644,15 +3696,22 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=b""):
-    """GET, or POST `body`; return the answer's body of at most `limit` bytes; TorErrors.
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
 
     With `sink`, a function, it may come compressed, and goes there piece by piece.
     """
-    method, fields = ("POST", "Content-Length: %d\r\n" % len(body)) if body else ("GET", "")
+    method, fields, size = "GET", "", 0
+    if body:
+        method, size = "POST", body.seek(0, 2)
+        fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode() + body)
+    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    for at in range(0, size, PIECE):
+        await stream.drain()
+        body.seek(at)  # others may read it, too
+        stream.write(body.read(PIECE))
     await stream.drain()
     try:
         lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
@@ -2693,7 +3752,7 @@ async def directory_request(circuit, *request, seconds=None):
         stream.close()
 
 
-_BATCH, _WORKERS = (16, 1) if MICROPYTHON else (92, 3)
+_BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities.
@@ -2712,7 +3771,8 @@ class Directory:
     def _report(self, percent, tag, summary):
         if percent > self._percent:
             self._percent = percent
-            self._progress(percent, tag, summary)
+            if self._progress:
+                self._progress(percent, tag, summary)
 
     async def bootstrap(self):
         """Return when circuits can be built; DirectoryError, ClockError, ConfigError."""
@@ -2725,7 +3785,10 @@ class Directory:
                 return await self._fill(*cached)
             except (DirectoryError, ClockError) as e:
                 log(INFO, "Not using the cached directory: %s", e)
-        await self._fill(*await self._ask(self._consensus_from))
+        for _ in range(3):
+            await self._fill(*await self._ask(self._consensus_from))
+            if not self.table.short:
+                break
 
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
@@ -2733,17 +3796,19 @@ class Directory:
         while True:
             try:
                 await self._fill(self.table, self.consensus, 101)
-                when = self._next_time()
+                when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 # The clock may be set, or the machine sleep.
                 while now() < when:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
-                if consensus.valid_after <= self.consensus.valid_after:
+                if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
                     raise DirectoryError("there is no newer consensus")
                 await self._fill(table, consensus)
+                if table.short:
+                    raise DirectoryError("there is no room for all relays")
                 delay = 0
-            except TorError as e:
+            except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
@@ -2760,22 +3825,22 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             relay = paths.guard(kind="dir-guards", use=3)
-            place = relay.address, relay.port, relay.rsa_id
+            where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
-            place = places[randbelow(len(places))]
+            where = place(places[randbelow(len(places))])
         self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
         seconds = 15 if paths else _CONNECT_SECONDS + failures // 2
         try:
-            circuit = Circuit(await self._channels.get(*place, seconds=seconds))
+            circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
         except TorError:
             if paths:
-                paths.failed(place[2])
+                paths.failed(where[2])
             raise
         if paths:
-            paths.succeeded(place[2])
+            paths.succeeded(where[2])
         return circuit
 
     async def _ask(self, use, *args):
@@ -2790,26 +3855,34 @@ class Directory:
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
+            except OSError as e:
+                raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
             finally:
                 if circuit:
                     circuit.close()
+                    if MICROPYTHON and not circuit.channel.circuits:
+                        circuit.channel.close()
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
         # A new RelayTable and its Consensus, verified.
-        identities, table = self.network.identities, RelayTable()
+        identities = self.network.identities
+        table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
         self._report(25, "requesting_status", "Asking for networkstatus consensus")
         # A mirror answers only if more than half of these signed what it has.
         wanted = "+".join([i[:3].hex() for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
-        consensus = parser.finish()
+        # What the parser holds is not needed any more.
+        consensus, parser = parser.finish(), None
+        table.finish(consensus, self.table)
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        if missing:
+        # Nine have 20 KB: too much for a board at once.
+        for some in _pieces(missing, 1 if MICROPYTHON else 99):
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in some]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
                 text = await directory_request(circuit, path, 1 << 17)
@@ -2817,12 +3890,16 @@ class Directory:
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
+        consensus.signatures = {}
+        if MICROPYTHON:
+            # 4 KB of the public network's, for what is fetched once in some hours.
+            self._certs.clear()
         try:
             consensus.check_times(now())
         except DirectoryError:
             # Whose clock is wrong?  Authorities alone are believed, and asked next.
             self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [rsa_id for _, _, rsa_id in self.network.authorities]
+            known = [place(entry)[2] for entry in self.network.authorities]
             if circuit.channel.rsa_id in known and abs(ahead) >= 60:
                 raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
             raise
@@ -2831,17 +3908,16 @@ class Directory:
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
         changed = table is not self.table
-        if changed and self.table:
-            table.carry_over(self.table)
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or least
+        until = until or (101 if table.whole else least)
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
-            changed, args = True, (self._microdescs_from, weights, until, table.missing())
+            queue, changed = table.missing(4 * _BATCH), True
+            args = self._microdescs_from, weights, until, queue
             self._report(45, "requesting_descriptors", "Asking for relay descriptors")
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
@@ -2850,11 +3926,11 @@ class Directory:
                 break
         if weights.percent() < least:
             raise DirectoryError("too few microdescriptors came")
-        self.table, self.consensus = table, consensus
         if changed:
             table.save(self._path, self.network.id, consensus)
-            if self.paths:
-                self.paths.update(table, consensus)
+        self.table, self.consensus = table, consensus
+        if changed and self.paths:
+            self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
@@ -2862,12 +3938,13 @@ class Directory:
             if digest in wanted:
                 weights.table.set_microdesc(wanted.pop(digest), *found)
 
-        while (percent := weights.percent()) < until:
-            done = 50 + 24 * percent // until
-            self._report(done, "loading_descriptors", "Loading relay descriptors")
-            wanted = {digest: i for _, (i, digest) in zip(range(4 * _BATCH), queue)}
-            if not wanted:
-                return
+        for n, wanted in enumerate(queue):
+            if n % _LOOK == 0:
+                percent = weights.percent()
+                if percent >= until:
+                    return
+                done = 50 + 24 * percent // until
+                self._report(done, "loading_descriptors", "Loading relay descriptors")
             for digests in _pieces(list(wanted), _BATCH):
                 path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
                 parser = MicrodescParser(sink)
@@ -2883,17 +3960,20 @@ _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
 def descriptor_place(tor, key, n):
-    """Start, blinding parameter and key, subcredential, directories of period `n`."""
+    """Start, blinding parameter and key, subcredential, directories' identities."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.relay(i) for i in ring]
+    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
 
 
-async def hsdir_request(tor, relay, path, body=b""):
-    circuit = await tor.circuit_to(relay)
+async def hsdir_request(tor, rsa_id, path, body=None):
+    i = tor.directory.table.find(rsa_id)
+    if i < 0:
+        raise CircuitError("the directory is not listed any more")
+    circuit = await tor.circuit_to(tor.directory.table.relay(i))
     try:
         return await directory_request(circuit, path, 50000, None, body, seconds=30)
     finally:
@@ -2918,8 +3998,8 @@ async def _find_descriptor(tor, key):
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
-    async def fetch(relay):
-        text = await hsdir_request(tor, relay, "/tor/hs/3/" + b64encode(blinded))
+    async def fetch(rsa_id):
+        text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
         return parse_descriptor(text, blinded, subcred, now())
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
@@ -2980,6 +4060,8 @@ INTRO_POINTS = 3
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
+# Past the budget, a stream that holds memory ends after so long without a byte.
+STILL_MS = 30000
 
 
 def load_service_key(key_dir):
@@ -3020,7 +4102,8 @@ class OnionService:
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        self._tasks = [spawn(self._keep_intros()), spawn(self._keep_published())]
+        wanted, works = lambda: self in self.tor.services, (self._keep_intros, self._keep_published)
+        self._tasks = [spawn(lasting(work, wanted)) for work in works]
         await self._published.wait()
 
     async def close(self):
@@ -3043,7 +4126,7 @@ class OnionService:
             try:
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
                     self._add_intro()
-            except TorError as e:
+            except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
@@ -3059,7 +4142,11 @@ class OnionService:
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
         self.intros.append(intro)
-        self._tasks.append(spawn(self._keep_intro(intro)))
+        try:
+            self._tasks.append(spawn(self._keep_intro(intro)))
+        except MemoryError:
+            self.intros.remove(intro)
+            raise
 
     async def _keep_intro(self, intro):
         circuit = None
@@ -3080,7 +4167,7 @@ class OnionService:
                 intro.ready = False
                 if self._over(intro):
                     break
-        except TorError as e:
+        except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
         finally:
             self.intros.remove(intro)
@@ -3104,7 +4191,8 @@ class OnionService:
                     updates = self.tor.paths.updates
                 for period in self._periods:
                     await self._publish(ready, due, *period)
-            except MemoryError:
+            except (MemoryError, OSError, TorError) as e:
+                log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
             if [t for t in due.values() if t > now() + 20]:
                 self._shown = state
@@ -3115,37 +4203,47 @@ class OnionService:
 
     async def _publish(self, intros, due, start, param, blinded, subcred, ring):
         t, tor = now(), self.tor
-        todo = [relay for relay in ring if due.get(blinded + relay.rsa_id, 0) < t]
-        due.update({blinded + relay.rsa_id: t + 20 for relay in todo})
+        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
+        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
 
-        async def upload(relay):
+        async def upload(rsa_id):
             try:
-                await hsdir_request(tor, relay, "/tor/hs/3/publish", text)
-                due[blinded + relay.rsa_id] = t + 3600 + randbelow(3600)  # as tor
-            except TorError as e:
+                await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
+                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
+            except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
-        if todo:
-            esk = ed25519_blind_secret(self._esk, param)
-            revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
-            text = make_descriptor(esk, blinded, subcred, revision, intros, t, flow)
-        for relays in _pieces(todo, _UPLOADS):
-            await asyncio.gather(*[upload(relay) for relay in relays])
+        if not todo:
+            return
+        esk = ed25519_blind_secret(self._esk, param)
+        revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
+        with spool(self.key_dir + "/descriptor") as file:
+            make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
+            for some in _pieces(todo, _UPLOADS):
+                await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
     def _introduced(self, intro, body):
-        full = len(self._tasks) >= _MAX_TASKS
+        full = self._short() or len(self._tasks) >= _MAX_TASKS
         idle = [c for c in self.circuits if full and not c.streams]
         if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
-            return log(INFO, "an introduction is dropped: too many")
+            return log(INFO, "an introduction is dropped: too many, or out of memory")
         if full:
             idle[0].close()
         self._tokens -= 1
-        self._tasks.append(spawn(self._answer(intro, body)))
+        try:
+            self._tasks.append(spawn(self._answer(intro, body)))
+        except MemoryError:
+            log(INFO, "an introduction is dropped: out of memory")
+
+    def _short(self):
+        # Whether memory is past its budget; then who does not move may have to go.
+        return crowded() and (relieve(self.circuits, STILL_MS) or True)
 
     async def _answer(self, intro, body):
         # Meet the client of INTRODUCE2 (3.3, 4).
-        subcreds, param = [period[3] for period in self._periods], self.tor.paths.param
+        circuit, param = None, self.tor.paths.param
         try:
+            subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
             used = any([cookie in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
@@ -3155,12 +4253,16 @@ class OnionService:
             circuit = await self.tor.circuit_to(target, attempts)
             circuit.send(RENDEZVOUS1, 0, answer)
             circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
-        except TorError as e:
-            return log(INFO, "an introduction came to nothing: %s", e)
-        circuit.on_begin = self._begin
-        self.circuits.append(circuit)
-        await close_idle(circuit)
-        self.circuits.remove(circuit)
+            circuit.on_begin = self._begin
+            self.circuits.append(circuit)
+            await close_idle(circuit)
+        except (MemoryError, TorError) as e:
+            log(INFO, "an introduction came to nothing: %s", e)
+        finally:
+            if circuit:
+                circuit.close()
+                if circuit in self.circuits:
+                    self.circuits.remove(circuit)
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
@@ -3171,7 +4273,8 @@ class OnionService:
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
-        if len(circuit.streams) > _MAX_STREAMS:
+        if self._short() or len(circuit.streams) > _MAX_STREAMS:
+            log(INFO, "a stream is refused: too many, or out of memory")
             return stream.send_end(END_RESOURCELIMIT)
         try:
             if callable(target):
@@ -3184,9 +4287,10 @@ class OnionService:
                 opening = asyncio.open_connection(*target)
             reader, writer = await opening
         except Exception as e:
+            short = isinstance(e, MemoryError)
+            stream.send_end(END_RESOURCELIMIT if short else END_CONNECTREFUSED)
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
-            log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
-            return stream.send_end(END_CONNECTREFUSED)
+            return log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
         stream.accept()
         await pump(stream, reader, writer)
 
@@ -3224,13 +4328,14 @@ def is_onion(host):
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
+    `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 
-    def __init__(self, data_dir=None, network=None, progress=None):
+    def __init__(self, data_dir=None, network=None, progress=None, budget=0):
+        _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
-        self.progress = progress or (lambda *_: None)
         network, self._channels = load_network(network), Channels()
-        self.directory = Directory(network, self.data_dir, self._channels, self.progress)
+        self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {key of an onion service, or port: Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
@@ -3251,18 +4356,23 @@ class AsyncTor:
     async def _bootstrap(self):
         directory = self.directory
         await directory.bootstrap()
+        if MICROPYTHON:
+            # What is dear there: a link to the guard alone stays.
+            self._channels.close()
         file = self.data_dir + "/guards.json"
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
-        self.progress(95, "circuit_create", "Establishing a Tor circuit")
+        directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        self._tasks = [spawn(directory.refresh()), spawn(self._keep_spares())]
-        self.progress(100, "done", "Done")
+        works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
+        self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
+        directory._report(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         for service in list(self.services):
             await service.close()
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
@@ -3316,7 +4426,7 @@ class AsyncTor:
             try:
                 while len(self._spares) < SPARES:
                     self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
-            except TorError:
+            except (MemoryError, TorError):
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
 
@@ -3331,8 +4441,12 @@ class AsyncTor:
             try:
                 promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
                 await close_idle(promise.value)
-            except Exception as e:
-                promise.set(error=e)
+            except (MemoryError, TorError) as e:
+                promise.set(error=e if isinstance(e, TorError) else NO_MEMORY)
+            finally:
+                # Or who waits would wait for ever; the log has what it was.
+                if not promise.done():
+                    promise.set(error=CircuitError("a bug, or cancelled", 2))
 
         name, table = key or port, self.directory.table
         for other, promise in list(self._shared.items()):
@@ -3380,6 +4494,8 @@ class AsyncTor:
     async def _on_circuit(self, key, port, command, body):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
+        if crowded():
+            raise StreamError("not opened: out of memory", END_RESOURCELIMIT)
         for last in (False, key, True):
             circuit = await self._circuit(key, port)
             try:

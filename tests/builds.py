@@ -20,13 +20,26 @@ def build(what, more=()):
     return compress.Build(SOURCE, what, more)
 
 
+def write(build, folder, architecture):
+    """Put a board's build, minitor.mpy and its overlays, into `folder`."""
+    for name, data in build.modules(architecture):
+        (folder / name).write_bytes(data)
+
+
 def mentioned(micropython, *texts):
-    """Return the names of minitor, on that runtime, that the texts of tests mention."""
-    names = compress.module_names(compress.fold(ast.parse(SOURCE), micropython)[0])
+    """Return the names of minitor, on that runtime, that the texts of tests mention.
+
+    For a board with `.` before them: methods, too.
+    """
+    tree = compress.fold(ast.parse(SOURCE), micropython)[0]
+    names = compress.module_names(tree)
     if micropython:
         # Threads and the command line are for hosts.
         names -= {"Tor", "main"}
-    return tuple(sorted(names & {word for text in texts for word in re.findall(r"\w+", text)}))
+        names |= {"." + name for c, s in compress.parts(tree) if c for name in compress.binds(s)}
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    words |= {word for text in texts for word in re.findall(r"\.\w+", text)}
+    return tuple(sorted(names & words))
 
 
 class Translate(compress.Rename):

@@ -466,3 +466,122 @@ def test_xoff_without_congestion_control_closes_the_circuit():
         assert far.circuit.closed
 
     run(test)
+
+
+RESOURCELIMIT = b"\x0b"
+
+
+async def serving():
+    """A service's circuit with two streams, the handlers of which read nothing before `go`."""
+    far, go, got = Far(2), asyncio.Event(), []
+
+    async def on_begin(stream, port):
+        stream.accept()
+        await go.wait()
+        try:
+            got.append((stream.stream_id, await stream.readexactly(5)))
+        except (minitor.StreamError, EOFError) as e:
+            got.append((stream.stream_id, e))
+        stream.close()
+
+    far.circuit.on_begin = on_begin
+    far.circuit.receive(far.cell(BEGIN, 7, b":80\0") + far.cell(BEGIN, 8, b":80\0"))
+    await asyncio.sleep(0.01)
+    assert far.received() == [(CONNECTED, 7, b""), (CONNECTED, 8, b"")]
+    return far, go, got
+
+
+async def others_go_on(far, go, got):
+    """The stream 7 has ended for want of memory, the stream 8 has not."""
+    ends = [message for message in far.received() if message[0] == END]
+    assert ends == [(END, 7, RESOURCELIMIT)] and not far.circuit.closed
+    assert list(far.circuit.streams) == [8]
+    # What still comes on it is nothing to anyone.
+    far.circuit.receive(far.cell(DATA, 7, b"late") + far.cell(DATA, 8, b"hello"))
+    go.set()
+    await asyncio.sleep(0.01)
+    errors = dict(got)
+    assert errors.pop(8) == b"hello" and errors[7].reason == minitor.END_RESOURCELIMIT
+    assert not far.circuit.closed and far.received()[-1] == (END, 8, b"\6")
+
+
+def test_a_client_that_ignores_the_window_loses_the_stream():
+    async def test():
+        far, go, got = await serving()
+        minitor.READ_AHEAD, before = 0, minitor.READ_AHEAD
+        try:
+            for _ in range(40):
+                far.circuit.receive(b"".join(far.cell(DATA, 7, bytes(498)) for _ in range(20)))
+        finally:
+            minitor.READ_AHEAD = before
+        await others_go_on(far, go, got)
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["most", "crowded", "failing"])
+def test_a_stream_that_takes_too_much_memory_ends(monkeypatch, how):
+    async def test():
+        far, go, got = await serving()
+        if how == "most":
+            monkeypatch.setattr(minitor, "MOST_UNREAD", 20000)
+        elif how == "crowded":
+            monkeypatch.setattr(minitor, "READ_AHEAD", 5000)
+            monkeypatch.setattr(minitor, "crowded", lambda: True)
+        else:
+            stream = far.circuit.streams[7]
+
+            class Full(bytearray):
+                def extend(self, data):
+                    raise MemoryError
+
+            stream._incoming = Full()
+        for _ in range(5):
+            far.circuit.receive(b"".join(far.cell(DATA, 7, bytes(498)) for _ in range(10)))
+        await others_go_on(far, go, got)
+
+    run(test)
+
+
+def test_a_send_that_lacks_memory_costs_the_circuit():
+    """The digest counts what was not sent: nothing more could be read there."""
+
+    async def test():
+        far = Far()
+        stream = await far.stream()
+
+        def short(data):
+            del far.channel.send
+            raise MemoryError
+
+        far.channel.send = short
+        stream.write(b"x")
+        assert far.circuit.closed.reason == 5
+        assert [cell[4] for cell in far.channel.sent] == [4]
+        with pytest.raises(minitor.StreamError):
+            await stream.read(1)
+
+    run(test)
+
+
+def test_relief_takes_the_stream_that_holds_most_or_an_idle_circuit(monkeypatch):
+    async def test():
+        monkeypatch.setattr(minitor, "READ_AHEAD", 1 << 20)
+        one, two, idle = [(await serving())[0] for _ in range(3)]
+        circuits = one.circuit, two.circuit, idle.circuit
+        for far, stream_id, count in ((one, 7, 4), (two, 7, 9), (two, 8, 5)):
+            far.circuit.receive(b"".join(far.cell(DATA, stream_id, bytes(498)) for _ in range(count)))
+        # None has been still for so long.
+        minitor.relieve(circuits, 1 << 20)
+        assert two.received() == []
+        minitor.relieve(circuits)
+        assert two.received() == [(END, 7, RESOURCELIMIT)] and one.received() == []
+        minitor.relieve(circuits)
+        assert two.received() == [(END, 8, RESOURCELIMIT)]
+        two.circuit.streams.clear()
+        minitor.relieve(circuits)
+        assert one.received() == [(END, 7, RESOURCELIMIT)]
+        minitor.relieve(circuits)
+        assert [bool(circuit.closed) for circuit in circuits] == [False, True, False]
+
+    run(test)

@@ -23,6 +23,7 @@ import compress  # noqa: E402
 # These read the text of minitor.py, or take minutes.
 NOT_FOR_BUILDS = (
     "test_compress.py", "test_image.py", "test_source.py", "test_hashes.py", "test_robustness.py",
+    "test_viper.py",
 )
 
 
@@ -199,8 +200,59 @@ class OnionService(_Part):
 '''
 
 
+# Each function is known by the text in it.
+OVERLAID = '''
+__version__ = "1.0"
+MICROPYTHON = True
+_state = []
+_TABLE = {"lonely": 1}
+
+class ConfigError(Exception):
+    pass
+
+def often(x):
+    return seldom(x) + signed(x) + twice(x), "named"
+
+def twice(x):
+    _state.append("state")
+    return "twice"
+
+def seldom(x):
+    twice(x)
+    return helper(x), signed(x), _TABLE, Device(x).step(), native(x), _state
+
+def helper(x):
+    return "only seldom"
+
+def signed(x):
+    return shared(x), twice(x)
+
+def shared(x):
+    return "both"
+
+@micropython.viper
+def native(x):
+    return "native"
+
+class Device:
+    def __init__(self, x):
+        self.x = "dunder"
+    def step(self):
+        return "step"
+
+class Machine:
+    def start(self):
+        return self._deep(), getattr(self, "_called"), seldom(1)
+    def _deep(self):
+        return "of a method"
+    def _called(self):
+        return "text"
+'''
+
+
 def small(monkeypatch):
     monkeypatch.setitem(compress.PRESETS, "small", (True, "OnionService set_log", ""))
+    monkeypatch.setattr(compress, "OVERLAYS", ())
     build = compress.Build(SMALL, "small")
     space = {"__name__": "small"}
     exec(build.text, space)
@@ -237,6 +289,35 @@ def test_attributes_of_unrelated_classes_share_names():
     attributes = compress.shorten(tree, set())[2]
     assert {attributes["_one"], attributes["_one2"]} == {attributes["_two"], attributes["_two2"]}
     assert list(attributes.values()).count(attributes["shared"]) == 1
+
+
+def overlaid(monkeypatch, source, entries, overlays):
+    """Return the texts of the build of `source`: the main module, then `overlays`."""
+    monkeypatch.setitem(compress.PRESETS, "small", (True, entries, ""))
+    monkeypatch.setattr(compress, "OVERLAYS", overlays)
+    build = compress.Build(source, "small")
+    return [build.text] + build.overlays
+
+
+def test_what_an_overlay_takes_along(monkeypatch):
+    overlays = "signed", "seldom Machine.start Device"
+    main, second, first = overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays)
+    there = {"only seldom": first, "both": second, "twice": main, "state": main, "native": main,
+             "dunder": first, "step": first, "of a method": first, "named": main, "text": main,
+             "lonely": first}
+    for word, where in there.items():
+        found = [text for text in (main, first, second) if "'%s'" % word in text]
+        assert found == [where], word
+    # What nothing else calls has no place in the main module, not even as a stub.
+    assert main.count("def start(*") == 1 and "def _called(self)" in main
+    assert "class" in first and main.count("class ") == 1
+    # An earlier one is kept with what needs it, a later one called by its number.
+    assert "from minitor0 import" in first and "minitor1" not in second
+    main, first, second = overlaid(monkeypatch, OVERLAID, "Machine.start often", overlays[::-1])
+    assert "minitor1" not in first and "minitor0" not in second and "'both'" in second
+    held = OVERLAID.replace('self.x = "dunder"', "self.x = lambda: x").replace("Device(x)", "x")
+    with pytest.raises(compress.BuildError, match="would be held: self"):
+        overlaid(monkeypatch, held, "Machine.start often Device", ("Device.__init__",))
 
 
 def test_native_code_keeps_its_names():
@@ -348,7 +429,8 @@ def sizes():
     found = {}
     for what in compress.PRESETS:
         for path, data in builds.build(what).files(("xtensawin",)):
-            found[os.path.dirname(path)] = len(data)
+            folder, name = os.path.split(path)
+            found[folder if name.startswith("minitor.") else path] = len(data)
     return found
 
 

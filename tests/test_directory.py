@@ -1,6 +1,7 @@
 """Section 13: networks, HTTP over directory streams, bootstrap and refresh, without relays."""
 
 import asyncio
+import io
 import lzma
 import time
 import zlib
@@ -69,6 +70,7 @@ def alone(data):
 
 
 def network_of(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "torrc"
     path.write_text(text)
     return minitor.load_network(str(path))
@@ -78,12 +80,12 @@ def test_the_public_network():
     network = minitor.load_network()
     assert len(network.authorities) == len(network.identities) == 9 and not network.testing
     rsa_id = bytes.fromhex("1A25C6358DB91342AA51720A5038B72742732498")
-    assert network.authorities[0] == ("128.31.0.39", 9201, rsa_id)
+    assert minitor.place(network.authorities[0]) == ("128.31.0.39", 9201, rsa_id)
     assert bytes.fromhex("F533C81CEF0BC0267857C99B2F471ADF249FA232") in network.identities
     assert len(network.fallbacks) == len(set(network.fallbacks)) == 200
-    address, port, rsa_id = network.fallbacks[0]
+    address, port, rsa_id = minitor.place(network.fallbacks[0])
     assert (rsa_id.hex().upper()[:8], address, port) == ("4F067C5C", "64.65.62.122", 443)
-    for address, port, rsa_id in network.fallbacks:
+    for address, port, rsa_id in map(minitor.place, network.fallbacks):
         assert len(rsa_id) == 20 and 0 < port < 65536
 
 
@@ -138,7 +140,7 @@ def test_http_get_and_post():
     assert body == b"hello" and stream.sent == b"GET /tor/x HTTP/1.0\r\n\r\n"
     with pytest.raises(minitor.DirectoryError, match="404"):
         request(answer(b"hello", "404 Not found", "Content-Length: 5"))
-    body, stream = request(answer(b""), body=b"data")
+    body, stream = request(answer(b""), body=io.BytesIO(b"data"))
     assert stream.sent == b"POST /tor/x HTTP/1.0\r\nContent-Length: 4\r\n\r\ndata"
     # Only what goes to a sink may be compressed: a descriptor is fetched through a circuit.
     _, stream = request(answer(b""), sink=print)
@@ -296,6 +298,26 @@ def net(monkeypatch):
     return FakeNet(200)
 
 
+@pytest.fixture
+def on_flash(monkeypatch):
+    """As on a board: the table in files."""
+
+    def new_table(path, network_id, old):
+        table = minitor.FlashTable(path, network_id)
+        table.begin(old)
+        return table
+
+    def load_table(path, network_id):
+        table = minitor.FlashTable(path, network_id)
+        consensus = table.load()
+        return consensus and (table, consensus)
+
+    monkeypatch.setattr(minitor, "new_table", new_table)
+    monkeypatch.setattr(minitor, "load_table", load_table)
+    monkeypatch.setattr(minitor, "_BATCH", 37)
+    monkeypatch.setattr(minitor, "_WORKERS", 1)
+
+
 def full(directory):
     return next(directory.table.missing(), None) is None
 
@@ -347,6 +369,106 @@ def test_refresh_downloads_what_changed(net, tmp_path):
     assert not [p for p in mirror.asked if "/keys/" in p]
     i = directory.table.find(net.relays[0].rsa_id)
     assert directory.table.exit_allows(i, 23)
+
+
+def usable(table):
+    return sum(1 for _ in table.rows(minitor.USABLE, minitor.USABLE))
+
+
+def test_bootstrap_and_refresh_on_flash(net, tmp_path, on_flash):
+    mirror = Mirror(net)
+    directory = Setup(tmp_path, net, [mirror]).bootstrap()
+    assert len(directory.table) == 200 and 120 <= usable(directory.table) < 200
+    assert 3 < len([p for p in mirror.asked if "/micro/" in p]) < 6
+    # A warm start asks no one, and goes on where it was.
+    setup = Setup(tmp_path, net, [])
+    directory = setup.bootstrap()
+    assert 120 <= usable(directory.table) < 200
+    setup.mirrors = [Mirror(net)]
+    setup.refresh(full)
+    assert usable(directory.table) == 200
+    # The next hour: what is new is fetched before the table changes.
+    mirror = setup.mirrors[0]
+    mirror.asked.clear()
+    net.valid_after += 60
+    net.relays[0].policy = "accept 80,443"
+    net.relays[1:3] = [FakeRelay(1000)]
+    setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    assert len(directory.table) == usable(directory.table) == 199
+    assert sum(p.count("-") + 1 for p in mirror.asked if "/micro/" in p) == 2
+    table = Setup(tmp_path, net, []).bootstrap().table
+    assert usable(table) == 199
+    for r in net.relays:
+        i = table.find(r.rsa_id)
+        assert table.relay(i).ntor_key == r.ntor_key
+        assert table.exit_allows(i, 80) == ("accept 80" in r.policy)
+
+
+def test_forged_consensuses_change_nothing_on_flash(net, tmp_path, on_flash):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    mirror, directory = setup.mirrors[0], setup.directory
+    before = {i: (flags, weight) for i, flags, weight in directory.table.rows()}
+    net.valid_after += 60
+    net.relays[5].weight = 7
+    forged = net.consensus().replace(b"Bandwidth=1000", b"Bandwidth=9999", 1)
+    for body in (FakeNet(250).consensus(), forged, net.consensus()[:5000]):
+        mirror.spoil = {"consensus": answer(body)}
+        with pytest.raises(minitor.DirectoryError, match="no directory gave"):
+            asyncio.run(directory._ask(directory._consensus_from))
+        table = Setup(tmp_path, net, []).bootstrap().table
+        for each in (table, directory.table):
+            assert {i: (flags, weight) for i, flags, weight in each.rows()} == before
+            assert {each.rsa_id(i) for i in before} == {r.rsa_id for r in net.relays}
+    mirror.spoil = {}
+    setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    # A damaged shard is noticed: all is fetched anew.
+    shard = tmp_path / "relays.d" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    again = Setup(tmp_path, net, [Mirror(net)])
+    assert usable(again.bootstrap().table) >= 120 and again.progress[0][0] == 25
+
+
+def test_more_relays_change_than_flash_has_room_for(net, tmp_path, on_flash):
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    net.relays = [FakeRelay(n) for n in range(1000, 1200)]
+    net.valid_after += 60
+    # What has no room is in the next pass, with the same consensus.
+    directory = setup.refresh(lambda d: d.consensus.valid_after == net.valid_after)
+    assert directory.table.short and len(directory.table) < 200
+    directory = setup.refresh(lambda d: not d.table.short)
+    assert len(directory.table) == usable(directory.table) == 200
+
+
+def test_flash_that_is_full(net, tmp_path, on_flash, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "no space")
+
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    right = minitor.write_file
+    monkeypatch.setattr(minitor, "write_file", fail)
+    with pytest.raises(minitor.DirectoryError, match="cannot be written"):
+        Setup(tmp_path / "other", net, [Mirror(net)]).bootstrap()
+    net.valid_after += 60
+    net.relays[0].policy = "accept 80,443"
+    directory = setup.directory
+
+    async def refresh():
+        table, consensus = await directory._ask(directory._consensus_from)
+        await directory._fill(table, consensus)
+
+    with pytest.raises(minitor.DirectoryError, match="cannot be written"):
+        asyncio.run(refresh())
+    # The one in force is whole, and the next attempt succeeds.
+    assert usable(directory.table) == 200 and len(directory.table) == 200
+    monkeypatch.setattr(minitor, "write_file", right)
+    asyncio.run(refresh())
+    assert directory.consensus.valid_after == net.valid_after
 
 
 def test_bad_directories_are_left(net, tmp_path):

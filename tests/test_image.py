@@ -94,8 +94,9 @@ def quick(monkeypatch):
 
 class Small:
     @staticmethod
-    def mpy(architecture):
-        return b"M\x06" + architecture.encode() + b"\0" * 36000
+    def modules(architecture):
+        yield "minitor.mpy", b"M\x06" + architecture.encode() + b"\0" * 36000
+        yield "minitor0.mpy", b"M\x06overlay"
 
 
 def files_in(data):
@@ -137,7 +138,8 @@ def test_image(case, tmp_path, capsys):
     assert set(image[len(data) : place - start]) == {0xFF}
     found = files_in(image[place - start :])
     architecture = "rv32imc" if case == "C3" else "xtensawin"
-    assert found.pop("minitor.mpy") == Small.mpy(architecture)
+    for name, content in Small.modules(architecture):
+        assert found.pop(name) == content
     assert b"import board_boot\n" in found.pop("main.py")
     assert json.loads(found.pop("settings.json")) == SETTINGS
     modules = {path[:-4] + ".py" for path in found if path.endswith(".mpy")}
@@ -156,7 +158,8 @@ def test_image_holds_the_board_build(tmp_path, monkeypatch):
     compress.main(command(tmp_path, data=firmware(ROWS)))
     found = files_in((tmp_path / "out.bin").read_bytes()[0x1FF000:])
     build = WHOLE(compress.SOURCE.read_text(encoding="utf-8"), "board")
-    assert found["minitor.mpy"] == build.mpy("xtensawin")
+    modules = dict(build.modules("xtensawin"))
+    assert len(modules) > 1 and {name: found[name] for name in modules} == modules
 
 
 def broken(data, place, new):

@@ -169,6 +169,9 @@ class Table:
     def ed_id(self, i):
         return self.ids[i]
 
+    def identities(self, need):
+        return [(i, self.ids[i]) for i, flags in enumerate(self.flags) if flags & need == need]
+
 
 def hs_index(blinded, replica, period):
     place = struct.pack(">QQQ", replica, period[1], period[0])
@@ -280,7 +283,9 @@ def keys():
 
 
 def make(keys, intros, when=NOW, revision=123456789012):
-    return minitor.make_descriptor(keys[0], keys[1], keys[2], revision, intros, when)
+    file = minitor.spool("")
+    minitor.make_descriptor(file, keys[0], keys[1], keys[2], revision, intros, when)
+    return file.getvalue()
 
 
 def test_descriptor_round_trip(keys):
@@ -309,6 +314,15 @@ def test_descriptor_form(keys):
     outer = minitor._unseal(item, b"superencrypted", secret)
     assert outer.startswith(b"desc-auth-type x25519\ndesc-auth-ephemeral-key ")
     assert outer.count(b"\nauth-client ") == 16
+
+
+@pytest.mark.parametrize("count,digest", [(3, "32d73d72c77d567f"), (20, "58922289cf93929a")])
+def test_descriptor_in_pieces_is_that_made_in_one(keys, monkeypatch, count, digest):
+    """The digests are of what was made when a descriptor was still one text in memory."""
+    seeds = iter(range(1000))
+    monkeypatch.setattr(minitor, "urandom", lambda n: minitor.sha256(b"%d" % next(seeds))[:n])
+    data = make(keys, [Intro(n) for n in range(1, count + 1)])
+    assert minitor.sha256(data)[:8].hex() == digest
 
 
 def refused(data, keys, when=NOW, match=None):
@@ -412,9 +426,7 @@ def test_descriptor_of_c_tor():
     ]
     assert intros == made["intro"] and len(intros) == 3
     # What we make is as long as what tor makes, but for the revision counter's digits.
-    again = minitor.make_descriptor(
-        H(made["besk"]), blinded, subcred, found.revision, found.intro_points, when
-    )
+    again = make((H(made["besk"]), blinded, subcred), found.intro_points, when, found.revision)
     assert len(again) == len(data)
     refused(data, (0, blinded, subcred), when + 60 * 3600, "expired")
 

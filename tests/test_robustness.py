@@ -442,7 +442,9 @@ def onion():
 
 @pytest.fixture(scope="module")
 def descriptor(onion):
-    return minitor.make_descriptor(*onion, 7, [Intro(1), Intro(3)], NOW)
+    file = minitor.spool("")
+    minitor.make_descriptor(file, *onion, 7, [Intro(1), Intro(3)], NOW)
+    return file.getvalue()
 
 
 def test_descriptor(checks, onion, descriptor):

@@ -235,6 +235,37 @@ def test_full_service_closes_an_idle_circuit(service, monkeypatch):
     asyncio.run(main())
 
 
+def test_past_the_budget_nothing_begins(service, monkeypatch):
+    """Introductions are dropped, streams refused, and who has one keeps it."""
+
+    async def main():
+        for n in range(2):
+            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[0])
+            await settle()
+        first, second = service.circuits
+        first.streams = {1: None}
+        monkeypatch.setattr(minitor, "crowded", lambda: True)
+        relieved = []
+        monkeypatch.setattr(minitor, "relieve", lambda circuits, still: relieved.append(still))
+        stream = Stream(first)
+        await service._begin(stream, 80)
+        assert stream.log == [minitor.END_RESOURCELIMIT] and not first.closed
+        # An idle circuit makes room for one that is wanted; then there is none.
+        service._introduced(service.intros[0], introduce(service, b"x" * 20)[0])
+        await settle()
+        assert second.closed and len(service.circuits) == 2 and len(service.built) == 3
+        service.circuits[-1].streams = {1: None}
+        service._introduced(service.intros[0], introduce(service, b"y" * 20)[0])
+        await settle()
+        assert len(service.built) == 3 and relieved == [minitor.STILL_MS] * 3
+        monkeypatch.setattr(minitor, "crowded", lambda: False)
+        service._introduced(service.intros[0], introduce(service, b"z" * 20)[0])
+        await settle()
+        assert len(service.built) == 4
+
+    asyncio.run(main())
+
+
 # ─── streams ───
 
 
@@ -408,7 +439,7 @@ def test_descriptors_are_kept(monkeypatch):
 
     async def main():
         tor, key = fake_tor(), ed_public(b"k" * 32)
-        tor.directory.table = Thing(relay=lambda i: i)
+        tor.directory.table = Thing(rsa_id=lambda i: i)
         first = await minitor._find_descriptor(tor, key)
         assert await minitor._find_descriptor(tor, key) is first and len(asked) == 1
         first.until = 0
@@ -440,9 +471,12 @@ class Table:
     def find(self, rsa_id):
         return -1 if rsa_id[0] in self.gone else rsa_id[0]
 
+    def rsa_id(self, i):
+        return bytes([i]) * 20
+
     def relay(self, i):
         key = minitor.x25519(b"n" * 32)
-        return Thing(rsa_id=bytes([i]) * 20, index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
+        return Thing(rsa_id=self.rsa_id(i), index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
                      port=9001, ntor_key=key)
 
 
@@ -469,7 +503,8 @@ def published(service, monkeypatch):
     monkeypatch.setattr(minitor, "distinct", lambda table, i, j: i != j)
     monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [15, 16, 17])
     monkeypatch.setattr(minitor, "now", lambda: 1460545200 + clock[0])
-    monkeypatch.setattr(minitor, "make_descriptor", lambda *args: [i.rsa_id[0] for i in args[4]])
+    write = lambda file, *args: file.write(bytes([i.rsa_id[0] for i in args[4]]))
+    monkeypatch.setattr(minitor, "make_descriptor", write)
 
     async def circuit_to(target, attempts=None):
         if target.rsa_id[0] in service.refusing:
@@ -478,10 +513,10 @@ def published(service, monkeypatch):
         service.built[-1].path = [target]
         return service.built[-1]
 
-    async def hsdir_request(tor, relay, path, text):
-        if relay.rsa_id[0] in service.refusing:
+    async def hsdir_request(tor, rsa_id, path, file):
+        if rsa_id[0] in service.refusing:
             raise minitor.DirectoryError("refused")
-        service.posts.append((relay.rsa_id[0], sorted(text)))
+        service.posts.append((rsa_id[0], sorted(file.getvalue())))
 
     async def fast(seconds):
         clock[0] += 1 if seconds else 0
@@ -706,6 +741,32 @@ def test_spare_circuits(core):
         keeper.cancel()
 
     asyncio.run(main())
+
+
+def test_past_the_budget_no_stream_is_opened(core, monkeypatch):
+    monkeypatch.setattr(minitor, "crowded", lambda: True)
+    with pytest.raises(minitor.StreamError, match="out of memory") as e:
+        asyncio.run(core.open_connection("example.com", 80))
+    assert e.value.reason == minitor.END_RESOURCELIMIT
+
+
+@pytest.mark.parametrize("error", [MemoryError(), asyncio.CancelledError(), KeyError("a bug")])
+def test_who_waits_for_a_shared_circuit_hears_of_any_end(core, monkeypatch, error):
+    async def circuit_to(**_):
+        await asyncio.sleep(0)
+        raise error
+
+    async def main():
+        core.circuit_to = circuit_to
+        waiting = [core._circuit(None, 80) for _ in range(2)]
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert [type(e) for e in found] == [minitor.CircuitError] * 2
+
+    minitor.set_log(minitor.ERR + 1)
+    try:
+        asyncio.run(main())
+    finally:
+        minitor.set_log(minitor.NOTICE)
 
 
 def test_exit_circuits_are_shared(core, monkeypatch):

@@ -66,7 +66,7 @@ class FakeTor(AsyncTor):
         return self.ports.get(port, port)
 
     async def _bootstrap(self):
-        self.progress(100, "done", "Done")
+        self.directory._report(100, "done", "Done")
 
     async def _circuit(self, key, port):
         self.circuits.append(FakeCircuit(self))

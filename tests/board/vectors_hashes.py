@@ -52,6 +52,20 @@ for n in range(260):
 assert hexlify(chain[:16]) == "3ade9474aa21ef0766e4c8eef0342f48"
 assert hexlify(minitor.shake256(bytes(300), 400)[-16:]) == "df483194af6882937e1b5cb55db54c12"
 
+# Many blocks.
+assert hexlify(minitor.sha512(bytes(range(256)) * 8)[-16:]) == "2460fcde9db2f1d2c2fb2dbfb7f481d4"
+
+# Wherever both stand in memory, and however long: exclusive-or touches nothing else.
+source = bytes([i * 7 & 255 for i in range(80)])
+for at in range(5):
+    for start in range(5):
+        for n in (0, 1, 2, 3, 7, 8, 11, 12, 13, 16, 19, 27, 40, 63):
+            target = bytearray(range(100, 180))
+            minitor._xor(target, at, source, start, n)
+            for i in range(80):
+                other = source[start + i - at] if at <= i < at + n else 0
+                assert target[i] == 100 + i ^ other, (at, start, n)
+
 # RFC 4231, cases 1, 2 and 6; RFC 5869, case 1.
 assert hexlify(minitor.hmac_sha256(b"\x0b" * 20, b"Hi There")) == (
     "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"
@@ -90,6 +104,16 @@ for key, out in (
     assert zeros == minitor.AesCtr(b(key), bytes(16)).crypt(bytes(32))
     over = minitor.AesCtr(b(key), b"\xff" * 16).crypt(bytes(48))
     assert over[16:] == zeros
+    if minitor.MICROPYTHON:
+        # Where it stands, as a cell behind its header.
+        cipher, cell = minitor.AesCtr(b(key)), bytearray(514)
+        for i in range(3):
+            cell[:5] = b"head5"
+            cipher.apply(cell, 5, 509)
+        assert cell[:5] == b"head5"
+        twice = minitor.AesCtr(b(key))
+        apart = [twice.crypt(bytes(509)) for i in range(3)]
+        assert cell[5:] == bytes([x ^ y ^ z for x, y, z in zip(*apart)])
     cell = minitor.AesCtr(b(key))
     assert cell.crypt(bytes(509)) + cell.crypt(bytes(509 * 3)) == (
         minitor.AesCtr(b(key)).crypt(bytes(509 * 4))

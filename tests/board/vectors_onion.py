@@ -58,10 +58,11 @@ assert hsdir_index(b"\x42" * 32, period) == H(
 
 
 class Table:
-    flags = [minitor.HSDIR | minitor.HSDIR2 | minitor.USABLE] * 100
-
     def ed_id(self, i):
         return minitor.sha256(bytes([i]))
+
+    def identities(self, need):
+        return [(i, self.ed_id(i)) for i in range(100)]
 
 
 ring = sorted([(hsdir_index(Table().ed_id(i), period), i) for i in range(100)])
@@ -84,7 +85,17 @@ intros = [
     for i in found.intro_points
 ]
 assert intros == made["intro"]
-text = minitor.make_descriptor(esk, blinded, subcred, 7, found.intro_points, when)
+urandom, seeds = minitor.urandom, list(range(1000))
+minitor.urandom = lambda n: minitor.sha256(b"%d" % seeds.pop())[:n]
+with minitor.spool("descriptor.test") as file:
+    minitor.make_descriptor(file, esk, blinded, subcred, 7, found.intro_points, when)
+    file.seek(0)
+    text = file.read()
+if minitor.MICROPYTHON:
+    minitor.os.remove("descriptor.test")
+minitor.urandom = urandom
+# What was made when a descriptor was still one text in memory.
+assert minitor.sha256(text)[:8].hex() == "80d376b5dcbfeef3"
 again = minitor.parse_descriptor(text, blinded, subcred, when)
 assert again.revision == 7 and [i.enc_key for i in again.intro_points] == [
     i.enc_key for i in found.intro_points

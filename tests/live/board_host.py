@@ -5,7 +5,7 @@ import asyncio
 import sys
 
 import minitor
-
+import pollroom  # noqa: F401
 
 async def greet(reader, writer):
     line = await reader.readline()

@@ -44,7 +44,7 @@ def test_service_and_client(tornet, target, tmp_path):
 
 def test_board(tornet, target, client, tmp_path):
     """C tor's client opens what the board build hosts under 32-bit MicroPython."""
-    (tmp_path / "minitor.mpy").write_bytes(builds.build("board").mpy("x86"))
+    builds.write(builds.build("board"), tmp_path, "x86")
     try:
         line = runtimes.micropython("32") + ["-X", "heapsize=1m", str(HERE / "board_host.py")]
     except runtimes.Missing as e:

@@ -14,6 +14,7 @@ import socketserver
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
@@ -41,8 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/octet-stream")
         self.end_headers()
+        self.server.served[self.path] += 1
         self.wfile.write(body)
-        self.server.served += 1
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -77,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Target(socketserver.ThreadingTCPServer):
-    """The server in threads of its own: `port`, `served` (replies so far), `stop()`."""
+    """The server in threads of its own: `port`, `served` (replies by path), `stop()`."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -85,7 +86,7 @@ class Target(socketserver.ThreadingTCPServer):
 
     def __init__(self, port=0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.port, self.served = self.server_address[1], 0
+        self.port, self.served = self.server_address[1], Counter()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, request, address):

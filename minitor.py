@@ -931,7 +931,7 @@ class AesCtrPortable:
 if MICROPYTHON:
     # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
     # no garbage, and few of many circuits have such objects.
-    _recent, _RECENT = [], 4
+    _recent, _RECENT = [], 5
     _STREAM = memoryview(_SCRATCH)[:528]
 
     class AesCtrCryptolib:
@@ -2482,7 +2482,8 @@ class Channel:
     async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
-            self._tasks.append(spawn(self._read(reader)))
+            read = self._read_cells if MICROPYTHON else self._read_batches
+            self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
             # Or what is closed would stay in memory.
             reader = writer = None
@@ -2493,13 +2494,16 @@ class Channel:
         while not self.closed:
             await asyncio.sleep(1 if MICROPYTHON else 5)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
-            if idle > 180 and not self.circuits:
-                self.close("idle")
-            elif idle > 240:
-                try:
+            try:
+                if MICROPYTHON:
+                    # For what memory was too short then.
+                    self._resume()
+                if idle > 180 and not self.circuits:
+                    self.close("idle")
+                elif idle > 240:
                     self.send(cell(0, PADDING))
-                except MemoryError:
-                    pass
+            except MemoryError:
+                pass
         # Even if the peer reads nothing.
         await asyncio.sleep(2)
         for task in self._tasks:
@@ -2520,13 +2524,17 @@ class Channel:
         if self._lacks % 4 == 0:
             relieve(self.circuits.values())
 
+    def _resume(self):
+        for circuit in list(self.circuits.values()):
+            circuit.resume()
+
     async def _write(self, writer):
         full, size = False, 0
         try:
             while self._queue or not self.closed:
                 try:
-                    for circuit in list(self.circuits.values()) * full:
-                        circuit.resume()
+                    if full:
+                        self._resume()
                     idle, full = not self._queue, False
                     waiting = self._wake.wait() if idle else writer.drain()
                     if MICROPYTHON and not idle:
@@ -2552,27 +2560,45 @@ class Channel:
             await hang_up(writer)
             self._tasks.clear()
 
-    async def _read(self, reader):
+    async def _read_batches(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
-        data, rest, self._at = b"", b"\0\0", 0
+        data, self._at = b"\0\0", 0
         while not self.closed:
             try:
-                self._cells(rest)
-                rest, self._at = rest[self._at :], 0
-                data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
-                if not data:
+                self._cells(data, len(data))
+                data, self._at = data[self._at :], 0
+                more = await reader.read(1 << 18)
+                if not more:
                     raise OSError("the relay closed it")
-                rest, data = rest + data, b""
+                data += more
+            except Exception as e:
+                self.close("the link broke: ", e)
+
+    async def _read_cells(self, reader):
+        # One by one, where each is decrypted: for want of memory none is lost.
+        data, have, self._at = bytearray(514), 2, 0
+        while not self.closed:
+            try:
+                self._cells(data, have)
+                rest = data[self._at : have]
+                if len(data) > 514 or have == 514 == len(rest):
+                    # Only those before NETINFO, and VPADDING, are longer.
+                    data = rest + bytes(514)
+                else:
+                    data[: len(rest)] = rest
+                have, self._at = len(rest), 0
+                n = await reader.readinto(memoryview(data)[have:])
+                if n == 0:
+                    raise OSError("the relay closed it")
+                have += n or 0
             except MemoryError:
-                # What was read is still here.
                 self._relieve()
                 await asyncio.sleep(0)
             except Exception as e:
                 self.close("the link broke: ", e)
 
-    def _cells(self, data):
+    def _cells(self, data, end):
         # Dispatch whole cells, relay cells in a row for a circuit together; `_at`: how far.
-        end = len(data)
         while end - (at := self._at) >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
             require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
@@ -2584,13 +2610,13 @@ class Channel:
             self._at = at = body + size
             circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
-                self._handshake(command, data[body:at])
+                self._handshake(command, bytes(data[body:at]))
             elif circuit:
                 many = command == RELAY and not MICROPYTHON
                 while many and at + 514 <= end and data[at : at + 5] == head:
                     self._at = at = at + 514
                 try:
-                    body = data[body:at]
+                    body = (memoryview if MICROPYTHON else bytes)(data)[body:at]
                     if many:
                         body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
                     circuit.receive(body, command)
@@ -2829,22 +2855,26 @@ class Stream:
         try:
             self._flush()
         except MemoryError:
-            self.send_end(END_RESOURCELIMIT)
+            pass  # the channel tries again
 
     def _flush(self):
         circuit, room = self.circuit, self.circuit.channel.room
-        while self.outgoing:
+        while whole := self.outgoing:
             count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
             if count <= 0:
                 break
             # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
-            end = min(len(self.outgoing), DATA_MAX * count - 20)
+            end = min(len(whole), DATA_MAX * count - 20)
             starts = range(-20, end, DATA_MAX)
-            pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
-            self.outgoing = self.outgoing[end:]
+            pieces = [whole[max(at, 0) : at + DATA_MAX] for at in starts]
+            self.outgoing = whole[end:]
+            try:
+                self._send(DATA, *pieces)
+            except MemoryError:
+                self.outgoing = whole
+                raise
             self._package -= len(pieces)
             self.moved = ticks_ms()
-            self._send(DATA, *pieces)
         self._changed.set()
         if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
@@ -3061,7 +3091,8 @@ class Circuit:
         try:
             self._send(command, stream_id, pieces)
         except MemoryError:
-            # The relays may count other bytes now.
+            if MICROPYTHON and command == DATA:
+                raise
             raise self.close("out of memory", 5)
 
     def _send(self, command, stream_id, pieces):
@@ -3089,24 +3120,30 @@ class Circuit:
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
     def _send_cells(self, kind, command, stream_id, pieces):
-        # On a board, which seldom has much memory in one piece.
-        layer = self._layers[-1]
+        # On a board, which seldom has much memory in one piece.  For want of it nothing is sent.
+        layer, cells = self._layers[-1], []
         for data in pieces:
             n, made = len(data), bytearray(514)
             pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
             made[16 : 16 + n] = data
             if n < DATA_MAX - 4:
                 made[20 + n :] = urandom(DATA_MAX - 4 - n)
-            layer.seal(made, 5)
-            if command == DATA:
-                self.inflight += 1
-                if self.inflight % self._increment == 0:
-                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
-            i = len(self._layers)
-            while i:
-                i -= 1
-                self._layers[i].out_cipher.apply(made, 5, 509)
-            self.channel.send(made)
+            cells.append(made)
+        try:
+            for made in cells:
+                layer.seal(made, 5)
+                if command == DATA:
+                    self.inflight += 1
+                    if self.inflight % self._increment == 0:
+                        self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+                i = len(self._layers)
+                while i:
+                    i -= 1
+                    self._layers[i].out_cipher.apply(made, 5, 509)
+                self.channel.send(made)
+        except MemoryError:
+            # The relays would count other bytes now.
+            raise self.close("out of memory", 5)
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -3121,7 +3158,7 @@ class Circuit:
             elif command == DESTROY:
                 self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
-                self._message(command, 0, data)
+                self._message(command, 0, bytes(data))
         except ProtocolError as e:
             self.close(str(e), 1)
         except MemoryError:
@@ -4058,6 +4095,8 @@ async def meet(tor, key):
 INTRO_POINTS = 3
 # Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
+# Introductions that are answered at once.
+_ANSWERS = 1 if MICROPYTHON else 1024
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 # Past the budget, a stream that holds memory ends after so long without a byte.
@@ -4100,6 +4139,7 @@ class OnionService:
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
+        self._answers = 0
 
     async def start(self):
         wanted, works = lambda: self in self.tor.services, (self._keep_intros, self._keep_published)
@@ -4119,9 +4159,16 @@ class OnionService:
         gone = self.tor.directory.table.find(intro.rsa_id) < 0
         return gone or now() > intro.until or intro.left <= 0
 
+    def _tidy(self):
+        self._tasks = [task for task in self._tasks if not task.done()]
+        for circuit in self.circuits:
+            if is_dirty(circuit) and not circuit.streams:
+                circuit.close()
+        self.circuits = [circuit for circuit in self.circuits if not circuit.closed]
+
     async def _keep_intros(self):
         while True:
-            self._tasks = [task for task in self._tasks if not task.done()]
+            self._tidy()
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
@@ -4223,12 +4270,14 @@ class OnionService:
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
     def _introduced(self, intro, body):
-        full = self._short() or len(self._tasks) >= _MAX_TASKS
+        self._tidy()
+        full = self._short() or len(self._tasks) + len(self.circuits) >= _MAX_TASKS
         idle = [c for c in self.circuits if full and not c.streams]
         if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
             return log(INFO, "an introduction is dropped: too many, or out of memory")
         if full:
             idle[0].close()
+            self._tidy()
         self._tokens -= 1
         try:
             self._tasks.append(spawn(self._answer(intro, body)))
@@ -4242,6 +4291,9 @@ class OnionService:
     async def _answer(self, intro, body):
         # Meet the client of INTRODUCE2 (3.3, 4).
         circuit, param = None, self.tor.paths.param
+        while self._answers >= _ANSWERS:
+            await asyncio.sleep(0.1)
+        self._answers += 1
         try:
             subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
@@ -4255,14 +4307,12 @@ class OnionService:
             circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
             circuit.on_begin = self._begin
             self.circuits.append(circuit)
-            await close_idle(circuit)
         except (MemoryError, TorError) as e:
             log(INFO, "an introduction came to nothing: %s", e)
-        finally:
             if circuit:
                 circuit.close()
-                if circuit in self.circuits:
-                    self.circuits.remove(circuit)
+        finally:
+            self._answers -= 1
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)

@@ -182,7 +182,7 @@ def test_introduction(service):
         keys = finish(answer[20:])
         assert circuit.keys == (keys, True) and circuit.on_begin
         circuit.close()
-        await settle()
+        service._tidy()
         assert service.circuits == []
 
     asyncio.run(main())

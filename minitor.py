@@ -2562,15 +2562,19 @@ class Channel:
 
     async def _read_batches(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
-        data, self._at = b"\0\0", 0
+        data, rest, self._at = b"", b"\0\0", 0
         while not self.closed:
             try:
-                self._cells(data, len(data))
-                data, self._at = data[self._at :], 0
-                more = await reader.read(1 << 18)
-                if not more:
+                self._cells(rest, len(rest))
+                rest, self._at = rest[self._at :], 0
+                data = data or await reader.read(1 << 18)
+                if not data:
                     raise OSError("the relay closed it")
-                data += more
+                rest, data = rest + data, b""
+            except MemoryError:
+                # What was read is still here.
+                self._relieve()
+                await asyncio.sleep(0)
             except Exception as e:
                 self.close("the link broke: ", e)
 
@@ -2681,14 +2685,14 @@ class Channels:
 # === 11. Circuits and streams ===
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 2 if MICROPYTHON else 31
+# Cells that are encrypted in one go; no more than a SENDME of congestion control is for.
+BATCH = 1 if MICROPYTHON else 31
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
-# once, on a board what fills BATCH cells.
-READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 976) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
+# once, on a board what fills a cell.
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 478) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
 # So much unread, the stream ends.
 MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 
@@ -3099,7 +3103,7 @@ class Circuit:
         # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == EXTEND2 else RELAY
         if MICROPYTHON:
-            return self._send_cells(kind, command, stream_id, pieces)
+            return self._send_cell(kind, command, stream_id, *pieces)
         digest, cells = self._layers[-1].out_digest, []
         for data in pieces:
             size = len(data)
@@ -3119,28 +3123,24 @@ class Circuit:
         head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
-    def _send_cells(self, kind, command, stream_id, pieces):
+    def _send_cell(self, kind, command, stream_id, data):
         # On a board, which seldom has much memory in one piece.  For want of it nothing is sent.
-        layer, cells = self._layers[-1], []
-        for data in pieces:
-            n, made = len(data), bytearray(514)
-            pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
-            made[16 : 16 + n] = data
-            if n < DATA_MAX - 4:
-                made[20 + n :] = urandom(DATA_MAX - 4 - n)
-            cells.append(made)
+        n, made, layer = len(data), bytearray(514), self._layers[-1]
+        pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
+        made[16 : 16 + n] = data
+        if n < DATA_MAX - 4:
+            made[20 + n :] = urandom(DATA_MAX - 4 - n)
         try:
-            for made in cells:
-                layer.seal(made, 5)
-                if command == DATA:
-                    self.inflight += 1
-                    if self.inflight % self._increment == 0:
-                        self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
-                i = len(self._layers)
-                while i:
-                    i -= 1
-                    self._layers[i].out_cipher.apply(made, 5, 509)
-                self.channel.send(made)
+            layer.seal(made, 5)
+            if command == DATA:
+                self.inflight += 1
+                if self.inflight % self._increment == 0:
+                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+            i = len(self._layers)
+            while i:
+                i -= 1
+                self._layers[i].out_cipher.apply(made, 5, 509)
+            self.channel.send(made)
         except MemoryError:
             # The relays would count other bytes now.
             raise self.close("out of memory", 5)

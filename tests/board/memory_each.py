@@ -64,6 +64,11 @@ class Wire:
         piece, self.data = self.data[:n], self.data[n:]
         return piece
 
+    async def readinto(self, buffer):
+        piece = await self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
     def write(self, data):
         if not self.greeted:
             self.greeted = True

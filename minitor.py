@@ -3157,7 +3157,7 @@ class Circuit:
         if MICROPYTHON:
             view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
             for hop in self._layers:
-                hop.apply(view, 0, 509, 1)
+                hop.apply(view, 0, len(view), 1)
         else:
             for hop in self._layers[:-1]:
                 data = self._from_hop(hop, hop.in_cipher.crypt(data))

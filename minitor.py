@@ -1326,6 +1326,14 @@ def _integers(text):
     return {name: int(value) for name, value in words}
 
 
+def clock_error(ahead):
+    """A ClockError: by how many seconds this machine's clock is ahead, or (negative) behind."""
+    hours = (abs(ahead) + 1800) // 3600
+    much = "%d hours" % hours if hours < 96 else "%d days" % (hours // 24)
+    text = "about %s ahead" if ahead > 0 else "at least %s behind"
+    return ClockError("the clock of this machine is %s: set it, as by NTP" % text % much)
+
+
 class Consensus:
     """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
@@ -1364,11 +1372,12 @@ class Consensus:
 
     def check_times(self, when):
         """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
-        hours = (when - self.valid_after) // 3600
+        age = when - self.valid_after
         if when > self.valid_until + 86400:
-            raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
-        if hours < -24:
-            raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
+            text = "the consensus is %d hours old (or the clock is ahead)"
+            raise DirectoryError(text % (age // 3600))
+        if age < -86400:
+            raise clock_error(age)
         lacking = sorted(self.required - set(_versions(_SUPPORTED)))
         if lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
@@ -1410,12 +1419,18 @@ class ConsensusParser(_Splitter):
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
         net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
         weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
-        words = get(b"s ", b"") + get(b"pr", b"")
+        flags = self._flags(get(b"s ", b"")) | self._flags(get(b"pr", b""))
+        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
+        self._sink(*keys, address, int(fields[5]), net6, flags, weight)
+
+    def _flags(self, words):
+        # A few lines are those of nearly all relays.
         if words not in self._bits:
+            if len(self._bits) > (15 if MICROPYTHON else 255):
+                self._bits.clear()
             found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
-        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
-        self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
+        return self._bits[words]
 
     def finish(self):
         """The Consensus, with `digest`, and `signatures` by (identity, key digest)."""
@@ -2082,8 +2097,11 @@ def cell(circ_id, command, body=b""):
     return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay; return its Ed25519 identity."""
+def parse_certs(body, tls_digest, rsa_id, ed_id):
+    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay but for the time.
+
+    Return its Ed25519 identity, and when the first certificate expires.
+    """
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
@@ -2091,16 +2109,16 @@ def parse_certs(body, tls_digest, rsa_id, ed_id, when):
     # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
     key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
-    identity, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    identity, expires, signature = r.take(32), r.uint(4), r.take(r.uint(1))
     good = sha1(key) == rsa_id and ed_id in (None, identity)
     require(good, "CERTS: not the relay expected")
     digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
-    good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
-    require(good, "CERTS: the RSA cross-certificate is expired or wrong")
-    key = check_ed_cert(certs[4], 4, identity, when)
-    good = check_ed_cert(certs[5], 5, key, when) == tls_digest
+    good = not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
+    require(good, "CERTS: the RSA cross-certificate is wrong")
+    key = check_ed_cert(certs[4], 4, identity, 0)
+    good = check_ed_cert(certs[5], 5, key, 0) == tls_digest
     require(good, "CERTS: for another TLS certificate")
-    return identity
+    return identity, 3600 * min([expires] + [uint(certs[kind][2:6]) for kind in (4, 5)])
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -2464,10 +2482,11 @@ def parse_descriptor(data, blinded, subcred, when):
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
+    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds;
+    `expired`: its certificates are, by ours.
     """
 
-    closed, _lacks = None, 0
+    closed, expired, skew, _lacks = None, False, 0, 0
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -2608,10 +2627,12 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
+            expires = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id)[1]
+            self.expired = expires < now()
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
+            require(not self.expired, "its certificates have expired, or the clock is ahead")
             # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
             place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
@@ -2638,17 +2659,17 @@ class Channel:
 
 
 class Channels:
-    _open = {}
+    open = {}  # By RSA identity.
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """The relay's one open Channel, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.closed}
-        if rsa_id not in self._open:
-            self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
-        return await self._open[rsa_id].opened.wait()
+        self.open = {r: c for r, c in self.open.items() if not c.closed}
+        if rsa_id not in self.open:
+            self.open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+        return await self.open[rsa_id].opened.wait()
 
     def close(self):
-        for channel in self._open.values():
+        for channel in self.open.values():
             channel.close()
 
 
@@ -3755,8 +3776,9 @@ async def directory_request(circuit, *request, seconds=None):
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# Of each kind: directory guards, then mirrors, then authorities.
+# Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
+_ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
 
 
 class Directory:
@@ -3838,10 +3860,19 @@ class Directory:
         except TorError:
             if paths:
                 paths.failed(where[2])
+            channel = self._channels.open.get(where[2])
+            if channel and channel.expired:
+                self._judge_clock(channel)
             raise
         if paths:
             paths.succeeded(where[2])
         return circuit
+
+    def _judge_clock(self, channel):
+        # Something is too old: whose clock is wrong?  Authorities alone are believed.
+        known = [place(entry)[2] for entry in self.network.authorities]
+        if channel.rsa_id in known and abs(channel.skew) >= 3600:
+            raise clock_error(-channel.skew)
 
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
@@ -3851,10 +3882,14 @@ class Directory:
             try:
                 circuit = await self._circuit()
                 return await use(circuit, *args)
-            except (ChannelError, CircuitError, DirectoryError, ProtocolError, StreamError) as e:
+            except _ITS_FAULT as e:
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
+            except ClockError as e:
+                if self._progress:
+                    self._progress(self._percent, "clock_skew", str(e))
+                raise
             except OSError as e:
                 raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
             finally:
@@ -3897,11 +3932,8 @@ class Directory:
         try:
             consensus.check_times(now())
         except DirectoryError:
-            # Whose clock is wrong?  Authorities alone are believed, and asked next.
-            self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [place(entry)[2] for entry in self.network.authorities]
-            if circuit.channel.rsa_id in known and abs(ahead) >= 60:
-                raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
+            self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
+            self._judge_clock(circuit.channel)
             raise
         return table, consensus
 
@@ -4327,7 +4359,8 @@ def is_onion(host):
 
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
-    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
+    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
+    the tag "clock_skew" tells of each ClockError, also later.
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 

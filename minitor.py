@@ -462,9 +462,9 @@ if MICROPYTHON and NARROW:
             t[i] = t[i] ^ s[i]
 
     @micropython.viper
-    def _counters(counter, stream, n):
-        c, t, i = ptr32(counter), ptr32(stream), int(n)
-        last = ptr8(counter)
+    def _counters(counter, at, stream, n):
+        last = ptr8(int(ptr8(counter)) + int(at))
+        c, t, i = ptr32(int(last)), ptr32(stream), int(n)
         while i > 0:
             t[0] = c[0]
             t[1] = c[1]
@@ -674,11 +674,12 @@ else:
         x = uint(target[at : at + n]) ^ uint(source[start : start + n])
         target[at : at + n] = x.to_bytes(n, "big")
 
-    def _counters(counter, stream, n):
+    def _counters(counter, at, stream, n):
         for i in range(0, n, 16):
-            stream[i : i + 16] = counter[:16]
+            block = stream[i : i + 16] = counter[at : at + 16]
             if n - i > 15:
-                counter[:16] = (uint(counter[:16]) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+                block = (uint(block) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+                counter[at : at + 16] = block
 
     def _sha1(state, mask=0xFFFFFFFF):
         w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
@@ -935,32 +936,42 @@ if MICROPYTHON:
     _STREAM = memoryview(_SCRATCH)[:528]
 
     class AesCtrCryptolib:
-        def __init__(self, key, iv=bytes(16)):
-            # The counter, how much of its block is used, and the key.
-            self._state, self._aes = bytearray(iv) + b"\0" + key, None
+        """Two in one: with `back` it is another cipher, of the key `back`."""
 
-        def apply(self, data, start, n):
+        def __init__(self, key, iv=bytes(16), back=b""):
+            # Counters, how much of their blocks is used, keys: in one piece of memory.
+            self._state = bytearray(iv) + bytes(18) + key + (back or key)
+            self._out = self._in = None
+
+        def apply(self, data, start, n, back=0):
             """Encrypt data[start : start + n] where it stands."""
-            if not self._aes:
-                self._aes = aes(self._state[17:], 1)
+            state, cipher = self._state, self._in if back else self._out
+            if not cipher:
+                size = len(state) // 2 - 17
+                key = 34 + size * back
+                cipher = aes(state[key : key + size], 1)
+                if back:
+                    self._in = cipher
+                else:
+                    self._out = cipher
                 _recent.append(self)
                 if len(_recent) > _RECENT:
-                    _recent.pop(0)._aes = None
+                    old = _recent.pop(0)
+                    old._out = old._in = None
             while n:
-                at = self._state[16]
+                at = state[32 + back]
                 count = min(n, 528 - at)
-                _counters(self._state, _SCRATCH, at + count)
-                self._aes.encrypt(_STREAM, _STREAM)
+                _counters(state, 16 * back, _SCRATCH, at + count)
+                cipher.encrypt(_STREAM, _STREAM)
                 _xor(data, start, _SCRATCH, at, count)
-                self._state[16] = at + count & 15
+                state[32 + back] = at + count & 15
                 start += count
                 n -= count
 
         def crypt(self, data):
-            # What can change does so in place.
-            out = bytearray(data) if isinstance(data, bytes) else data
+            out = bytearray(data)
             self.apply(out, 0, len(out))
-            return out if out is data else bytes(out)
+            return bytes(out)
 
 
 class AesCtrOpenssl:
@@ -2691,28 +2702,40 @@ MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 _TAG = bytearray(4)
 
 
-class Layer:
-    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it."""
+class Layer(AesCtrCryptolib if MICROPYTHON else object):
+    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it.
+
+    `digests`: out, in.  On a board apply(cell, 5, 509) encrypts, with back=1 it decrypts.
+    """
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
         Df, Db, Kf, Kb = unpack_from(form, keys)
         if service:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
-        self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
-        self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
+        self.digests = digest(Df), digest(Db)
+        if MICROPYTHON:
+            AesCtrCryptolib.__init__(self, Kf, back=Kb)
+        else:
+            self.out_cipher, self.in_cipher = AesCtr(Kf), AesCtr(Kb)
+
+    def not_last(self):
+        # Messages go to the last hop.  A board ends a circuit whatever another one says.
+        self.digests = None, None if MICROPYTHON else self.digests[1]
 
     def seal(self, data, at):
         """Write the tag of the relay message data[at : at + 509]."""
-        self.out_digest.update(data, at, 509)
-        self.out_digest.stamp(data, at + 5)
+        digest = self.digests[0]
+        digest.update(data, at, 509)
+        digest.stamp(data, at + 5)
 
     def opens(self, data, at):
         """Tell whether the tag of data[at : at + 509] is right."""
         for i in range(at + 5, at + 9):
             _TAG[i & 3], data[i] = data[i], 0
-        self.in_digest.update(data, at, 509)
-        self.in_digest.stamp(data, at + 5)
+        digest = self.digests[1]
+        digest.update(data, at, 509)
+        digest.stamp(data, at + 5)
         good = True
         for i in range(at + 5, at + 9):
             good = good and data[i] == _TAG[i & 3]
@@ -2720,10 +2743,10 @@ class Layer:
 
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
-        trial = self.in_digest.copy()
+        trial = self.digests[1].copy()
         trial.update(bytes(body[:5]) + bytes(4) + bytes(body[9:]))
         if trial.digest()[:4] == body[5:9]:
-            self.in_digest = trial
+            self.digests = None, trial
             return True
 
 
@@ -3033,8 +3056,7 @@ class Circuit:
 
     def _add(self, layer):
         if self._layers:
-            # Messages go to the last hop.
-            self._layers[-1].out_digest = None
+            self._layers[-1].not_last()
         self._layers.append(layer)
 
     def expect(self, command):
@@ -3090,7 +3112,7 @@ class Circuit:
         kind = RELAY_EARLY if command == EXTEND2 else RELAY
         if MICROPYTHON:
             return self._send_cells(kind, command, stream_id, pieces)
-        digest, cells = self._layers[-1].out_digest, []
+        digest, cells = self._layers[-1].digests[0], []
         for data in pieces:
             size = len(data)
             if size < DATA_MAX:
@@ -3122,11 +3144,11 @@ class Circuit:
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
-                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+                    self._due.append((layer.digests[0].digest()[:20], ticks_ms()))
             i = len(self._layers)
             while i:
                 i -= 1
-                self._layers[i].out_cipher.apply(made, 5, 509)
+                self._layers[i].apply(made, 5, 509)
             self.channel.send(made)
 
     def resume(self):
@@ -3152,21 +3174,16 @@ class Circuit:
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
-        if MICROPYTHON and isinstance(data, bytes):
-            data = bytearray(data)
-        for i in range(len(self._layers) - 1):
-            layer, at = self._layers[i], 0
-            data = layer.in_cipher.crypt(data)
-            while at < len(data):
-                if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
-                    self._unasked(data[at], data[at + 11])
-                    # The layers behind never saw it: their key streams go on without.
-                    data = bytearray(data[:at]) + data[at + 509 :]
-                else:
-                    at += 509
         layer, touched = self._layers[-1], set()
-        digest, data = layer.in_digest, layer.in_cipher.crypt(data)
-        view = memoryview(data if MICROPYTHON else bytearray(data))
+        if MICROPYTHON:
+            view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
+            for hop in self._layers:
+                hop.apply(view, 0, len(view), 1)
+        else:
+            for hop in self._layers[:-1]:
+                data = self._from_hop(hop, hop.in_cipher.crypt(data))
+            view = memoryview(bytearray(layer.in_cipher.crypt(data)))
+        digest = layer.digests[1]
         for at in range(0, len(view), 509):
             if MICROPYTHON:
                 command, recognised = view[at], view[at + 1] | view[at + 2]
@@ -3197,6 +3214,18 @@ class Circuit:
                 self.send(SENDME, 0, b"\1\0\x14" + digest.digest()[:20])
         for stream in touched:
             stream.arrived()
+
+    def _from_hop(self, hop, data):
+        # Take out what this hop, not the last, sent.
+        at = 0
+        while at < len(data):
+            if data[at + 1] == 0 == data[at + 2] and hop.sent(data[at : at + 509]):
+                self._unasked(data[at], data[at + 11])
+                # The layers behind never saw it: their key streams go on without.
+                data = data[:at] + data[at + 509 :]
+            else:
+                at += 509
+        return data
 
     def _unasked(self, command, reason):
         if command == TRUNCATED:

@@ -3286,6 +3286,10 @@ class Circuit:
         return self.closed
 
 
+# Below the budget, for overlays and what they work on.
+_ROOM = 16384
+
+
 def relieve(circuits, still=0):
     """For want of memory end the stream that holds most (and is `still` for so many ms), or,
     without any and if not `still`, close a circuit."""
@@ -3307,6 +3311,18 @@ def relieve(circuits, still=0):
             other.close("out of memory", 5)
     except MemoryError:
         pass
+
+
+def make_room(channels):
+    """On a board, before what takes much memory: end idle circuits of a service's clients."""
+    idle = [c for channel in channels for c in channel.circuits.values()
+            if c.on_begin and not c.streams]
+    # Those first that were used last longest ago.
+    idle.sort(key=lambda c: ticks_diff(c.since, ticks_ms()))
+    gc.collect()
+    while idle and gc.mem_alloc() > _admission[0] - _ROOM:
+        idle.pop(0).close()
+        gc.collect()
 
 
 BUILD_SECONDS = 20
@@ -3817,7 +3833,8 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self._certs, self._percent, self._failures = {}, 0, 0
+        # `_stale`: the guard's consensus was no newer.
+        self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3854,8 +3871,10 @@ class Directory:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
+                    self._stale = True
                     raise DirectoryError("there is no newer consensus")
                 await self._fill(table, consensus)
+                self._stale = False
                 if table.short:
                     raise DirectoryError("there is no room for all relays")
                 delay = 0
@@ -3875,7 +3894,9 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority.
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
-            relay = paths.guard(kind="dir-guards", use=3)
+            # On a board another link than that of its circuits would be dear.
+            alone = MICROPYTHON and not failures and not self._stale
+            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -3909,6 +3930,8 @@ class Directory:
         while self._failures < 3 * _TRIES:
             circuit = None
             try:
+                if MICROPYTHON:
+                    make_room(self._channels.open.values())
                 circuit = await self._circuit()
                 return await use(circuit, *args)
             except _ITS_FAULT as e:

@@ -1410,15 +1410,38 @@ class _Splitter:
         require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
+_SIGNATURE = b"\ndirectory-signature "
+
+
 class ConsensusParser(_Splitter):
     """Parses a consensus for `sink`: RelayTable.add."""
 
-    _mark = b"\nr "
+    _mark, _signatures = b"\nr ", None
+
+    def feed(self, data):
+        super().feed(data)
+        signed, found, rest = self._rest.partition(_SIGNATURE)
+        if found:
+            self._rest, footer, self._weights = signed.partition(b"\ndirectory-footer\n")
+            require(footer and self._hash, "the consensus is truncated")
+            super().feed(self._mark)
+            self._hash.update(footer + self._weights + _SIGNATURE)
+            self._mark, self._signatures, self._rest = _SIGNATURE, {}, b""
+            self.feed(rest)
+
+    def _signature(self, text):
+        arguments, body = document(_SIGNATURE + text)(b"directory-signature")
+        # Without a name it is SHA-1.
+        if arguments.startswith(b"sha256 "):
+            identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
+            self._signatures[identity, key] = body
 
     def _entry(self, text):
-        require(b"\ndirectory-signature " not in text, "a document is malformed")
+        if self._signatures is not None:
+            return self._signature(text)
+        require(_SIGNATURE not in text, "a document is malformed")
         if not self._hash:
-            self._head, self._hash = text, hashlib.sha256(text)
+            self._head, self._hash = text.partition(b"\ndir-source ")[0], hashlib.sha256(text)
             return
         text = self._mark + text
         self._hash.update(text)
@@ -1445,23 +1468,14 @@ class ConsensusParser(_Splitter):
 
     def finish(self):
         """The Consensus, with `digest`, and `signatures` by (identity, key digest)."""
-        signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
-        self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
-        good = footer and self._hash and signatures[-1:] == b"\n"
+        good = self._signatures is not None and self._rest[-1:] == b"\n"
         require(good, "the consensus is truncated")
-        self.feed(self._mark)
-        self._hash.update(footer + weights + mark)
+        self.feed(_SIGNATURE)
         try:
-            c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
-            c.digest, c.signatures = self._hash.digest(), {}
-            for signature in signatures.split(mark):
-                arguments, body = document(mark + signature)(b"directory-signature")
-                # Without a name it is SHA-1.
-                if arguments.startswith(b"sha256 "):
-                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
-                    c.signatures[identity, key] = body
+            c = Consensus(self._head + b"\n" + self._weights)
         except ValueError:
             raise ProtocolError("a document is malformed")
+        c.digest, c.signatures = self._hash.digest(), self._signatures
         return c
 
 

@@ -590,14 +590,17 @@ OVERLAYS = (
     "OnionService.__init__ load_network Directory.__init__ load_service_key"
     " check_target",
     "rsa_public_key rsa_verify",
-    # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
+    # The directory: requests; what stays while it is fetched; its use; a consensus; what comes
+    # before and after it; microdescriptors.
     "directory_request _Identity _Splitter b64decode",
-    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
-    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
-    " new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable._slots"
-    " FlashTable.finish FlashTable.save FlashTable._pending FlashTable.missing",
-    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser"
-    " FlashTable.add FlashTable._kept",
+    "place Directory._ask Directory._circuit Directory._report Directory._next_time make_room",
+    "Directory.bootstrap Directory._fill PathSelector.__init__ PathSelector.update"
+    " PathSelector.percent FlashTable.save FlashTable._pending FlashTable.missing",
+    "Directory._consensus_from ConsensusParser FlashTable.add FlashTable._kept FlashTable._slots"
+    " _versions FLAG_WORDS",
+    "new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
+    "Consensus.__init__ Consensus.check_times Consensus.verify Consensus.missing_certs"
+    " parse_authority_certs",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"

@@ -1337,6 +1337,14 @@ def _integers(text):
     return {name: int(value) for name, value in words}
 
 
+def clock_error(ahead):
+    """A ClockError: by how many seconds this machine's clock is ahead, or (negative) behind."""
+    hours = (abs(ahead) + 1800) // 3600
+    much = "%d hours" % hours if hours < 96 else "%d days" % (hours // 24)
+    text = "about %s ahead" if ahead > 0 else "at least %s behind"
+    return ClockError("the clock of this machine is %s: set it, as by NTP" % text % much)
+
+
 class Consensus:
     """What stands around the relays in a consensus (dir-spec 3.4.1): the lines `head`."""
 
@@ -1375,11 +1383,12 @@ class Consensus:
 
     def check_times(self, when):
         """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
-        hours = (when - self.valid_after) // 3600
+        age = when - self.valid_after
         if when > self.valid_until + 86400:
-            raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
-        if hours < -24:
-            raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
+            text = "the consensus is %d hours old (or the clock is ahead)"
+            raise DirectoryError(text % (age // 3600))
+        if age < -86400:
+            raise clock_error(age)
         lacking = sorted(self.required - set(_versions(_SUPPORTED)))
         if lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
@@ -1401,15 +1410,38 @@ class _Splitter:
         require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
+_SIGNATURE = b"\ndirectory-signature "
+
+
 class ConsensusParser(_Splitter):
     """Parses a consensus for `sink`: RelayTable.add."""
 
-    _mark = b"\nr "
+    _mark, _signatures = b"\nr ", None
+
+    def feed(self, data):
+        super().feed(data)
+        signed, found, rest = self._rest.partition(_SIGNATURE)
+        if found:
+            self._rest, footer, self._weights = signed.partition(b"\ndirectory-footer\n")
+            require(footer and self._hash, "the consensus is truncated")
+            super().feed(self._mark)
+            self._hash.update(footer + self._weights + _SIGNATURE)
+            self._mark, self._signatures, self._rest = _SIGNATURE, {}, b""
+            self.feed(rest)
+
+    def _signature(self, text):
+        arguments, body = document(_SIGNATURE + text)(b"directory-signature")
+        # Without a name it is SHA-1.
+        if arguments.startswith(b"sha256 "):
+            identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
+            self._signatures[identity, key] = body
 
     def _entry(self, text):
-        require(b"\ndirectory-signature " not in text, "a document is malformed")
+        if self._signatures is not None:
+            return self._signature(text)
+        require(_SIGNATURE not in text, "a document is malformed")
         if not self._hash:
-            self._head, self._hash = text, hashlib.sha256(text)
+            self._head, self._hash = text.partition(b"\ndir-source ")[0], hashlib.sha256(text)
             return
         text = self._mark + text
         self._hash.update(text)
@@ -1421,32 +1453,29 @@ class ConsensusParser(_Splitter):
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
         net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
         weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
-        words = get(b"s ", b"") + get(b"pr", b"")
+        flags = self._flags(get(b"s ", b"")) | self._flags(get(b"pr", b""))
+        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
+        self._sink(*keys, address, int(fields[5]), net6, flags, weight)
+
+    def _flags(self, words):
+        # A few lines are those of nearly all relays.
         if words not in self._bits:
+            if len(self._bits) > (15 if MICROPYTHON else 255):
+                self._bits.clear()
             found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
-        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
-        self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
+        return self._bits[words]
 
     def finish(self):
         """The Consensus, with `digest`, and `signatures` by (identity, key digest)."""
-        signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
-        self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
-        good = footer and self._hash and signatures[-1:] == b"\n"
+        good = self._signatures is not None and self._rest[-1:] == b"\n"
         require(good, "the consensus is truncated")
-        self.feed(self._mark)
-        self._hash.update(footer + weights + mark)
+        self.feed(_SIGNATURE)
         try:
-            c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
-            c.digest, c.signatures = self._hash.digest(), {}
-            for signature in signatures.split(mark):
-                arguments, body = document(mark + signature)(b"directory-signature")
-                # Without a name it is SHA-1.
-                if arguments.startswith(b"sha256 "):
-                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
-                    c.signatures[identity, key] = body
+            c = Consensus(self._head + b"\n" + self._weights)
         except ValueError:
             raise ProtocolError("a document is malformed")
+        c.digest, c.signatures = self._hash.digest(), self._signatures
         return c
 
 
@@ -2093,8 +2122,11 @@ def cell(circ_id, command, body=b""):
     return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay; return its Ed25519 identity."""
+def parse_certs(body, tls_digest, rsa_id, ed_id):
+    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay but for the time.
+
+    Return its Ed25519 identity, and when the first certificate expires.
+    """
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
@@ -2102,16 +2134,16 @@ def parse_certs(body, tls_digest, rsa_id, ed_id, when):
     # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
     key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
-    identity, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    identity, expires, signature = r.take(32), r.uint(4), r.take(r.uint(1))
     good = sha1(key) == rsa_id and ed_id in (None, identity)
     require(good, "CERTS: not the relay expected")
     digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
-    good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
-    require(good, "CERTS: the RSA cross-certificate is expired or wrong")
-    key = check_ed_cert(certs[4], 4, identity, when)
-    good = check_ed_cert(certs[5], 5, key, when) == tls_digest
+    good = not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
+    require(good, "CERTS: the RSA cross-certificate is wrong")
+    key = check_ed_cert(certs[4], 4, identity, 0)
+    good = check_ed_cert(certs[5], 5, key, 0) == tls_digest
     require(good, "CERTS: for another TLS certificate")
-    return identity
+    return identity, 3600 * min([expires] + [uint(certs[kind][2:6]) for kind in (4, 5)])
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -2475,10 +2507,11 @@ def parse_descriptor(data, blinded, subcred, when):
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
+    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds;
+    `expired`: its certificates are, by ours.
     """
 
-    closed, _lacks = None, 0
+    closed, expired, skew, _lacks = None, False, 0, 0
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -2649,10 +2682,12 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
+            expires = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id)[1]
+            self.expired = expires < now()
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
+            require(not self.expired, "its certificates have expired, or the clock is ahead")
             # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
             place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
             self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
@@ -2679,17 +2714,17 @@ class Channel:
 
 
 class Channels:
-    _open = {}
+    open = {}  # By RSA identity.
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """The relay's one open Channel, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.closed}
-        if rsa_id not in self._open:
-            self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
-        return await self._open[rsa_id].opened.wait()
+        self.open = {r: c for r, c in self.open.items() if not c.closed}
+        if rsa_id not in self.open:
+            self.open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+        return await self.open[rsa_id].opened.wait()
 
     def close(self):
-        for channel in self._open.values():
+        for channel in self.open.values():
             channel.close()
 
 
@@ -3302,6 +3337,10 @@ class Circuit:
         return self.closed
 
 
+# Below the budget, for overlays and what they work on.
+_ROOM = 16384
+
+
 def relieve(circuits, still=0):
     """For want of memory end the stream that holds most (and is `still` for so many ms), or,
     without any and if not `still`, close a circuit."""
@@ -3323,6 +3362,18 @@ def relieve(circuits, still=0):
             other.close("out of memory", 5)
     except MemoryError:
         pass
+
+
+def make_room(channels):
+    """On a board, before what takes much memory: end idle circuits of a service's clients."""
+    idle = [c for channel in channels for c in channel.circuits.values()
+            if c.on_begin and not c.streams]
+    # Those first that were used last longest ago.
+    idle.sort(key=lambda c: ticks_diff(c.since, ticks_ms()))
+    gc.collect()
+    while idle and gc.mem_alloc() > _admission[0] - _ROOM:
+        idle.pop(0).close()
+        gc.collect()
 
 
 BUILD_SECONDS = 20
@@ -3823,8 +3874,9 @@ async def directory_request(circuit, *request, seconds=None):
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# Of each kind: directory guards, then mirrors, then authorities.
+# Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
+_ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
 
 
 class Directory:
@@ -3834,7 +3886,8 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self._certs, self._percent, self._failures = {}, 0, 0
+        # `_stale`: the guard's consensus was no newer.
+        self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3871,8 +3924,10 @@ class Directory:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
+                    self._stale = True
                     raise DirectoryError("there is no newer consensus")
                 await self._fill(table, consensus)
+                self._stale = False
                 if table.short:
                     raise DirectoryError("there is no room for all relays")
                 delay = 0
@@ -3892,7 +3947,9 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority.
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
-            relay = paths.guard(kind="dir-guards", use=3)
+            # On a board another link than that of its circuits would be dear.
+            alone = MICROPYTHON and not failures and not self._stale
+            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -3906,10 +3963,19 @@ class Directory:
         except TorError:
             if paths:
                 paths.failed(where[2])
+            channel = self._channels.open.get(where[2])
+            if channel and channel.expired:
+                self._judge_clock(channel)
             raise
         if paths:
             paths.succeeded(where[2])
         return circuit
+
+    def _judge_clock(self, channel):
+        # Something is too old: whose clock is wrong?  Authorities alone are believed.
+        known = [place(entry)[2] for entry in self.network.authorities]
+        if channel.rsa_id in known and abs(channel.skew) >= 3600:
+            raise clock_error(-channel.skew)
 
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
@@ -3917,12 +3983,18 @@ class Directory:
         while self._failures < 3 * _TRIES:
             circuit = None
             try:
+                if MICROPYTHON:
+                    make_room(self._channels.open.values())
                 circuit = await self._circuit()
                 return await use(circuit, *args)
-            except (ChannelError, CircuitError, DirectoryError, ProtocolError, StreamError) as e:
+            except _ITS_FAULT as e:
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
+            except ClockError as e:
+                if self._progress:
+                    self._progress(self._percent, "clock_skew", str(e))
+                raise
             except OSError as e:
                 raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
             finally:
@@ -3965,11 +4037,8 @@ class Directory:
         try:
             consensus.check_times(now())
         except DirectoryError:
-            # Whose clock is wrong?  Authorities alone are believed, and asked next.
-            self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [place(entry)[2] for entry in self.network.authorities]
-            if circuit.channel.rsa_id in known and abs(ahead) >= 60:
-                raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
+            self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
+            self._judge_clock(circuit.channel)
             raise
         return table, consensus
 
@@ -4408,7 +4477,8 @@ def is_onion(host):
 
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
-    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
+    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
+    the tag "clock_skew" tells of each ClockError, also later.
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 

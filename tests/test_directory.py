@@ -542,8 +542,9 @@ def test_a_wrong_clock_is_told_by_an_authority(net, tmp_path):
     for rsa_id, minutes, told in (
         (b"fallback".ljust(20), -6000, None),
         (authority, -59, None),
-        (authority, -6000, r"wrong by \+6000 minutes"),
-        (authority, 6000, "wrong by -6000 minutes"),
+        (authority, -1860, "about 31 hours ahead: set it"),
+        (authority, -60000, "about 41 days ahead"),
+        (authority, 6000, "at least 4 days behind"),
     ):
         mirror = Mirror(net)
         circuit = mirror.circuit
@@ -720,7 +721,7 @@ class FakeChannels:
     """Channels by address: an error, seconds until it opens, or None for at once."""
 
     def __init__(self, behaviour):
-        self.behaviour, self.asked, self.seconds = behaviour, [], []
+        self.behaviour, self.asked, self.seconds, self.open = behaviour, [], [], {}
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=None):
         self.asked.append(address)
@@ -769,6 +770,29 @@ def ask(directory):
 
 
 REFUSED = minitor.ChannelError("relay x cannot be reached: refused")
+
+
+def test_a_wrong_clock_is_told_by_expired_certificates(monkeypatch, tmp_path):
+    """Together with what an authority, which they prove it to be, says the time is."""
+    for who, skew, told in (
+        ("fallback", -60, None),
+        ("authority", -60, "about 60 hours ahead: set it"),
+        ("authority", -6000, "about 250 days ahead"),
+        ("authority", 0, None),
+    ):
+
+        def expired(address):
+            place = [p for p in network.fallbacks + network.authorities if p[0] == address][0]
+            if address.startswith(who):
+                channel = SimpleNamespace(rsa_id=place[2], expired=True, skew=skew * 3600)
+                channels.open[place[2]] = channel
+            return minitor.ChannelError("its certificates have expired")
+
+        directory, channels, _ = sources(monkeypatch, tmp_path, expired)
+        network = directory.network
+        kind = minitor.ClockError if told else minitor.DirectoryError
+        with pytest.raises(kind, match=told or "certificates have expired"):
+            ask(directory)
 
 
 def test_fallbacks_before_authorities(monkeypatch, tmp_path):

@@ -354,9 +354,9 @@ def test_stored_table(tmp_path, consensus):
 
 def test_certs_cell(checks, certs, key):
     (body, tls), rsa_id = certs, minitor.sha1(key.der)
-    ed_id = minitor.parse_certs(body, tls, rsa_id, None, NOW)
-    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, ed_id, NOW), body)
-    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, None, NOW), body)
+    ed_id = minitor.parse_certs(body, tls, rsa_id, None)[0]
+    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, ed_id), body)
+    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, None), body)
 
 
 def test_link_specifiers():

@@ -29,12 +29,12 @@ random_keypair = minitor.x25519_keypair
 # CERTS of C tor.
 made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["certs"]
 body, digest, rsa_id, ed_id = [H(made[name]) for name in ("body", "digest", "rsa", "ed")]
-assert minitor.parse_certs(body, digest, rsa_id, None, made["when"]) == ed_id
-assert minitor.parse_certs(body, digest, rsa_id, ed_id, made["when"]) == ed_id
-assert refused(minitor.parse_certs, body, digest, bytes(20), None, made["when"])
-assert refused(minitor.parse_certs, body, bytes(32), rsa_id, None, made["when"])
-assert refused(minitor.parse_certs, body, digest, rsa_id, None, made["when"] + 400 * 86400)
-assert refused(minitor.parse_certs, body[:-1], digest, rsa_id, None, made["when"])
+found, expires = minitor.parse_certs(body, digest, rsa_id, None)
+assert found == ed_id and 0 < expires - made["when"] < 50 * 3600
+assert minitor.parse_certs(body, digest, rsa_id, ed_id) == (ed_id, expires)
+assert refused(minitor.parse_certs, body, digest, bytes(20), None)
+assert refused(minitor.parse_certs, body, bytes(32), rsa_id, None)
+assert refused(minitor.parse_certs, body[:-1], digest, rsa_id, None)
 
 # ntor.
 B = H("ccbc8541904d18af08753eae967874749e6149f873de937f57f8fd903a21c471")

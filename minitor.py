@@ -424,6 +424,8 @@ def _lanes():
         yield 8 * x
 
 
+_ROUNDS = pack("<80Q", *_roots(409, 3))
+_LANES = bytes(_lanes())
 _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 
 
@@ -431,8 +433,6 @@ _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 if MICROPYTHON and NARROW:
     # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
     _SCRATCH = bytearray(640)
-    _ROUNDS = pack("<80Q", *_roots(409, 3))
-    _LANES = bytes(_lanes())
 
     @micropython.viper
     def _xor(target, at, source, start, n):
@@ -557,11 +557,11 @@ if MICROPYTHON and NARROW:
             n -= 1
 
     @micropython.viper
-    def _sha512(state):
+    def _sha512(state, rounds):
         _sha512_schedule(state)
         p = ptr32(int(ptr32(state)) + 64)
         q = ptr32(_SCRATCH)
-        k = ptr32(_ROUNDS)
+        k = ptr32(rounds)
         n = 80
         while n:
             x, y = uint(p[8]), uint(p[9])
@@ -668,7 +668,6 @@ if MICROPYTHON and NARROW:
 else:
     # On 64 bits viper's integers are longer.
     _SCRATCH = bytearray(528)
-    _ROUNDS = list(_roots(409, 3))
 
     def _xor(target, at, source, start, n):
         x = uint(target[at : at + n]) ^ uint(source[start : start + n])
@@ -700,7 +699,7 @@ else:
         pack_into("<5I", state, 0, *w)
         _xor(state, 20, state, 20, 64)
 
-    def _sha512(state, mask=_MASK):
+    def _sha512(state, rounds, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
@@ -710,7 +709,7 @@ else:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
         a, b, c, d, e, f, g, h = start
-        for k, w in zip(_ROUNDS, w):
+        for k, w in zip(unpack("<80Q", rounds), w):
             x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
             a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
@@ -808,7 +807,9 @@ class _Sha1(_Hash):
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
     _start = pack("<8Q128x", *_roots(19, 2))
-    _absorb = staticmethod(_sha512)
+
+    def _absorb(self, state):
+        _sha512(state, _ROUNDS)
 
 
 class _Sha3(_Hash):
@@ -1299,7 +1300,7 @@ def parse_authority_certs(text, identities):
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
-).split()
+).split(" ")
 BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
 STABLE, V2DIR, FLOWCTRL1, HSDIR2, HSINTRO4 = 128, 256, 512, 1024, 2048
 # KNOWN: the microdescriptor is there.
@@ -1332,9 +1333,10 @@ def _versions(text):
                 yield "%s=%d" % (name, version)
 
 
-def _integers(text):
+def _integers(text, wanted):
+    # A board keeps those whose names begin as those it asks for.
     words = [word.split("=") for word in text.decode().split()]
-    return {name: int(value) for name, value in words}
+    return {name: int(n) for name, n in words if not MICROPYTHON or name[:2] in wanted}
 
 
 def clock_error(ahead):
@@ -1357,9 +1359,10 @@ class Consensus:
         good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
         good = good and self.valid_after < self.fresh_until <= self.valid_until
         require(good, "this is no consensus of the microdescriptor flavour")
-        self.params = _integers(text(b"params"))
-        self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
-        self.required = set(_versions(text(b"required-client-protocols")))
+        self.params = _integers(text(b"params"), "ci gu hs mi us va")
+        self.bandwidth_weights = _integers(text(b"bandwidth-weights"), "Wg Wm We")
+        required = set(_versions(text(b"required-client-protocols")))
+        self.lacking = sorted(required - set(_versions(_SUPPORTED)))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
         self.srv_previous, self.srv_current = [s and b64decode(s.split(b" ")[-1], 32) for s in srvs]
 
@@ -1385,6 +1388,7 @@ class Consensus:
         """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
         age = when - self.valid_after
         if when > self.valid_until + 86400:
+<<<<<<< HEAD
             text = "the consensus is %d hours old (or the clock is ahead)"
             raise DirectoryError(text % (age // 3600))
         if age < -86400:
@@ -1392,6 +1396,13 @@ class Consensus:
         lacking = sorted(self.required - set(_versions(_SUPPORTED)))
         if lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
+=======
+            raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
+        if hours < -24:
+            raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
+        if self.lacking and self.valid_after >= _RELEASED:
+            raise ConfigError("get a newer minitor: the network requires " + " ".join(self.lacking))
+>>>>>>> 6a2ae2a8f8d3d9d05934e44ed5129b18170129f5
 
 
 class _Splitter:
@@ -1537,11 +1548,13 @@ class MicrodescParser(_Splitter):
 _RECORD, _SIZE = ">20s4sHI70s16s", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
+_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode("ascii")
 
 
 class Record:
     """A descriptor; or a relay: `address` (text), `port`, `rsa_id`, `ed_id`, `ntor_key`, …"""
+
+    private = False
 
 
 def _tagged(r, size):
@@ -1933,7 +1946,7 @@ class FlashTable(_Relays):
     def find(self, rsa_id):
         # A few relays are looked up again and again.
         if rsa_id not in self._found:
-            if len(self._found) > 15:
+            if len(self._found) > 7:
                 self._found.clear()
             self._found[rsa_id] = _Relays.find(self, rsa_id)
         return self._found[rsa_id]
@@ -3440,7 +3453,7 @@ class PathSelector:
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._totals = {}
-        self._weights = dict(consensus.bandwidth_weights, Wge=0)
+        self._weights = consensus.bandwidth_weights
         if not self._file:
             return
         self.sample = [g for g in self.sample if g.until > now()]
@@ -3465,6 +3478,7 @@ class PathSelector:
     def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
+        w[2] = 0 if position == "g" else w[2]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
         return dict(w)
 
@@ -4026,6 +4040,8 @@ class Directory:
             raise DirectoryError("too few microdescriptors came")
         if changed:
             table.save(self._path, self.network.id, consensus)
+        if MICROPYTHON:
+            consensus.head = b""  # it is on flash
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)
@@ -4057,14 +4073,19 @@ _REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
+# When a directory that has none wants a descriptor, in seconds since whatever.
+OVERDUE = -1 << 29
+
+
 def descriptor_place(tor, key, n):
-    """Start, blinding parameter and key, subcredential, directories' identities."""
+    """Start, blinding parameter and key, subcredential, {directory's identity: OVERDUE}."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
+    ring = {table.rsa_id(i): OVERDUE for i in ring}
+    return period[3], param, blinded, subcredential(key, blinded), ring
 
 
 async def hsdir_request(tor, rsa_id, path, body=None):
@@ -4155,7 +4176,7 @@ async def meet(tor, key):
 
 INTRO_POINTS = 3
 # Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
-_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
+_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 11, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 # Past the budget, a stream that holds memory ends after so long without a byte.
@@ -4209,114 +4230,138 @@ class OnionService:
         self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
-        for circuit in self.circuits:
+        for circuit in self.circuits + [i.circuit for i in self.intros if i.circuit]:
             circuit.close()
         self._published.set(error=OnionError("the service was closed"))
 
     def _over(self, intro):
-        gone = self.tor.directory.table.find(intro.rsa_id) < 0
-        return gone or now() > intro.until or intro.left <= 0
+        return now() > intro.until or intro.left <= 0
 
     async def _keep_intros(self):
+        updates, paths, directory = None, self.tor.paths, self.tor.directory
         while True:
             self._tasks = [task for task in self._tasks if not task.done()]
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
+                for intro in list(self.intros):
+                    if updates != paths.updates and directory.table.find(intro.rsa_id) < 0:
+                        intro.until = 0
+                    self._keep_intro(intro)
+                updates = paths.updates
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
-                    self._add_intro()
+                    self.intros.append(self._new_intro())
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
 
-    def _add_intro(self):
-        table, pick = self.tor.directory.table, self.tor.paths.pick
+    def _new_intro(self):
+        table, pick, intro = self.tor.directory.table, self.tor.paths.pick, Record()
         used = [table.find(i.rsa_id) for i in self.intros]
         apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
-        intro = table.relay(pick("intro", apart, STABLE))
-        intro.esk, intro.ready, intro.cookies = ed25519_expand(urandom(32)), False, set()
+        relay = table.relay(pick("intro", apart, STABLE))
+        # What a circuit and the descriptor need, no more.
+        intro.rsa_id, intro.ntor_key, intro.specifiers = (
+            relay.rsa_id, relay.ntor_key, relay.specifiers)
+        intro.esk = ed25519_expand(urandom(32))
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        self.intros.append(intro)
-        try:
-            self._tasks.append(spawn(self._keep_intro(intro)))
-        except MemoryError:
-            self.intros.remove(intro)
-            raise
+        # `begun`: how many circuits were.  Of used cookies the first 4 bytes.
+        intro.circuit, intro.busy, intro.begun, intro.cookies = None, False, 0, bytearray()
+        return intro
 
-    async def _keep_intro(self, intro):
+    def _keep_intro(self, intro):
+        # Begin a circuit, where there is none.
+        circuit, over = intro.circuit, self._over(intro)
+        # It stays until the descriptor names another.
+        good = circuit and not circuit.closed and (intro in self._shown or not over)
+        if good or intro.busy:
+            return
+        if circuit:
+            intro.circuit = None
+            circuit.close()
+        # As tor: again three times, but not eleven circuits in five minutes.
+        if over or intro.begun > 3:
+            self.intros.remove(intro)
+        elif not 0 <= now() - self._launched[0] < 300:
+            self._launched, task = self._launched[1:] + [now()], spawn(self._establish(intro))
+            intro.busy, intro.begun = True, intro.begun + 1
+            self._tasks.append(task)
+
+    async def _establish(self, intro):
         circuit = None
         try:
-            # As tor: again three times, but not eleven circuits in five minutes.
-            for _ in range(4):
-                while 0 <= now() - self._launched[0] < 300:
-                    await asyncio.sleep(1)
-                self._launched = self._launched[1:] + [now()]
-                circuit = await self.tor.circuit_to(intro)
-                circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
-                body = establish_intro(intro, circuit.kh)
-                await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
-                intro.ready = True
-                # It stays until the descriptor names another.
-                while not circuit.closed and (intro in self._shown or not self._over(intro)):
-                    await asyncio.sleep(1)
-                intro.ready = False
-                if self._over(intro):
-                    break
+            circuit = await self.tor.circuit_to(intro)
+            circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
+            body = establish_intro(intro, circuit.kh)
+            await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
+            intro.circuit, circuit = circuit, None
         except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
-        finally:
             self.intros.remove(intro)
+        finally:
+            intro.busy = False
             if circuit:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when directories want a descriptor of `state`.
-        waited, updates, state, due = 0, None, None, {}
+        waited, updates, state = 0, None, None
         while True:
             await asyncio.sleep(1)
-            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
+            ready = sorted([i for i in self.intros if i.circuit], key=self._over)[:INTRO_POINTS]
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            if state != set(ready):
-                state, due = set(ready), {}
             try:
                 if updates != self.tor.paths.updates:
-                    self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+                    self._periods = self._new_periods()
                     updates = self.tor.paths.updates
+                if state != set(ready):
+                    state = set(ready)
+                    for period in self._periods:
+                        period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
-                    await self._publish(ready, due, *period)
+                    t, ring = now() - period[0], period[4]
+                    if [due for due in ring.values() if due < t]:
+                        await self._publish(ready, t, *period)
             except (MemoryError, OSError, TorError) as e:
                 log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
-            if [t for t in due.values() if t > now() + 20]:
+            if [t for p in self._periods for t in p[4].values() if t > now() + 20 - p[0]]:
                 self._shown = state
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, due, start, param, blinded, subcred, ring):
-        t, tor = now(), self.tor
-        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
-        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
+    def _new_periods(self):
+        # Who has the descriptor of a period need not get it again.
+        found = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+        for start, _, blinded, _, ring in found:
+            for before in [p for p in self._periods if p[2] == blinded]:
+                shift = before[0] - start
+                ring.update({d: before[4][d] + shift for d in ring if d in before[4]})
+        return found
+
+    async def _publish(self, intros, t, start, param, blinded, subcred, ring):
+        # `ring`: when directories want the descriptor, in seconds since `start`, as `t` is.
+        tor = self.tor
+        todo = [rsa_id for rsa_id in ring if ring[rsa_id] < t]
+        ring.update({rsa_id: t + 20 for rsa_id in todo})
 
         async def upload(rsa_id):
             try:
                 await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
-                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                ring[rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
-        if not todo:
-            return
         esk = ed25519_blind_secret(self._esk, param)
-        revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
+        revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
+            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
@@ -4343,9 +4388,9 @@ class OnionService:
         try:
             subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = any([cookie in i.cookies for i in self.intros])
+            used = any([cookie[:4] in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
-            intro.cookies.add(cookie)
+            intro.cookies += cookie[:4]
             intro.left -= 1
             attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
             circuit = await self.tor.circuit_to(target, attempts)

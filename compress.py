@@ -590,15 +590,17 @@ OVERLAYS = (
     "OnionService.__init__ load_network Directory.__init__ load_service_key"
     " check_target",
     "rsa_public_key rsa_verify",
-    # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
+    # The directory: requests; what stays while it is fetched; relays of a consensus; what stands
+    # around them; microdescriptors; tables.
     "directory_request _Identity _Splitter b64decode",
     "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
-    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
-    " new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable._slots"
-    " FlashTable.finish FlashTable.save FlashTable._pending FlashTable.missing",
-    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser"
-    " FlashTable.add FlashTable._kept",
+    " PathSelector.percent FlashTable.missing FlashTable._pending",
+    "Directory._consensus_from ConsensusParser FlashTable.add FlashTable._kept FlashTable._slots",
+    "Consensus.__init__ Consensus.check_times Consensus.missing_certs Consensus.verify document"
+    " parse_authority_certs clock_error",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
+    "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
+    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"

@@ -1481,7 +1481,7 @@ class MicrodescParser(_Splitter):
         super().feed(data)
         # A family line can have 128 KB.
         cut = self._rest.rfind(b" $")
-        if cut > 2048:
+        if cut > 256:
             self._entry(self._rest[:cut], b"")
             self._rest = self._rest[cut:]
 
@@ -1587,6 +1587,10 @@ class _Relays:
     def ed_id(self, i):
         return self._field(i, 30, 32)
 
+    def digest(self, i):
+        """Of the microdescriptor, while it is not there."""
+        return self._field(i, 30, 32)
+
     def subnets(self, i):
         return unpack(">H4xI", self._field(i, 20, 10))
 
@@ -1665,15 +1669,8 @@ class RelayTable(_Relays):
             yield i, self.ed_id(i)
 
     def missing(self, most=65535):
-        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
-        wanted = {}
-        for i, _, _ in self.rows(KNOWN, 0):
-            wanted[self._field(i, 30, 32)] = i
-            if len(wanted) == most:
-                yield wanted
-                wanted = {}
-        if wanted:
-            yield wanted
+        """Yield the relays whose microdescriptors are to be fetched: lists of `most` indexes."""
+        yield from _pieces([i for i, _, _ in self.rows(KNOWN, 0)], most)
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
@@ -1972,17 +1969,17 @@ class FlashTable(_Relays):
         self._dirty = 1
 
     def _pending(self):
-        # Put the new ones into their shards; yield {digest: slot} of each shard.
-        wanted = {}
+        # Put the new ones into their shards; yield the slots of each shard.
+        wanted = []
         with open(self._path + "new", "rb") as f:
             while fields := f.read(64):
                 i = fields[0] | fields[1] << 8
                 if wanted and i // 40 != self._loaded:
                     yield wanted
-                    wanted = {}
+                    wanted = []
                 if not self.flags_of(i):
                     self._place(i, fields[2:])
-                    wanted[fields[32:]] = i
+                    wanted.append(i)
         if wanted:
             yield wanted
         self._flush()
@@ -1990,17 +1987,16 @@ class FlashTable(_Relays):
 
     def missing(self, most=0):
         """As RelayTable's, but shard by shard."""
-        wanted = {}
+        wanted = []
         if self._new:
             return (yield from self._pending())
         for i, _, _ in self.rows(USABLE, 0):
             if wanted and i // 40 != self._loaded:
                 yield wanted
-                wanted = {}
+                wanted = []
             self._load(i // 40)
-            digest = self._field(i, 30, 32)
-            if any(digest):
-                wanted[digest] = i
+            if any(self.digest(i)):
+                wanted.append(i)
         if wanted:
             yield wanted
 
@@ -3734,7 +3730,8 @@ _FETCH_SECONDS = 600 if MICROPYTHON else 120
 async def http_request(stream, path, limit, sink=None, body=None):
     """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
 
-    With `sink`, a function, it may come compressed, and goes there piece by piece.
+    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
+    text, or an iterable of its pieces.
     """
     method, fields, size = "GET", "", 0
     if body:
@@ -3742,7 +3739,14 @@ async def http_request(stream, path, limit, sink=None, body=None):
         fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    sent, text = stream.write, method + " "
+    for piece in [path] if isinstance(path, str) else path:
+        if len(text) > 100:
+            sent(text.encode())
+            text = ""
+            await stream.drain()
+        text += piece
+    sent(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
     for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
@@ -3788,11 +3792,21 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
+# By what a digest is found; a number takes no memory.
+_short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
 _ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
+
+
+def _microdescs_path(table, relays):
+    # In pieces that a cell has room for.
+    start = "/tor/micro/d/"
+    for ten in _pieces(relays, 10):
+        yield start + "-".join([b64encode(table.digest(i)) for i in ten])
+        start = "-"
 
 
 class Directory:
@@ -3980,20 +3994,24 @@ class Directory:
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(digest, *found):
-            if digest in wanted:
-                weights.table.set_microdesc(wanted.pop(digest), *found)
+        table = weights.table
 
-        for n, wanted in enumerate(queue):
+        def sink(digest, *found):
+            i = wanted.pop(_short(digest), -1)
+            if i >= 0 and table.digest(i) == digest:
+                table.set_microdesc(i, *found)
+
+        for n, some in enumerate(queue):
             if n % _LOOK == 0:
                 percent = weights.percent()
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
                 self._report(done, "loading_descriptors", "Loading relay descriptors")
-            for digests in _pieces(list(wanted), _BATCH):
-                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+            for batch in _pieces(some, _BATCH):
+                wanted = {_short(table.digest(i)): i for i in batch}
                 parser = MicrodescParser(sink)
+                path = _microdescs_path(table, batch)
                 await directory_request(circuit, path, 8 << 20, parser.feed)
                 parser.finish()
 

@@ -3727,40 +3727,49 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=None):
-    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
-
-    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
-    text, or an iterable of its pieces.
-    """
+async def _send_request(stream, path, sink, body):
     method, fields, size = "GET", "", 0
     if body:
         method, size = "POST", body.seek(0, 2)
         fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    sent, text = stream.write, method + " "
+    text = method + " "
     for piece in [path] if isinstance(path, str) else path:
         if len(text) > 100:
-            sent(text.encode())
+            stream.write(text.encode())
             text = ""
             await stream.drain()
         text += piece
-    sent(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
+    stream.write(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
     for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
         stream.write(body.read(PIECE))
     await stream.drain()
-    try:
-        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
-        status = int(lines[0].split(" ")[1])
-        fields = dict([line.split(": ", 1) for line in lines[1:-2]])
-        make = _DECODERS[fields.get("content-encoding", "identity")]
-    except (ValueError, KeyError, IndexError, EOFError):
-        raise ProtocolError("the directory's answer is no HTTP")
+
+
+def _answer_head(head):
+    # A decoder's class, and Content-Length or None.
+    lines = head.decode().lower().split("\r\n")
+    status, fields = int(lines[0].split(" ")[1]), dict([s.split(": ", 1) for s in lines[1:-2]])
     if status != 200:
         raise DirectoryError("the directory answered with status %d" % status)
+    return _DECODERS[fields.get("content-encoding", "identity")], fields.get("content-length")
+
+
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
+
+    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
+    text, or an iterable of its pieces.
+    """
+    # In functions of their own, as they leave much behind.
+    await _send_request(stream, path, sink, body)
+    try:
+        make, length = _answer_head(await stream.readuntil(b"\r\n\r\n", 8192))
+    except (ValueError, KeyError, IndexError, EOFError):
+        raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
         size += len(data)
@@ -3776,8 +3785,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
             (sink or pieces.append)(piece)
             # One more may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    good = not decoder and fields.get("content-length") in (None, str(size))
-    require(good, "the directory's answer is cut off")
+    require(not decoder and length in (None, str(size)), "the directory's answer is cut off")
     return b"".join(pieces)
 
 
@@ -3928,7 +3936,12 @@ class Directory:
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        # A new RelayTable and its Consensus, verified.
+        # A new RelayTable and its Consensus.
+        table, consensus = await self._unverified(circuit)
+        await self._verify(consensus, circuit)
+        return table, consensus
+
+    async def _unverified(self, circuit):
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
@@ -3940,6 +3953,10 @@ class Directory:
         # What the parser holds is not needed any more.
         consensus, parser = parser.finish(), None
         table.finish(consensus, self.table)
+        return table, consensus
+
+    async def _verify(self, consensus, circuit):
+        identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         # Nine have 20 KB: too much for a board at once.
@@ -3963,7 +3980,6 @@ class Directory:
             self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
             self._judge_clock(circuit.channel)
             raise
-        return table, consensus
 
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
@@ -3972,7 +3988,7 @@ class Directory:
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or (101 if table.whole else least)
+        until, why = until or (101 if table.whole else least), ""
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
@@ -3982,10 +3998,10 @@ class Directory:
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
-                log(INFO, "%s", e)
+                why = ": %s" % e
                 break
         if weights.percent() < least:
-            raise DirectoryError("too few microdescriptors came")
+            raise DirectoryError("too few microdescriptors came" + why)
         if changed:
             table.save(self._path, self.network.id, consensus)
         self.table, self.consensus = table, consensus

@@ -1388,21 +1388,12 @@ class Consensus:
         """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
         age = when - self.valid_after
         if when > self.valid_until + 86400:
-<<<<<<< HEAD
             text = "the consensus is %d hours old (or the clock is ahead)"
             raise DirectoryError(text % (age // 3600))
         if age < -86400:
             raise clock_error(age)
-        lacking = sorted(self.required - set(_versions(_SUPPORTED)))
-        if lacking and self.valid_after >= _RELEASED:
-            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
-=======
-            raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
-        if hours < -24:
-            raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
         if self.lacking and self.valid_after >= _RELEASED:
             raise ConfigError("get a newer minitor: the network requires " + " ".join(self.lacking))
->>>>>>> 6a2ae2a8f8d3d9d05934e44ed5129b18170129f5
 
 
 class _Splitter:
@@ -1503,7 +1494,7 @@ class MicrodescParser(_Splitter):
         super().feed(data)
         # A family line can have 128 KB.
         cut = self._rest.rfind(b" $")
-        if cut > 2048:
+        if cut > 256:
             self._entry(self._rest[:cut], b"")
             self._rest = self._rest[cut:]
 
@@ -1611,6 +1602,10 @@ class _Relays:
     def ed_id(self, i):
         return self._field(i, 30, 32)
 
+    def digest(self, i):
+        """Of the microdescriptor, while it is not there."""
+        return self._field(i, 30, 32)
+
     def subnets(self, i):
         return unpack(">H4xI", self._field(i, 20, 10))
 
@@ -1689,15 +1684,8 @@ class RelayTable(_Relays):
             yield i, self.ed_id(i)
 
     def missing(self, most=65535):
-        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
-        wanted = {}
-        for i, _, _ in self.rows(KNOWN, 0):
-            wanted[self._field(i, 30, 32)] = i
-            if len(wanted) == most:
-                yield wanted
-                wanted = {}
-        if wanted:
-            yield wanted
+        """Yield the relays whose microdescriptors are to be fetched: lists of `most` indexes."""
+        yield from _pieces([i for i, _, _ in self.rows(KNOWN, 0)], most)
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
@@ -1996,17 +1984,17 @@ class FlashTable(_Relays):
         self._dirty = 1
 
     def _pending(self):
-        # Put the new ones into their shards; yield {digest: slot} of each shard.
-        wanted = {}
+        # Put the new ones into their shards; yield the slots of each shard.
+        wanted = []
         with open(self._path + "new", "rb") as f:
             while fields := f.read(64):
                 i = fields[0] | fields[1] << 8
                 if wanted and i // 40 != self._loaded:
                     yield wanted
-                    wanted = {}
+                    wanted = []
                 if not self.flags_of(i):
                     self._place(i, fields[2:])
-                    wanted[fields[32:]] = i
+                    wanted.append(i)
         if wanted:
             yield wanted
         self._flush()
@@ -2014,17 +2002,16 @@ class FlashTable(_Relays):
 
     def missing(self, most=0):
         """As RelayTable's, but shard by shard."""
-        wanted = {}
+        wanted = []
         if self._new:
             return (yield from self._pending())
         for i, _, _ in self.rows(USABLE, 0):
             if wanted and i // 40 != self._loaded:
                 yield wanted
-                wanted = {}
+                wanted = []
             self._load(i // 40)
-            digest = self._field(i, 30, 32)
-            if any(digest):
-                wanted[digest] = i
+            if any(self.digest(i)):
+                wanted.append(i)
         if wanted:
             yield wanted
 
@@ -3790,32 +3777,49 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=None):
-    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
-
-    With `sink`, a function, it may come compressed, and goes there piece by piece.
-    """
+async def _send_request(stream, path, sink, body):
     method, fields, size = "GET", "", 0
     if body:
         method, size = "POST", body.seek(0, 2)
         fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    text = method + " "
+    for piece in [path] if isinstance(path, str) else path:
+        if len(text) > 100:
+            stream.write(text.encode())
+            text = ""
+            await stream.drain()
+        text += piece
+    stream.write(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
     for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
         stream.write(body.read(PIECE))
     await stream.drain()
-    try:
-        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
-        status = int(lines[0].split(" ")[1])
-        fields = dict([line.split(": ", 1) for line in lines[1:-2]])
-        make = _DECODERS[fields.get("content-encoding", "identity")]
-    except (ValueError, KeyError, IndexError, EOFError):
-        raise ProtocolError("the directory's answer is no HTTP")
+
+
+def _answer_head(head):
+    # A decoder's class, and Content-Length or None.
+    lines = head.decode().lower().split("\r\n")
+    status, fields = int(lines[0].split(" ")[1]), dict([s.split(": ", 1) for s in lines[1:-2]])
     if status != 200:
         raise DirectoryError("the directory answered with status %d" % status)
+    return _DECODERS[fields.get("content-encoding", "identity")], fields.get("content-length")
+
+
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
+
+    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
+    text, or an iterable of its pieces.
+    """
+    # In functions of their own, as they leave much behind.
+    await _send_request(stream, path, sink, body)
+    try:
+        make, length = _answer_head(await stream.readuntil(b"\r\n\r\n", 8192))
+    except (ValueError, KeyError, IndexError, EOFError):
+        raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
         size += len(data)
@@ -3831,8 +3835,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
             (sink or pieces.append)(piece)
             # One more may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    good = not decoder and fields.get("content-length") in (None, str(size))
-    require(good, "the directory's answer is cut off")
+    require(not decoder and length in (None, str(size)), "the directory's answer is cut off")
     return b"".join(pieces)
 
 
@@ -3847,11 +3850,21 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
+# By what a digest is found; a number takes no memory.
+_short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
 _ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
+
+
+def _microdescs_path(table, relays):
+    # In pieces that a cell has room for.
+    start = "/tor/micro/d/"
+    for ten in _pieces(relays, 10):
+        yield start + "-".join([b64encode(table.digest(i)) for i in ten])
+        start = "-"
 
 
 class Directory:
@@ -3980,7 +3993,12 @@ class Directory:
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        # A new RelayTable and its Consensus, verified.
+        # A new RelayTable and its Consensus.
+        table, consensus = await self._unverified(circuit)
+        await self._verify(consensus, circuit)
+        return table, consensus
+
+    async def _unverified(self, circuit):
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
@@ -3992,6 +4010,10 @@ class Directory:
         # What the parser holds is not needed any more.
         consensus, parser = parser.finish(), None
         table.finish(consensus, self.table)
+        return table, consensus
+
+    async def _verify(self, consensus, circuit):
+        identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         # Nine have 20 KB: too much for a board at once.
@@ -4015,7 +4037,6 @@ class Directory:
             self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
             self._judge_clock(circuit.channel)
             raise
-        return table, consensus
 
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
@@ -4024,7 +4045,7 @@ class Directory:
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or (101 if table.whole else least)
+        until, why = until or (101 if table.whole else least), ""
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
@@ -4034,10 +4055,10 @@ class Directory:
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
-                log(INFO, "%s", e)
+                why = ": %s" % e
                 break
         if weights.percent() < least:
-            raise DirectoryError("too few microdescriptors came")
+            raise DirectoryError("too few microdescriptors came" + why)
         if changed:
             table.save(self._path, self.network.id, consensus)
         if MICROPYTHON:
@@ -4048,20 +4069,24 @@ class Directory:
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(digest, *found):
-            if digest in wanted:
-                weights.table.set_microdesc(wanted.pop(digest), *found)
+        table = weights.table
 
-        for n, wanted in enumerate(queue):
+        def sink(digest, *found):
+            i = wanted.pop(_short(digest), -1)
+            if i >= 0 and table.digest(i) == digest:
+                table.set_microdesc(i, *found)
+
+        for n, some in enumerate(queue):
             if n % _LOOK == 0:
                 percent = weights.percent()
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
                 self._report(done, "loading_descriptors", "Loading relay descriptors")
-            for digests in _pieces(list(wanted), _BATCH):
-                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+            for batch in _pieces(some, _BATCH):
+                wanted = {_short(table.digest(i)): i for i in batch}
                 parser = MicrodescParser(sink)
+                path = _microdescs_path(table, batch)
                 await directory_request(circuit, path, 8 << 20, parser.feed)
                 parser.finish()
 

@@ -590,26 +590,28 @@ OVERLAYS = (
     "OnionService.__init__ load_network Directory.__init__ load_service_key"
     " check_target",
     "rsa_public_key rsa_verify",
-    # The directory: requests; what stays while it is fetched; its use; a consensus; what comes
-    # before and after it; microdescriptors.
+    # Uploads of descriptors, which are made below.
+    "OnionService._publish hsdir_request",
+    # The directory: requests; what stays while it is fetched; relays of a consensus; what stands
+    # around them; microdescriptors; tables.
     "directory_request _Identity _Splitter b64decode",
-    "place Directory._ask Directory._circuit Directory._report Directory._next_time make_room",
-    "Directory.bootstrap Directory._fill PathSelector.__init__ PathSelector.update"
-    " PathSelector.percent FlashTable.save FlashTable._pending FlashTable.missing",
-    "Directory._consensus_from ConsensusParser FlashTable.add FlashTable._kept FlashTable._slots"
-    " _versions FLAG_WORDS",
-    "new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
-    "Consensus.__init__ Consensus.check_times Consensus.verify Consensus.missing_certs"
-    " parse_authority_certs",
+    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
+    " Directory._consensus_from PathSelector.percent FlashTable.missing FlashTable._pending"
+    " FlashTable._slots FLAG_WORDS _versions",
+    "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept",
+    "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
+    " Consensus.verify document parse_authority_certs clock_error",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
+    "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
+    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
-    " onion_address OnionService._add_intro",
-    "make_descriptor revision_counter descriptor_place",
+    " onion_address OnionService._new_intro",
+    "make_descriptor revision_counter descriptor_place OnionService._new_periods",
 )
 # What takes long to compute is there as a value.
-VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()
+VALUES = "_D _ROOT _BASE _ROUNDS _LANES _Sha512._start".split()
 OVERLAY = "minitor%d"
 # A function there is called by a number: its place in `args`, and the overlay's.  Before it
 # stand the build's number and the overlays that this one needs.

@@ -44,7 +44,7 @@ if MICROPYTHON:
         _admission[0] = 96 << 10
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
-    ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
+    ticks_ms, ticks_diff, Turn = time.ticks_ms, time.ticks_diff, asyncio.Lock
     print_exception = sys.print_exception
 
     def consteq(a, b):  # In constant time.
@@ -59,6 +59,13 @@ else:
     from hmac import compare_digest as consteq
     from operator import sub as ticks_diff
     from types import SimpleNamespace
+
+    class Turn:  # There is memory for all at once.
+        async def __aenter__(self):
+            pass
+
+        async def __aexit__(self, *_):
+            pass
 
     _admission, FAILURES = [0, None], Exception
     ticks_ms = lambda: int(time.monotonic() * 1000)
@@ -424,6 +431,8 @@ def _lanes():
         yield 8 * x
 
 
+_ROUNDS = pack("<80Q", *_roots(409, 3))
+_LANES = bytes(_lanes())
 _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 
 
@@ -431,8 +440,6 @@ _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 if MICROPYTHON and NARROW:
     # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
     _SCRATCH = bytearray(640)
-    _ROUNDS = pack("<80Q", *_roots(409, 3))
-    _LANES = bytes(_lanes())
 
     @micropython.viper
     def _xor(target, at, source, start, n):
@@ -557,11 +564,11 @@ if MICROPYTHON and NARROW:
             n -= 1
 
     @micropython.viper
-    def _sha512(state):
+    def _sha512(state, rounds):
         _sha512_schedule(state)
         p = ptr32(int(ptr32(state)) + 64)
         q = ptr32(_SCRATCH)
-        k = ptr32(_ROUNDS)
+        k = ptr32(rounds)
         n = 80
         while n:
             x, y = uint(p[8]), uint(p[9])
@@ -668,7 +675,6 @@ if MICROPYTHON and NARROW:
 else:
     # On 64 bits viper's integers are longer.
     _SCRATCH = bytearray(528)
-    _ROUNDS = list(_roots(409, 3))
 
     def _xor(target, at, source, start, n):
         x = uint(target[at : at + n]) ^ uint(source[start : start + n])
@@ -700,7 +706,7 @@ else:
         pack_into("<5I", state, 0, *w)
         _xor(state, 20, state, 20, 64)
 
-    def _sha512(state, mask=_MASK):
+    def _sha512(state, rounds, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
@@ -710,7 +716,7 @@ else:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
         a, b, c, d, e, f, g, h = start
-        for k, w in zip(_ROUNDS, w):
+        for k, w in zip(unpack("<80Q", rounds), w):
             x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
             a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
@@ -808,7 +814,9 @@ class _Sha1(_Hash):
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
     _start = pack("<8Q128x", *_roots(19, 2))
-    _absorb = staticmethod(_sha512)
+
+    def _absorb(self, state):
+        _sha512(state, _ROUNDS)
 
 
 class _Sha3(_Hash):
@@ -1299,7 +1307,7 @@ def parse_authority_certs(text, identities):
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
-).split()
+).split(" ")
 BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
 STABLE, V2DIR, FLOWCTRL1, HSDIR2, HSINTRO4 = 128, 256, 512, 1024, 2048
 # KNOWN: the microdescriptor is there.
@@ -1332,9 +1340,10 @@ def _versions(text):
                 yield "%s=%d" % (name, version)
 
 
-def _integers(text):
+def _integers(text, wanted):
+    # A board keeps those whose names begin as those it asks for.
     words = [word.split("=") for word in text.decode().split()]
-    return {name: int(value) for name, value in words}
+    return {name: int(n) for name, n in words if not MICROPYTHON or name[:2] in wanted}
 
 
 def clock_error(ahead):
@@ -1357,9 +1366,10 @@ class Consensus:
         good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
         good = good and self.valid_after < self.fresh_until <= self.valid_until
         require(good, "this is no consensus of the microdescriptor flavour")
-        self.params = _integers(text(b"params"))
-        self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
-        self.required = set(_versions(text(b"required-client-protocols")))
+        self.params = _integers(text(b"params"), "ci gu hs mi us va")
+        self.bandwidth_weights = _integers(text(b"bandwidth-weights"), "Wg Wm We")
+        required = set(_versions(text(b"required-client-protocols")))
+        self.lacking = sorted(required - set(_versions(_SUPPORTED)))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
         self.srv_previous, self.srv_current = [s and b64decode(s.split(b" ")[-1], 32) for s in srvs]
 
@@ -1389,9 +1399,8 @@ class Consensus:
             raise DirectoryError(text % (age // 3600))
         if age < -86400:
             raise clock_error(age)
-        lacking = sorted(self.required - set(_versions(_SUPPORTED)))
-        if lacking and self.valid_after >= _RELEASED:
-            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
+        if self.lacking and self.valid_after >= _RELEASED:
+            raise ConfigError("get a newer minitor: the network requires " + " ".join(self.lacking))
 
 
 class _Splitter:
@@ -1492,7 +1501,7 @@ class MicrodescParser(_Splitter):
         super().feed(data)
         # A family line can have 128 KB.
         cut = self._rest.rfind(b" $")
-        if cut > 2048:
+        if cut > 256:
             self._entry(self._rest[:cut], b"")
             self._rest = self._rest[cut:]
 
@@ -1537,11 +1546,13 @@ class MicrodescParser(_Splitter):
 _RECORD, _SIZE = ">20s4sHI70s16s", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
+_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode("ascii")
 
 
 class Record:
     """A descriptor; or a relay: `address` (text), `port`, `rsa_id`, `ed_id`, `ntor_key`, …"""
+
+    private = False
 
 
 def _tagged(r, size):
@@ -1596,6 +1607,10 @@ class _Relays:
         return self._field(i, 0, 20)
 
     def ed_id(self, i):
+        return self._field(i, 30, 32)
+
+    def digest(self, i):
+        """Of the microdescriptor, while it is not there."""
         return self._field(i, 30, 32)
 
     def subnets(self, i):
@@ -1676,15 +1691,8 @@ class RelayTable(_Relays):
             yield i, self.ed_id(i)
 
     def missing(self, most=65535):
-        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
-        wanted = {}
-        for i, _, _ in self.rows(KNOWN, 0):
-            wanted[self._field(i, 30, 32)] = i
-            if len(wanted) == most:
-                yield wanted
-                wanted = {}
-        if wanted:
-            yield wanted
+        """Yield the relays whose microdescriptors are to be fetched: lists of `most` indexes."""
+        yield from _pieces([i for i, _, _ in self.rows(KNOWN, 0)], most)
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
@@ -1933,7 +1941,7 @@ class FlashTable(_Relays):
     def find(self, rsa_id):
         # A few relays are looked up again and again.
         if rsa_id not in self._found:
-            if len(self._found) > 15:
+            if len(self._found) > 7:
                 self._found.clear()
             self._found[rsa_id] = _Relays.find(self, rsa_id)
         return self._found[rsa_id]
@@ -1983,17 +1991,17 @@ class FlashTable(_Relays):
         self._dirty = 1
 
     def _pending(self):
-        # Put the new ones into their shards; yield {digest: slot} of each shard.
-        wanted = {}
+        # Put the new ones into their shards; yield the slots of each shard.
+        wanted = []
         with open(self._path + "new", "rb") as f:
             while fields := f.read(64):
                 i = fields[0] | fields[1] << 8
                 if wanted and i // 40 != self._loaded:
                     yield wanted
-                    wanted = {}
+                    wanted = []
                 if not self.flags_of(i):
                     self._place(i, fields[2:])
-                    wanted[fields[32:]] = i
+                    wanted.append(i)
         if wanted:
             yield wanted
         self._flush()
@@ -2001,17 +2009,16 @@ class FlashTable(_Relays):
 
     def missing(self, most=0):
         """As RelayTable's, but shard by shard."""
-        wanted = {}
+        wanted = []
         if self._new:
             return (yield from self._pending())
         for i, _, _ in self.rows(USABLE, 0):
             if wanted and i // 40 != self._loaded:
                 yield wanted
-                wanted = {}
+                wanted = []
             self._load(i // 40)
-            digest = self._field(i, 30, 32)
-            if any(digest):
-                wanted[digest] = i
+            if any(self.digest(i)):
+                wanted.append(i)
         if wanted:
             yield wanted
 
@@ -3479,7 +3486,7 @@ class PathSelector:
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._totals = {}
-        self._weights = dict(consensus.bandwidth_weights, Wge=0)
+        self._weights = consensus.bandwidth_weights
         if not self._file:
             return
         self.sample = [g for g in self.sample if g.until > now()]
@@ -3504,6 +3511,7 @@ class PathSelector:
     def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
+        w[2] = 0 if position == "g" else w[2]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
         return dict(w)
 
@@ -3815,32 +3823,49 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=None):
-    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
-
-    With `sink`, a function, it may come compressed, and goes there piece by piece.
-    """
+async def _send_request(stream, path, sink, body):
     method, fields, size = "GET", "", 0
     if body:
         method, size = "POST", body.seek(0, 2)
         fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    text = method + " "
+    for piece in [path] if isinstance(path, str) else path:
+        if len(text) > 100:
+            stream.write(text.encode())
+            text = ""
+            await stream.drain()
+        text += piece
+    stream.write(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
     for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
         stream.write(body.read(PIECE))
     await stream.drain()
-    try:
-        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
-        status = int(lines[0].split(" ")[1])
-        fields = dict([line.split(": ", 1) for line in lines[1:-2]])
-        make = _DECODERS[fields.get("content-encoding", "identity")]
-    except (ValueError, KeyError, IndexError, EOFError):
-        raise ProtocolError("the directory's answer is no HTTP")
+
+
+def _answer_head(head):
+    # A decoder's class, and Content-Length or None.
+    lines = head.decode().lower().split("\r\n")
+    status, fields = int(lines[0].split(" ")[1]), dict([s.split(": ", 1) for s in lines[1:-2]])
     if status != 200:
         raise DirectoryError("the directory answered with status %d" % status)
+    return _DECODERS[fields.get("content-encoding", "identity")], fields.get("content-length")
+
+
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
+
+    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
+    text, or an iterable of its pieces.
+    """
+    # In functions of their own, as they leave much behind.
+    await _send_request(stream, path, sink, body)
+    try:
+        make, length = _answer_head(await stream.readuntil(b"\r\n\r\n", 8192))
+    except (ValueError, KeyError, IndexError, EOFError):
+        raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
         size += len(data)
@@ -3856,8 +3881,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
             (sink or pieces.append)(piece)
             # One more may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    good = not decoder and fields.get("content-length") in (None, str(size))
-    require(good, "the directory's answer is cut off")
+    require(not decoder and length in (None, str(size)), "the directory's answer is cut off")
     return b"".join(pieces)
 
 
@@ -3872,11 +3896,21 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
+# By what a digest is found; a number takes no memory.
+_short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
 _ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
+
+
+def _microdescs_path(table, relays):
+    # In pieces that a cell has room for.
+    start = "/tor/micro/d/"
+    for ten in _pieces(relays, 10):
+        yield start + "-".join([b64encode(table.digest(i)) for i in ten])
+        start = "-"
 
 
 class Directory:
@@ -3888,6 +3922,8 @@ class Directory:
         self.table = self.consensus = self.paths = None
         # `_stale`: the guard's consensus was no newer.
         self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
+        # Who needs much memory, to refresh or to publish.
+        self.turn = Turn()
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3916,25 +3952,29 @@ class Directory:
         delay = 0
         while True:
             try:
-                await self._fill(self.table, self.consensus, 101)
+                async with self.turn:
+                    await self._fill(self.table, self.consensus, 101)
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 # The clock may be set, or the machine sleep.
                 while now() < when:
                     await asyncio.sleep(_PAUSE_SECONDS)
-                table, consensus = await self._ask(self._consensus_from)
-                if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
-                    self._stale = True
-                    raise DirectoryError("there is no newer consensus")
-                await self._fill(table, consensus)
-                self._stale = False
-                if table.short:
-                    raise DirectoryError("there is no room for all relays")
+                async with self.turn:
+                    await self._renew()
                 delay = 0
             except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
+
+    async def _renew(self):
+        table, consensus = await self._ask(self._consensus_from)
+        self._stale = consensus.valid_after <= self.consensus.valid_after and not self.table.short
+        if self._stale:
+            raise DirectoryError("there is no newer consensus")
+        await self._fill(table, consensus)
+        if table.short:
+            raise DirectoryError("there is no room for all relays")
 
     def _next_time(self):
         # As tor's update_consensus_networkstatus_fetch_time_impl.
@@ -4005,7 +4045,12 @@ class Directory:
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        # A new RelayTable and its Consensus, verified.
+        # A new RelayTable and its Consensus.
+        table, consensus = await self._unverified(circuit)
+        await self._verify(consensus, circuit)
+        return table, consensus
+
+    async def _unverified(self, circuit):
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
@@ -4017,6 +4062,10 @@ class Directory:
         # What the parser holds is not needed any more.
         consensus, parser = parser.finish(), None
         table.finish(consensus, self.table)
+        return table, consensus
+
+    async def _verify(self, consensus, circuit):
+        identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
         # Nine have 20 KB: too much for a board at once.
@@ -4040,7 +4089,6 @@ class Directory:
             self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
             self._judge_clock(circuit.channel)
             raise
-        return table, consensus
 
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
@@ -4049,7 +4097,7 @@ class Directory:
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or (101 if table.whole else least)
+        until, why = until or (101 if table.whole else least), ""
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
@@ -4059,32 +4107,38 @@ class Directory:
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
-                log(INFO, "%s", e)
+                why = ": %s" % e
                 break
         if weights.percent() < least:
-            raise DirectoryError("too few microdescriptors came")
+            raise DirectoryError("too few microdescriptors came" + why)
         if changed:
             table.save(self._path, self.network.id, consensus)
+        if MICROPYTHON:
+            consensus.head = b""  # it is on flash
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(digest, *found):
-            if digest in wanted:
-                weights.table.set_microdesc(wanted.pop(digest), *found)
+        table = weights.table
 
-        for n, wanted in enumerate(queue):
+        def sink(digest, *found):
+            i = wanted.pop(_short(digest), -1)
+            if i >= 0 and table.digest(i) == digest:
+                table.set_microdesc(i, *found)
+
+        for n, some in enumerate(queue):
             if n % _LOOK == 0:
                 percent = weights.percent()
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
                 self._report(done, "loading_descriptors", "Loading relay descriptors")
-            for digests in _pieces(list(wanted), _BATCH):
-                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+            for batch in _pieces(some, _BATCH):
+                wanted = {_short(table.digest(i)): i for i in batch}
                 parser = MicrodescParser(sink)
+                path = _microdescs_path(table, batch)
                 await directory_request(circuit, path, 8 << 20, parser.feed)
                 parser.finish()
 
@@ -4096,14 +4150,19 @@ _REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
+# When a directory that has none wants a descriptor, in seconds since whatever.
+OVERDUE = -1 << 29
+
+
 def descriptor_place(tor, key, n):
-    """Start, blinding parameter and key, subcredential, directories' identities."""
+    """Start, blinding parameter and key, subcredential, {directory's identity: OVERDUE}."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
+    ring = {table.rsa_id(i): OVERDUE for i in ring}
+    return period[3], param, blinded, subcredential(key, blinded), ring
 
 
 async def hsdir_request(tor, rsa_id, path, body=None):
@@ -4194,7 +4253,7 @@ async def meet(tor, key):
 
 INTRO_POINTS = 3
 # Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
-_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
+_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 11, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # Introductions that are answered at once.
 _ANSWERS = 1 if MICROPYTHON else 1024
 # An introduction point lives for once or twice as many: this bounds memory, too.
@@ -4251,13 +4310,12 @@ class OnionService:
         self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
-        for circuit in self.circuits:
+        for circuit in self.circuits + [i.circuit for i in self.intros if i.circuit]:
             circuit.close()
         self._published.set(error=OnionError("the service was closed"))
 
     def _over(self, intro):
-        gone = self.tor.directory.table.find(intro.rsa_id) < 0
-        return gone or now() > intro.until or intro.left <= 0
+        return now() > intro.until or intro.left <= 0
 
     def _tidy(self):
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -4267,105 +4325,131 @@ class OnionService:
         self.circuits = [circuit for circuit in self.circuits if not circuit.closed]
 
     async def _keep_intros(self):
+        updates, paths, directory = None, self.tor.paths, self.tor.directory
         while True:
             self._tidy()
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
+                for intro in list(self.intros):
+                    if updates != paths.updates and directory.table.find(intro.rsa_id) < 0:
+                        intro.until = 0
+                    self._keep_intro(intro)
+                updates = paths.updates
                 while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
-                    self._add_intro()
+                    self.intros.append(self._new_intro())
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
 
-    def _add_intro(self):
-        table, pick = self.tor.directory.table, self.tor.paths.pick
+    def _new_intro(self):
+        table, pick, intro = self.tor.directory.table, self.tor.paths.pick, Record()
         used = [table.find(i.rsa_id) for i in self.intros]
         apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
-        intro = table.relay(pick("intro", apart, STABLE))
-        intro.esk, intro.ready, intro.cookies = ed25519_expand(urandom(32)), False, set()
+        relay = table.relay(pick("intro", apart, STABLE))
+        # What a circuit and the descriptor need, no more.
+        intro.rsa_id, intro.ntor_key, intro.specifiers = (
+            relay.rsa_id, relay.ntor_key, relay.specifiers)
+        intro.esk = ed25519_expand(urandom(32))
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        self.intros.append(intro)
-        try:
-            self._tasks.append(spawn(self._keep_intro(intro)))
-        except MemoryError:
-            self.intros.remove(intro)
-            raise
+        # `begun`: how many circuits were.  Of used cookies the first 4 bytes.
+        intro.circuit, intro.busy, intro.begun, intro.cookies = None, False, 0, bytearray()
+        return intro
 
-    async def _keep_intro(self, intro):
+    def _keep_intro(self, intro):
+        # Begin a circuit, where there is none.
+        circuit, over = intro.circuit, self._over(intro)
+        # It stays until the descriptor names another.
+        good = circuit and not circuit.closed and (intro in self._shown or not over)
+        if good or intro.busy:
+            return
+        if circuit:
+            intro.circuit = None
+            circuit.close()
+        # As tor: again three times, but not eleven circuits in five minutes.
+        if over or intro.begun > 3:
+            self.intros.remove(intro)
+        elif not 0 <= now() - self._launched[0] < 300:
+            self._launched, task = self._launched[1:] + [now()], spawn(self._establish(intro))
+            intro.busy, intro.begun = True, intro.begun + 1
+            self._tasks.append(task)
+
+    async def _establish(self, intro):
         circuit = None
         try:
-            # As tor: again three times, but not eleven circuits in five minutes.
-            for _ in range(4):
-                while 0 <= now() - self._launched[0] < 300:
-                    await asyncio.sleep(1)
-                self._launched = self._launched[1:] + [now()]
-                circuit = await self.tor.circuit_to(intro)
-                circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
-                body = establish_intro(intro, circuit.kh)
-                await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
-                intro.ready = True
-                # It stays until the descriptor names another.
-                while not circuit.closed and (intro in self._shown or not self._over(intro)):
-                    await asyncio.sleep(1)
-                intro.ready = False
-                if self._over(intro):
-                    break
+            circuit = await self.tor.circuit_to(intro)
+            circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
+            body = establish_intro(intro, circuit.kh)
+            await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
+            intro.circuit, circuit = circuit, None
         except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
-        finally:
             self.intros.remove(intro)
+        finally:
+            intro.busy = False
             if circuit:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when directories want a descriptor of `state`.
-        waited, updates, state, due = 0, None, None, {}
+        waited, updates, state = 0, None, None
         while True:
             await asyncio.sleep(1)
-            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
+            ready = sorted([i for i in self.intros if i.circuit], key=self._over)[:INTRO_POINTS]
             waited = waited + 1 if len(ready) < INTRO_POINTS else 0
             if not ready or 0 < waited < 30:
                 continue
-            if state != set(ready):
-                state, due = set(ready), {}
             try:
                 if updates != self.tor.paths.updates:
-                    self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+                    self._periods = self._new_periods()
                     updates = self.tor.paths.updates
+                if state != set(ready):
+                    state = set(ready)
+                    for period in self._periods:
+                        period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
-                    await self._publish(ready, due, *period)
+                    t, ring = now() - period[0], period[4]
+                    if [due for due in ring.values() if due < t]:
+                        async with self.tor.directory.turn:
+                            await self._publish(ready, t, *period)
             except (MemoryError, OSError, TorError) as e:
                 log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
-            if [t for t in due.values() if t > now() + 20]:
+            if [t for p in self._periods for t in p[4].values() if t > now() + 20 - p[0]]:
                 self._shown = state
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, due, start, param, blinded, subcred, ring):
-        t, tor = now(), self.tor
-        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
-        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
+    def _new_periods(self):
+        # Who has the descriptor of a period need not get it again.
+        found = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+        for start, _, blinded, _, ring in found:
+            for before in [p for p in self._periods if p[2] == blinded]:
+                shift = before[0] - start
+                ring.update({d: before[4][d] + shift for d in ring if d in before[4]})
+        return found
+
+    async def _publish(self, intros, t, start, param, blinded, subcred, ring):
+        # `ring`: when directories want the descriptor, in seconds since `start`, as `t` is.
+        tor = self.tor
+        todo = [rsa_id for rsa_id in ring if ring[rsa_id] < t]
+        ring.update({rsa_id: t + 20 for rsa_id in todo})
 
         async def upload(rsa_id):
             try:
                 await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
-                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                ring[rsa_id] = t + 3600 + randbelow(3600)  # as tor
             except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
 
-        if not todo:
-            return
         esk = ed25519_blind_secret(self._esk, param)
-        revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
+        revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
+            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
@@ -4397,9 +4481,9 @@ class OnionService:
         try:
             subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = any([cookie in i.cookies for i in self.intros])
+            used = any([cookie[:4] in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
-            intro.cookies.add(cookie)
+            intro.cookies += cookie[:4]
             intro.left -= 1
             attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
             circuit = await self.tor.circuit_to(target, attempts)

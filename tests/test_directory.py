@@ -25,7 +25,7 @@ class FakeStream:
         self.sent += data
 
     async def drain(self):
-        if callable(self.answer):
+        if callable(self.answer) and b"\r\n\r\n" in self.sent:
             self.answer = self.answer(self.sent)
 
     async def readuntil(self, separator, limit):

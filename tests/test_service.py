@@ -92,12 +92,12 @@ def service(tmp_path):
     """Return a service with one introduction point, as it is after publishing."""
     tor = fake_tor()
     service = minitor.OnionService(tor, str(tmp_path / "key"), {80: 8080})
-    intro = Thing(cookies=set(), left=100, ready=True, rsa_id=b"i" * 20)
+    intro = Thing(cookies=bytearray(), left=100, circuit=True, rsa_id=b"i" * 20)
     intro.auth_key = ed_public(b"a" * 32)
     intro.b = b"q" * 32
     intro.enc_key = minitor.x25519(intro.b)
     service.intros.append(intro)
-    service._periods = [(0, b"", b"", b"s" * 32, [])]
+    service._periods = [(0, b"", b"", b"s" * 32, {})]
     service.built = []
 
     async def circuit_to(target=None, attempts=None):
@@ -477,7 +477,7 @@ class Table:
     def relay(self, i):
         key = minitor.x25519(b"n" * 32)
         return Thing(rsa_id=self.rsa_id(i), index=i, address="11.22.33.%d" % i, ed_id=b"e" * 32,
-                     port=9001, ntor_key=key)
+                     port=9001, ntor_key=key, specifiers=b"")
 
 
 @pytest.fixture
@@ -581,14 +581,17 @@ def test_rotation_makes_the_new_one_first(published, why):
             old.left = 0
         else:
             published.tor.directory.table.gone = {1}
+            published.tor.paths.updates += 1
         # No other can be had, and then no directory reached: it stays.
+        while len(published.tried) < 20:
+            await published.tick(10)
         await published.tick(60)
         assert live(published) == [0, 1, 2]
         published.refusing = {15, 16, 17}
         published.clock[0] += 300
         published.tried.clear()
         await published.tick(200)
-        assert live(published) == [0, 1, 2, 3] and old.ready
+        assert live(published) == [0, 1, 2, 3] and old.circuit
         published.refusing = set()
         await published.tick(200)
         assert live(published) == [0, 2, 3] and old not in published.intros

@@ -56,7 +56,7 @@ def fill(path):
     table, consensus = minitor.load_table(path, network.id)
     ids = [table.rsa_id(i) for i in range(len(table))]
     started, size = time.perf_counter(), 0
-    for i in next(table.missing()).values():
+    for i in next(table.missing()):
         # Two in three belong to a family; the largest has 200 members.
         members = 200 if i % 10 == 0 else 30
         first = i // members * members

@@ -73,8 +73,8 @@ def fill(table):
         parser.feed(document[at : at + 100])
     parser.finish()
     for wanted in table.missing():
-        for digest, i in wanted.items():
-            table.set_microdesc(i, *found[digest])
+        for i in wanted:
+            table.set_microdesc(i, *found[table.digest(i)])
 
 
 table, consensus = parse(text, 498)

@@ -81,7 +81,8 @@ class Stream:
 
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
-    directory = Thing(consensus=Consensus(), network=network, table=None)
+    turn = minitor.Turn()
+    directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
     caches = {"descriptors": {}}
     paths = Thing(param=directory.consensus.param, updates=0)
     return Thing(directory=directory, paths=paths, **caches, **fields)

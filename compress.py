@@ -609,6 +609,7 @@ OVERLAYS = (
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
     " onion_address OnionService._new_intro",
     "make_descriptor revision_counter descriptor_place OnionService._new_periods",
+    "make_room",
 )
 # What takes long to compute is there as a value.
 VALUES = "_D _ROOT _BASE _ROUNDS _LANES _Sha512._start".split()

@@ -4379,7 +4379,7 @@ class OnionService:
             self._tasks.append(task)
 
     async def _establish(self, intro):
-        circuit = None
+        circuit, start = None, now()
         try:
             circuit = await self.tor.circuit_to(intro)
             circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
@@ -4388,7 +4388,12 @@ class OnionService:
             intro.circuit, circuit = circuit, None
         except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
-            self.intros.remove(intro)
+            if self.tor.paths.online < start:
+                # Nobody answered: it was not this one, and costs the network nothing.
+                self._launched, intro.begun = [0] + self._launched[:-1], intro.begun - 1
+            elif not isinstance(e, MemoryError):
+                self.intros.remove(intro)
+            await asyncio.sleep(5)
         finally:
             intro.busy = False
             if circuit:
@@ -4418,7 +4423,10 @@ class OnionService:
             except (MemoryError, OSError, TorError) as e:
                 log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
-            if [t for p in self._periods for t in p[4].values() if t > now() + 20 - p[0]]:
+                continue
+            # Clients look for one of both.
+            good = [[t for t in p[4].values() if t > now() + 20 - p[0]] for p in self._periods]
+            if all(good):
                 self._shown = state
                 self._published.set()
             else:
@@ -4437,6 +4445,8 @@ class OnionService:
     async def _publish(self, intros, t, start, param, blinded, subcred, ring):
         # `ring`: when directories want the descriptor, in seconds since `start`, as `t` is.
         tor = self.tor
+        if MICROPYTHON:
+            make_room(tor._channels.open.values())
         todo = [rsa_id for rsa_id in ring if ring[rsa_id] < t]
         ring.update({rsa_id: t + 20 for rsa_id in todo})
 

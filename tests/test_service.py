@@ -84,7 +84,7 @@ def fake_tor(testing=False, **fields):
     turn = minitor.Turn()
     directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
     caches = {"descriptors": {}}
-    paths = Thing(param=directory.consensus.param, updates=0)
+    paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40)
     return Thing(directory=directory, paths=paths, **caches, **fields)
 
 
@@ -568,6 +568,73 @@ def test_publishing(published):
     asyncio.run(main())
 
 
+def test_periods_that_are_over_are_forgotten(published):
+    """Memory is the same after any number of time periods, and each is published once."""
+
+    async def main():
+        await asyncio.wait_for(published.start(), 5)
+        for n in range(1, 7):
+            consensus = published.tor.directory.consensus
+            consensus.valid_after += 86400
+            consensus.fresh_until += 86400
+            published.tor.paths.updates += 1
+            due = {t for _, _, _, _, directories in published._periods
+                   for t in directories.values()}
+            await published.tick(100)
+            # The newer of the two periods is the older one now.
+            assert len(published.posts) == 6 + 3 * n
+            periods = published._periods
+            assert len(periods) == 2 and [len(period[4]) for period in periods] == [3, 3]
+            assert due & set(periods[0][4].values())
+        await published.close()
+
+    asyncio.run(main())
+
+
+def test_published_is_what_both_periods_have(published, monkeypatch):
+    """Clients look for one of them: where no directory of it answers, nobody finds the service."""
+
+    async def main():
+        places = minitor.descriptor_place
+
+        def place(tor, key, n):
+            found = places(tor, key, n)
+            return found[:4] + ({bytes([n]) * 20: 0},)
+
+        monkeypatch.setattr(minitor, "descriptor_place", place)
+        published.refusing = {1}
+        task = asyncio.ensure_future(published.start())
+        await published.tick(200)
+        assert [d for d, _ in published.posts] == [0] and not task.done()
+        published.refusing = set()
+        await published.tick(200)
+        assert task.done() and [d for d, _ in published.posts] == [0, 1]
+        await published.close()
+
+    asyncio.run(main())
+
+
+def test_without_memory_publishing_goes_on(published, monkeypatch):
+    """The next attempt makes good what one allocation that failed prevented."""
+
+    async def main():
+        make, failures = minitor.make_descriptor, [MemoryError(), None, MemoryError()]
+
+        def failing(*args):
+            error = failures.pop(0) if failures else None
+            if error:
+                raise error
+            make(*args)
+
+        monkeypatch.setattr(minitor, "make_descriptor", failing)
+        await asyncio.wait_for(published.start(), 5)
+        assert sorted(published.posts) == sorted([(d, [0, 1, 2]) for d in (15, 16, 17)] * 2)
+        assert published.clock[0] < 200
+        await published.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("why", ["time", "count", "consensus"])
 def test_rotation_makes_the_new_one_first(published, why):
     """An introduction point whose time is over stays until the descriptor names another."""
@@ -624,6 +691,37 @@ def test_lost_introduction_circuit(published):
                 circuit.close()
             await published.tick(5)
         assert len(published.built) - before <= 10
+        await published.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("why", ["network", "memory"])
+def test_an_outage_costs_no_introduction_point(published, why):
+    """Without a network, or memory, for a while: then the same points work again, at once."""
+
+    async def main():
+        await asyncio.wait_for(published.start(), 5)
+        keys, circuit_to = [i.auth_key for i in published.intros], published.tor.circuit_to
+        tried = []
+
+        async def fails(target, attempts=None):
+            tried.append(target)
+            raise MemoryError if why == "memory" else minitor.CircuitError("unreachable")
+
+        published.tor.circuit_to = fails
+        published.tor.paths.online = 0 if why == "network" else 1 << 40
+        for circuit in published.built:
+            circuit.close()
+        end = published.clock[0] + (5 if why == "memory" else 400)
+        while published.clock[0] < end:
+            await published.tick(1)
+        assert len(tried) >= 3
+        published.tor.circuit_to, published.tor.paths.online = circuit_to, 1 << 40
+        while len(live(published)) < 3:
+            await published.tick(1)
+            assert published.clock[0] < end + 40
+        assert keys == [i.auth_key for i in published.intros]
         await published.close()
 
     asyncio.run(main())

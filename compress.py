@@ -610,7 +610,18 @@ OVERLAYS = (
     " onion_address OnionService._new_intro",
     "make_descriptor revision_counter descriptor_place OnionService._new_periods",
     "make_room",
+    # Circuits: paths; building; introductions.
+    "x25519 x25519_keypair",
+    "PathSelector.pick PathSelector._draw PathSelector.guard PathSelector.failed"
+    " PathSelector.succeeded PathSelector.onion_path PathSelector._path PathSelector._layer_two"
+    " PathSelector._until PathSelector._save PathSelector.primary PathSelector._order distinct"
+    " FlashTable.same_family _Relays.subnets _Relays.relay",
+    "AsyncTor.circuit_to AsyncTor._begun Channels.get Circuit.extend ntor hkdf_sha256 hmac_sha256"
+    " fast_finish",
+    "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )
+# From this one on no collections are forced, as loading the ones above takes.
+CALM = 12
 # What takes long to compute is there as a value.
 VALUES = "_D _ROOT _BASE _ROUNDS _LANES _Sha512._start".split()
 OVERLAY = "minitor%d"
@@ -628,7 +639,7 @@ def _often(n):
 
 def _hold(i):
     if not _users[i]:
-        _often(28)
+        _often(28 if i < CALM else 4)
         try:
             _held[i] = __import__(OVERLAY % i).args
             if _held[i][0] != TAG:
@@ -649,7 +660,7 @@ def _drop(i):
     if not _users[i]:
         _held[i] = ()
         del sys.modules[OVERLAY % i]
-        _often(28 if any(_users) else 4)
+        _often(28 if any(_users[:CALM]) else 4)
 
 def _far(n, *args, **named):
     _hold(n % COUNT)
@@ -891,7 +902,7 @@ def separate(tree, stay, stale):
             p.node.name, p.node.overlay, p.node.owner = p.name, p.overlay, p.owner
             body.insert(body.index(p.owner) + 1, p.node)
     if any(exports):
-        values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag}
+        values = {"COUNT": len(OVERLAYS), "CALM": CALM, "OVERLAY": OVERLAY, "TAG": tag}
         values["STALE"] = "E%d %%d" % stale
         machinery = Fold(values).visit(ast.parse(FAR)).body
         for s in machinery:

@@ -1590,10 +1590,11 @@ class _Relays:
     use_family_lists, use_family_ids, whole, short = True, True, False, False
 
     def relay(self, i):
-        parts = self._field(i, 20, 6), self.rsa_id(i), self.ed_id(i)
-        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
-        r = parse_link_specifiers(r, self._field(i, 62, 32))
-        r.index, r.flags, r.private = i, self.flags_of(i), False
+        r, place = Record(), self._field(i, 20, 6)
+        r.rsa_id, r.ed_id, r.ntor_key = self.rsa_id(i), self.ed_id(i), self._field(i, 62, 32)
+        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (place, r.rsa_id, r.ed_id)
+        r.address, r.port = ".".join(map(str, place[:4])), uint(place[4:])
+        r.index, r.flags = i, self.flags_of(i)
         return r
 
     def rsa_id(self, i):
@@ -2532,6 +2533,10 @@ class Channel:
             reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
+        except MemoryError as e:
+            # Not the relay's fault.
+            self.opened.set(error=e)
+            self.close("out of memory")
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
@@ -3936,8 +3941,7 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             # On a board another link than that of its circuits would be dear.
-            alone = MICROPYTHON and not failures and not self._stale
-            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
+            relay = paths.guard() if MICROPYTHON and not self._stale else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -4281,10 +4285,10 @@ class OnionService:
             await asyncio.sleep(1)
 
     def _new_intro(self):
-        table, pick, intro = self.tor.directory.table, self.tor.paths.pick, Record()
+        table, intro = self.tor.directory.table, Record()
         used = [table.find(i.rsa_id) for i in self.intros]
         apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
-        relay = table.relay(pick("intro", apart, STABLE))
+        relay = table.relay(self.tor.paths.pick("intro", apart, STABLE))
         # What a circuit and the descriptor need, no more.
         intro.rsa_id, intro.ntor_key, intro.specifiers = (
             relay.rsa_id, relay.ntor_key, relay.specifiers)

@@ -1275,27 +1275,6 @@ def parse_time(text):
     return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:19], 0, 60)
 
 
-def parse_authority_certs(text, identities):
-    """Return {(identity, signing key digest): (key, expires)} of `identities` (dir-spec 3.1)."""
-    found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
-    names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
-    for one in text.split(mark)[1:]:
-        # Without a copy of it.
-        h = Sha1(mark)
-        h.update(memoryview(one)[: one.find(end) + len(end)])
-        item, digest = document(one), h.digest()
-        identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint = sha1(identity)
-        if fingerprint in identities:
-            key = rsa_public_key(signing)
-            good = rsa_verify(rsa_public_key(identity), digest, signature)
-            good = good and rsa_verify(key, fingerprint, crosscert)
-            require(good, "an authority certificate has a bad signature")
-            expires = item(b"dir-key-expires")[0]
-            found[fingerprint, sha1(signing)] = key, parse_time(expires)
-    return found
-
-
 # Relays' flags and protocol versions, as bits; all that are listed are running.
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
@@ -1410,6 +1389,51 @@ class _Splitter:
         except (ValueError, IndexError):
             raise ProtocolError("a document is malformed")
         require(len(self._rest) <= 32768, "a part of a document is too long")
+
+
+class CertParser(_Splitter):
+    """Parses authority certificates (dir-spec 3.1) of `identities` into the dict `certs`.
+
+    {(identity, digest of the signing key): (signing key, when it expires)}
+    """
+
+    _mark = b"\n"
+
+    def __init__(self, certs, identities):
+        super().__init__(certs)
+        self._identities = identities
+
+    def _entry(self, line):
+        if line == b"dir-key-certificate-version 3":
+            self._hash, self._items, self._body = Sha1(), {}, None
+        if not self._hash:
+            return
+        if b"dir-key-certification" not in self._items:
+            self._hash.update(line + b"\n")
+        if line.startswith(b"-----BEGIN "):
+            self._body = b""
+        elif line.startswith(b"-----"):
+            self._items[self._name], self._body = b64decode(self._body or b""), None
+            if self._name == b"dir-key-certification":
+                self._judge()
+        elif self._body is None:
+            self._name, _, arguments = line.partition(b" ")
+            require(self._name not in self._items, "an authority certificate has two of a kind")
+            self._items[self._name] = arguments
+        else:
+            self._body += line
+
+    def _judge(self):
+        item = lambda name: self._items.get(b"dir-" + name, b"")
+        digest, self._hash = self._hash.digest(), None
+        identity, signing = item(b"identity-key"), item(b"signing-key")
+        fingerprint = sha1(identity)
+        if fingerprint in self._identities:
+            key = rsa_public_key(signing)
+            good = rsa_verify(rsa_public_key(identity), digest, item(b"key-certification"))
+            good = good and rsa_verify(key, fingerprint, item(b"key-crosscert"))
+            require(good, "an authority certificate has a bad signature")
+            self._sink[fingerprint, sha1(signing)] = key, parse_time(item(b"key-expires"))
 
 
 _SIGNATURE = b"\ndirectory-signature "
@@ -3941,7 +3965,8 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             # On a board another link than that of its circuits would be dear.
-            relay = paths.guard() if MICROPYTHON and not self._stale else paths.guard(kind="dir-guards", use=3)
+            alone = MICROPYTHON and not self._stale
+            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -4020,14 +4045,13 @@ class Directory:
         identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        # Nine have 20 KB: too much for a board at once.
-        for some in _pieces(missing, 1 if MICROPYTHON else 99):
+        if missing:
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in some]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                text = await directory_request(circuit, path, 1 << 17)
-                self._certs.update(parse_authority_certs(text, identities))
+                sink = CertParser(self._certs, identities).feed
+                await directory_request(circuit, path, 1 << 17, sink)
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)

@@ -1583,13 +1583,13 @@ def parse_link_specifiers(r, ntor_key):
     t.specifiers, t.ntor_key = r.data[start : r.at], ntor_key
     # Relays take the first address.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = list(map(len, (place, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
+    where, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = list(map(len, (where, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
     # EXTEND2 has room for 498, 88 of them for the rest.
     require(good and len(t.specifiers) <= 410, "unusable link specifiers")
-    t.address, t.port = ".".join(map(str, place[:4])), uint(place[4:])
+    t.address, t.port = ".".join(map(str, where[:4])), uint(where[4:])
     # RFC 6890.
-    a, b = place[:2]
+    a, b = where[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
     t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
@@ -1614,10 +1614,10 @@ class _Relays:
     use_family_lists, use_family_ids, whole, short = True, True, False, False
 
     def relay(self, i):
-        r, place = Record(), self._field(i, 20, 6)
+        r, where = Record(), self._field(i, 20, 6)
         r.rsa_id, r.ed_id, r.ntor_key = self.rsa_id(i), self.ed_id(i), self._field(i, 62, 32)
-        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (place, r.rsa_id, r.ed_id)
-        r.address, r.port = ".".join(map(str, place[:4])), uint(place[4:])
+        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (where, r.rsa_id, r.ed_id)
+        r.address, r.port = ".".join(map(str, where[:4])), uint(where[4:])
         r.index, r.flags = i, self.flags_of(i)
         return r
 
@@ -3550,8 +3550,8 @@ class PathSelector:
             flags &= GUARD | EXIT | USABLE
             weights[flags] = weights.get(flags, 0) + weight
             counts[flags] = counts.get(flags, 0) + 1
-        for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            factors, have, total = self._factors(place), 0, 0
+        for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
+            factors, have, total = self._factors(position), 0, 0
             for flags, weight in weights.items():
                 if flags & need == need:
                     weight = weight * factors[flags & ~USABLE] or counts[flags]

@@ -600,7 +600,7 @@ OVERLAYS = (
     " FlashTable._slots FLAG_WORDS _versions",
     "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept",
     "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
-    " Consensus.verify document parse_authority_certs clock_error",
+    " Consensus.verify document CertParser clock_error",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
     " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",

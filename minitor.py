@@ -1282,27 +1282,6 @@ def parse_time(text):
     return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:19], 0, 60)
 
 
-def parse_authority_certs(text, identities):
-    """Return {(identity, signing key digest): (key, expires)} of `identities` (dir-spec 3.1)."""
-    found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
-    names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
-    for one in text.split(mark)[1:]:
-        # Without a copy of it.
-        h = Sha1(mark)
-        h.update(memoryview(one)[: one.find(end) + len(end)])
-        item, digest = document(one), h.digest()
-        identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint = sha1(identity)
-        if fingerprint in identities:
-            key = rsa_public_key(signing)
-            good = rsa_verify(rsa_public_key(identity), digest, signature)
-            good = good and rsa_verify(key, fingerprint, crosscert)
-            require(good, "an authority certificate has a bad signature")
-            expires = item(b"dir-key-expires")[0]
-            found[fingerprint, sha1(signing)] = key, parse_time(expires)
-    return found
-
-
 # Relays' flags and protocol versions, as bits; all that are listed are running.
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
@@ -1417,6 +1396,51 @@ class _Splitter:
         except (ValueError, IndexError):
             raise ProtocolError("a document is malformed")
         require(len(self._rest) <= 32768, "a part of a document is too long")
+
+
+class CertParser(_Splitter):
+    """Parses authority certificates (dir-spec 3.1) of `identities` into the dict `certs`.
+
+    {(identity, digest of the signing key): (signing key, when it expires)}
+    """
+
+    _mark = b"\n"
+
+    def __init__(self, certs, identities):
+        super().__init__(certs)
+        self._identities = identities
+
+    def _entry(self, line):
+        if line == b"dir-key-certificate-version 3":
+            self._hash, self._items, self._body = Sha1(), {}, None
+        if not self._hash:
+            return
+        if b"dir-key-certification" not in self._items:
+            self._hash.update(line + b"\n")
+        if line.startswith(b"-----BEGIN "):
+            self._body = b""
+        elif line.startswith(b"-----"):
+            self._items[self._name], self._body = b64decode(self._body or b""), None
+            if self._name == b"dir-key-certification":
+                self._judge()
+        elif self._body is None:
+            self._name, _, arguments = line.partition(b" ")
+            require(self._name not in self._items, "an authority certificate has two of a kind")
+            self._items[self._name] = arguments
+        else:
+            self._body += line
+
+    def _judge(self):
+        item = lambda name: self._items.get(b"dir-" + name, b"")
+        digest, self._hash = self._hash.digest(), None
+        identity, signing = item(b"identity-key"), item(b"signing-key")
+        fingerprint = sha1(identity)
+        if fingerprint in self._identities:
+            key = rsa_public_key(signing)
+            good = rsa_verify(rsa_public_key(identity), digest, item(b"key-certification"))
+            good = good and rsa_verify(key, fingerprint, item(b"key-crosscert"))
+            require(good, "an authority certificate has a bad signature")
+            self._sink[fingerprint, sha1(signing)] = key, parse_time(item(b"key-expires"))
 
 
 _SIGNATURE = b"\ndirectory-signature "
@@ -1566,13 +1590,13 @@ def parse_link_specifiers(r, ntor_key):
     t.specifiers, t.ntor_key = r.data[start : r.at], ntor_key
     # Relays take the first address.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = list(map(len, (place, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
+    where, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = list(map(len, (where, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
     # EXTEND2 has room for 498, 88 of them for the rest.
     require(good and len(t.specifiers) <= 410, "unusable link specifiers")
-    t.address, t.port = ".".join(map(str, place[:4])), uint(place[4:])
+    t.address, t.port = ".".join(map(str, where[:4])), uint(where[4:])
     # RFC 6890.
-    a, b = place[:2]
+    a, b = where[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
     t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
@@ -1597,10 +1621,10 @@ class _Relays:
     use_family_lists, use_family_ids, whole, short = True, True, False, False
 
     def relay(self, i):
-        r, place = Record(), self._field(i, 20, 6)
+        r, where = Record(), self._field(i, 20, 6)
         r.rsa_id, r.ed_id, r.ntor_key = self.rsa_id(i), self.ed_id(i), self._field(i, 62, 32)
-        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (place, r.rsa_id, r.ed_id)
-        r.address, r.port = ".".join(map(str, place[:4])), uint(place[4:])
+        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (where, r.rsa_id, r.ed_id)
+        r.address, r.port = ".".join(map(str, where[:4])), uint(where[4:])
         r.index, r.flags = i, self.flags_of(i)
         return r
 
@@ -2541,6 +2565,10 @@ class Channel:
             reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
+        except MemoryError as e:
+            # Not the relay's fault.
+            self.opened.set(error=e)
+            self.close("out of memory")
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
@@ -3568,8 +3596,8 @@ class PathSelector:
             flags &= GUARD | EXIT | USABLE
             weights[flags] = weights.get(flags, 0) + weight
             counts[flags] = counts.get(flags, 0) + 1
-        for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            factors, have, total = self._factors(place), 0, 0
+        for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
+            factors, have, total = self._factors(position), 0, 0
             for flags, weight in weights.items():
                 if flags & need == need:
                     weight = weight * factors[flags & ~USABLE] or counts[flags]
@@ -3989,7 +4017,7 @@ class Directory:
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
             # On a board another link than that of its circuits would be dear.
-            alone = MICROPYTHON and not failures and not self._stale
+            alone = MICROPYTHON and not self._stale
             relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
@@ -4069,14 +4097,13 @@ class Directory:
         identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        # Nine have 20 KB: too much for a board at once.
-        for some in _pieces(missing, 1 if MICROPYTHON else 99):
+        if missing:
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in some]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                text = await directory_request(circuit, path, 1 << 17)
-                self._certs.update(parse_authority_certs(text, identities))
+                sink = CertParser(self._certs, identities).feed
+                await directory_request(circuit, path, 1 << 17, sink)
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)

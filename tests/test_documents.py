@@ -12,7 +12,7 @@ import types
 import pytest
 
 import minitor
-from fakenet import FakeNet, FakeRelay, RsaKey
+from fakenet import FakeNet, FakeRelay, RsaKey, read_certs
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "real"
 ERRORS = (minitor.ProtocolError, minitor.DirectoryError, minitor.ClockError)
@@ -36,7 +36,7 @@ def parse(net, text, size=1 << 20, table=None):
 
 
 def certs_of(net):
-    return minitor.parse_authority_certs(net.certs(), net.identities)
+    return read_certs(net.certs(), net.identities)
 
 
 # ── Ed25519 certificates ──
@@ -153,9 +153,11 @@ def test_parse_time():
 def test_authority_certs(net):
     certs = certs_of(net)
     assert set(certs) == {(a.id, a.signing.digest) for a in net.authorities}
-    assert minitor.parse_authority_certs(net.certs(), set()) == {}
+    for size in (1, 61, 498):
+        assert read_certs(net.certs(), net.identities, size) == certs
+    assert read_certs(net.certs(), set()) == {}
     one = net.authorities[0]
-    assert list(minitor.parse_authority_certs(net.certs(), {one.id})) == [
+    assert list(read_certs(net.certs(), {one.id})) == [
         (one.id, one.signing.digest)
     ]
 
@@ -174,7 +176,7 @@ def test_authority_certs_refused(net):
         b"\n".join(lines[:5] + [lines[5].swapcase()] + lines[6:]),
     ):
         with pytest.raises(minitor.ProtocolError):
-            assert minitor.parse_authority_certs(bad, net.identities) == {}
+            assert read_certs(bad, net.identities) == {}
             raise minitor.ProtocolError("passed over")
 
 
@@ -265,7 +267,7 @@ def test_two_keys_of_one_authority_count_once(net):
     twin.name, twin.identity, twin.signing, twin.id = "twin", one.identity, other.signing, one.id
     twin.cert = twin.certify(int(time.time()) + 100000)
     consensus = parse(net, net.consensus(signers=[one, twin]))[1]
-    certs = minitor.parse_authority_certs(net.certs() + twin.cert, net.identities)
+    certs = read_certs(net.certs() + twin.cert, net.identities)
     assert len(certs) == 4 and len(consensus.signatures) == 2
     with pytest.raises(minitor.DirectoryError, match="1 of 3"):
         consensus.verify(certs, net.identities)
@@ -437,7 +439,7 @@ def test_load(net):
 def test_the_real_consensus():
     network = minitor.load_network()
     text = (REAL / "2024-05-17-certs").read_bytes().replace(b"\r", b"")
-    certs = minitor.parse_authority_certs(text, network.identities)
+    certs = read_certs(text, network.identities)
     table = minitor.RelayTable()
     parser = minitor.ConsensusParser(table.add)
     document = (REAL / "2024-05-17-17-00-consensus-microdesc").read_bytes()

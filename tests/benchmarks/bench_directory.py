@@ -31,7 +31,8 @@ def ingest(folder, path):
     started = time.perf_counter()
     network = minitor.load_network()
     text = (folder / "2024-05-17-certs").read_bytes().replace(b"\r", b"")
-    certs = minitor.parse_authority_certs(text, network.identities)
+    certs = {}
+    minitor.CertParser(certs, network.identities).feed(text)
     table = minitor.RelayTable()
     parser = minitor.ConsensusParser(table.add)
     with open(folder / "2024-05-17-17-00-consensus-microdesc", "rb") as f:

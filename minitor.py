@@ -3903,8 +3903,9 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        # `_stale`: the guard's consensus was no newer.
+        # `_stale`: the guard's consensus was no newer; `_busy`: see `alone`.
         self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
+        self._busy = False
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3928,22 +3929,32 @@ class Directory:
             if not self.table.short:
                 break
 
+    async def alone(self, work):
+        """Await the coroutine `work`, on a board after others: there is no memory for two."""
+        while self._busy:
+            await asyncio.sleep(1)
+        self._busy = MICROPYTHON
+        try:
+            return await work
+        finally:
+            self._busy = False
+
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
         delay = 0
         while True:
             try:
-                await self._fill(self.table, self.consensus, 101)
+                await self.alone(self._fill(self.table, self.consensus, 101))
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 # The clock may be set, or the machine sleep.
                 while now() < when:
                     await asyncio.sleep(_PAUSE_SECONDS)
-                table, consensus = await self._ask(self._consensus_from)
+                table, consensus = await self.alone(self._ask(self._consensus_from))
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
                     self._stale = True
                     raise DirectoryError("there is no newer consensus")
-                await self._fill(table, consensus)
+                await self.alone(self._fill(table, consensus))
                 self._stale = False
                 if table.short:
                     raise DirectoryError("there is no room for all relays")
@@ -4383,7 +4394,7 @@ class OnionService:
                 for period in self._periods:
                     t, ring = now() - period[0], period[4]
                     if [due for due in ring.values() if due < t]:
-                        await self._publish(ready, t, *period)
+                        await self.tor.directory.alone(self._publish(ready, t, *period))
             except (MemoryError, OSError, TorError) as e:
                 log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)

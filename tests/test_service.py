@@ -81,7 +81,7 @@ class Stream:
 
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
-    directory = Thing(consensus=Consensus(), network=network, table=None)
+    directory = Thing(consensus=Consensus(), network=network, table=None, alone=lambda work: work)
     caches = {"descriptors": {}}
     paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40)
     return Thing(directory=directory, paths=paths, **caches, **fields)

@@ -242,19 +242,23 @@ async def lasting(work, wanted):
         await asyncio.sleep(10)
 
 
+def _noting(seen):
+    def note(der, depth):
+        # `der` is memory that is gone afterwards.
+        if depth == 0:
+            seen[0] = sha256(der)
+        return 0
+
+    return note
+
+
 async def tls_connect(address, port, seconds):
-    """Reader, writer, and a function for the certificate's SHA-256, once data was read."""
+    """Reader, writer, and a list: the certificate's SHA-256, once data was read."""
     # CERTS proves the relay's identity (tor-spec 4.2).
+    seen = [b""]
     if MICROPYTHON:
-        context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
-
-        def note(der, depth):
-            # `der` is memory that is gone afterwards.
-            if depth == 0:
-                seen[0] = sha256(der)
-            return 0
-
-        context.verify_mode, context.verify_callback = tls.CERT_OPTIONAL, note
+        context, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), {}
+        context.verify_mode, context.verify_callback = tls.CERT_OPTIONAL, _noting(seen)
     else:
         context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -264,8 +268,8 @@ async def tls_connect(address, port, seconds):
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
-        seen = [sha256(writer.get_extra_info("ssl_object").getpeercert(True))]
-    return reader, writer, lambda: seen[0]
+        seen[0] = sha256(writer.get_extra_info("ssl_object").getpeercert(True))
+    return reader, writer, seen
 
 
 async def hang_up(writer):
@@ -2681,15 +2685,15 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            expires = parse_certs(body, self._certificate(), self.rsa_id, self.ed_id)[1]
+            expires = parse_certs(body, self._certificate[0], self.rsa_id, self.ed_id)[1]
             self.expired = expires < now()
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
             require(not self.expired, "its certificates have expired, or the clock is ahead")
             # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
-            place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
-            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
+            where = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(where)))
             if self._pads:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
@@ -3047,19 +3051,23 @@ class Stream:
 
 
 class Circuit:
-    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of `closed`.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: None, or a Promise of
+    `closed`.
 
     `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, port).
     """
 
-    on_begin = kh = vegas = closed = None
-    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
+    on_begin = kh = vegas = closed = closing = _last_id = None
+    inflight, window, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_WINDOW, 100
+    # (tag, time) of cells that are due a SENDME.
+    _due = ()
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel, self.closing, self.window = channel, Promise(), window
-        self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
-        # `_due`: (tag, time) of cells that are due a SENDME.
-        self._last_id, self._due = randbelow(65536), []
+        self.channel, self.path, self._layers = channel, [], []
+        self.streams, self.on_control, self._expected = {}, {}, {}
+        # What few circuits need is set where they do.
+        if window != CIRCUIT_WINDOW:
+            self.window = window
         if channel.closed:
             raise channel.closed
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
@@ -3126,7 +3134,7 @@ class Circuit:
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
-        stream_id = self._last_id
+        stream_id = randbelow(65536) if self._last_id is None else self._last_id
         while (stream_id := stream_id % 65535 + 1) in self.streams:
             pass
         self._last_id, stream = stream_id, Stream(self, stream_id)
@@ -3167,7 +3175,7 @@ class Circuit:
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
-                    self._due.append((tag[:20], ticks_ms()))
+                    self._due += ((tag[:20], ticks_ms()),)
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
@@ -3187,7 +3195,7 @@ class Circuit:
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
-                    self._due.append((layer.digests[0].digest()[:20], ticks_ms()))
+                    self._due += ((layer.digests[0].digest()[:20], ticks_ms()),)
             i = len(self._layers)
             while i:
                 i -= 1
@@ -3294,7 +3302,7 @@ class Circuit:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
             require(good, "a SENDME that was not due")
-            rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
+            rtt, self._due = ticks_diff(ticks_ms(), self._due[0][1]), self._due[1:]
             if self.vegas:
                 self.window = self.vegas.acked(self.inflight, rtt)
             self.inflight -= self._increment
@@ -3321,7 +3329,8 @@ class Circuit:
                     self.channel.send(cell(self.circ_id, DESTROY))
             except MemoryError:
                 pass
-            self.closing.set(self.closed)
+            if self.closing:
+                self.closing.set(self.closed)
             for promise in self._expected.values():
                 promise.set(error=self.closed)
             while self.streams:
@@ -3379,6 +3388,7 @@ def is_dirty(circuit):
 
 async def close_idle(circuit):
     """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
+    circuit.closing = circuit.closing or Promise()
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -4285,9 +4295,12 @@ class OnionService:
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
 
     async def start(self):
-        wanted, works = lambda: self in self.tor.services, (self._keep_intros, self._keep_published)
-        self._tasks = [spawn(lasting(work, wanted)) for work in works]
+        self._tasks.append(spawn(lasting(self._keep_intros, self._wanted)))
+        self._tasks.append(spawn(lasting(self._keep_published, self._wanted)))
         await self._published.wait()
+
+    def _wanted(self):
+        return self in self.tor.services
 
     async def close(self):
         """Take the service down."""
@@ -4581,9 +4594,13 @@ class AsyncTor:
         self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
-        self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
+        self._tasks.append(spawn(lasting(directory.refresh, self._wanted)))
+        if SPARES:
+            self._tasks.append(spawn(lasting(self._keep_spares, self._wanted)))
         directory._report(100, "done", "Done")
+
+    def _wanted(self):
+        return self._tasks
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
@@ -4615,6 +4632,8 @@ class AsyncTor:
                     if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
                         path = path[:1]
                         raise CircuitError("better guards may be up again")
+                if MICROPYTHON and target:
+                    circuit.path = [target]
                 return circuit
             except BaseException as e:
                 n = 0

@@ -129,7 +129,7 @@ async def streams(folder):
     wire = Wire()
 
     async def tls_connect(address, port, seconds):
-        return wire, wire, lambda: b""
+        return wire, wire, [b""]
 
     hurt.tls_connect, hurt.hang_up = tls_connect, hang_up
     channel = hurt.Channel("127.0.0.1", 1, b"g" * 20, None, 20)

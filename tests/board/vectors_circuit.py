@@ -107,6 +107,7 @@ async def main():
     assert await answer.wait(5) == b"met" and not client.closed
     waiting = await client.open_stream(m.BEGIN, m.begin("", 82), 5)
     service.send(m.RENDEZVOUS2, 0, b"again")
+    client.closing, service.closing = m.Promise(), m.Promise()
     error = await client.closing.wait(5)
     assert error.reason == 1 and client.closed is error
     assert (await service.closing.wait(5)).reason == 0

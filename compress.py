@@ -601,13 +601,13 @@ OVERLAYS = (
     "place Directory._ask Directory._circuit Directory._report Directory._consensus_from"
     " FlashTable._slots FLAG_WORDS _versions",
     "Directory.bootstrap Directory._fill PathSelector.percent FlashTable.missing"
-    " FlashTable._pending",
+    " FlashTable._pending FlashTable.save",
     "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept",
     "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
     " Consensus.verify document CertParser clock_error Directory._judge_clock",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
-    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",
+    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"

@@ -1316,10 +1316,18 @@ def _versions(text):
                 yield "%s=%d" % (name, version)
 
 
-def _integers(text, wanted):
-    # A board keeps those whose names begin as those it asks for.
-    words = [word.split("=") for word in text.decode().split()]
-    return {name: int(n) for name, n in words if not MICROPYTHON or name[:2] in wanted}
+# How the parameters begin that a board asks for; there are 40 others.
+_PARAMS = "ci gu hs mi us va"
+
+
+def _integers(text, kept=""):
+    found = {}
+    for word in text.decode().split():
+        name, value = word.split("=")
+        value = int(value)
+        if not MICROPYTHON or name[:2] in kept:
+            found[name] = value
+    return found
 
 
 def clock_error(ahead):
@@ -1342,7 +1350,7 @@ class Consensus:
         good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
         good = good and self.valid_after < self.fresh_until <= self.valid_until
         require(good, "this is no consensus of the microdescriptor flavour")
-        self.params = _integers(text(b"params"), "ci gu hs mi us va")
+        self.params = _integers(text(b"params"), _PARAMS)
         self.bandwidth_weights = _integers(text(b"bandwidth-weights"), "Wg Wm We")
         required = set(_versions(text(b"required-client-protocols")))
         self.lacking = sorted(required - set(_versions(_SUPPORTED)))
@@ -1441,23 +1449,49 @@ class CertParser(_Splitter):
 
 
 _SIGNATURE = b"\ndirectory-signature "
+# What a Consensus is made of, beside its footer.
+_HEAD = (
+    b"network-status-version vote-status consensus-method valid-after fresh-until valid-until "
+    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value"
+).split()
 
 
 class ConsensusParser(_Splitter):
     """Parses a consensus for `sink`: RelayTable.add."""
 
-    _mark, _signatures = b"\nr ", None
+    _mark, _head, _signatures = b"\nr ", None, None
 
     def feed(self, data):
+        if self._head is None:
+            data = self._begin(data)
         super().feed(data)
         signed, found, rest = self._rest.partition(_SIGNATURE)
         if found:
             self._rest, footer, self._weights = signed.partition(b"\ndirectory-footer\n")
-            require(footer and self._hash, "the consensus is truncated")
+            require(footer and self._head, "the consensus is truncated")
             super().feed(self._mark)
-            self._hash.update(footer + self._weights + _SIGNATURE)
+            self._hash.update(footer[1:] + self._weights + _SIGNATURE)
             self._mark, self._signatures, self._rest = _SIGNATURE, {}, b""
             self.feed(rest)
+
+    def _begin(self, data):
+        # Line by line, what stands before the relays.
+        data, at = self._rest + data, 0
+        self._hash, self._rest = self._hash or hashlib.sha256(), b""
+        while (end := data.find(b"\n", at) + 1) > 0:
+            if data[at : at + 2] == b"r ":
+                self._head = b"\n".join(self._bits.values()) + b"\n"
+                self._bits.clear()
+                return data[at + 2 :]
+            line, at = data[at:end], end
+            self._hash.update(line)
+            keyword = line.split(b" ")[0]
+            good = keyword not in self._bits and keyword != b"directory-signature"
+            require(good, "a document is malformed")
+            if keyword in _HEAD:
+                self._bits[keyword] = line[:-1]
+        self._rest = data[at:]
+        return b""
 
     def _signature(self, text):
         arguments, body = document(_SIGNATURE + text)(b"directory-signature")
@@ -1470,11 +1504,8 @@ class ConsensusParser(_Splitter):
         if self._signatures is not None:
             return self._signature(text)
         require(_SIGNATURE not in text, "a document is malformed")
-        if not self._hash:
-            self._head, self._hash = text.partition(b"\ndir-source ")[0], hashlib.sha256(text)
-            return
-        text = self._mark + text
-        self._hash.update(text)
+        text = b"\nr " + text
+        self._hash.update(text[1:] + b"\n")
         get = {line[:2]: line[2:] for line in text.split(b"\n")}.get
         if not get(b"m "):
             return
@@ -1502,7 +1533,7 @@ class ConsensusParser(_Splitter):
         require(good, "the consensus is truncated")
         self.feed(_SIGNATURE)
         try:
-            c = Consensus(self._head + b"\n" + self._weights)
+            c = Consensus(self._head + self._weights)
         except ValueError:
             raise ProtocolError("a document is malformed")
         c.digest, c.signatures = self._hash.digest(), self._signatures
@@ -4090,6 +4121,9 @@ class Directory:
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
         changed = table is not self.table
+        if MICROPYTHON:
+            # It is on flash.
+            consensus.head = b""
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)

@@ -180,7 +180,7 @@ def head(rng, authorities, params, valid_after, interval):
         lines.append("shared-rand-%s-value 8 %s" % (which, value))
     for node in authorities:
         lines.append("dir-source {0.nickname} {0.v3ident} {0.address} {0.address} {0.dir_port} "
-                     "{0.or_port}\ncontact {1}".format(node, "somebody " * 8))
+                     "{0.or_port}\ncontact {1}".format(node, "somebody"))
         lines.append("vote-digest " + rng.randbytes(20).hex().upper())
     return "\n".join(lines) + "\n"
 

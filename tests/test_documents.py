@@ -403,10 +403,14 @@ def test_bounds(net):
     with pytest.raises(minitor.ProtocolError, match="too long"):
         for _ in range(100):
             parser.feed(b"x" * 1000)
+    # Of lines before the relays nothing is kept but what a Consensus has, once.
     parser = minitor.ConsensusParser(minitor.RelayTable().add)
-    with pytest.raises(minitor.ProtocolError):
-        for _ in range(3000):
-            parser.feed(b"contact me\n")
+    for _ in range(3000):
+        parser.feed(b"contact me\n")
+    assert not parser._rest and not parser._bits
+    parser.feed(b"params a=1\n")
+    with pytest.raises(minitor.ProtocolError, match="malformed"):
+        parser.feed(b"params a=2\n")
 
 
 def test_times(net):

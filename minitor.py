@@ -337,8 +337,14 @@ class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
+class MemoryShort(CircuitError):
+    """A circuit was closed for want of memory here."""
+
+
 # Where there is no memory for another one.
-NO_MEMORY = CircuitError("out of memory", 5)
+NO_MEMORY = MemoryShort("out of memory", 5)
+# What no relay is to blame for.
+SHORT = MemoryError, MemoryShort
 
 
 # === 3. Bytes ===
@@ -2703,7 +2709,7 @@ class Channel:
                         body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
                     circuit.receive(body, command)
                 except MemoryError:
-                    circuit.close("out of memory", 5)
+                    circuit.starve()
 
     def _handshake(self, command, body):
         # Clients do not answer AUTH_CHALLENGE.
@@ -3187,7 +3193,7 @@ class Circuit:
             self._send(command, stream_id, pieces)
         except MemoryError:
             # The relays may count other bytes now.
-            raise self.close("out of memory", 5)
+            raise self.starve()
 
     def _send(self, command, stream_id, pieces):
         # Up to eight may be early (tor-spec 5.6); no path is so long.
@@ -3250,7 +3256,7 @@ class Circuit:
         except ProtocolError as e:
             self.close(str(e), 1)
         except MemoryError:
-            self.close("out of memory", 5)
+            self.starve()
         except CircuitError:
             pass  # closed while it answered
 
@@ -3345,7 +3351,10 @@ class Circuit:
         else:
             self._unasked(command, data[0] if data else 0)
 
-    def close(self, text="closed here", reason=0, tell=True):
+    def starve(self):
+        return self.close("out of memory", 5, True, MemoryShort)
+
+    def close(self, text="closed here", reason=0, tell=True, kind=CircuitError):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
             # Memory may be short: first what frees some.
@@ -3353,7 +3362,7 @@ class Circuit:
             self._layers = []
             self.channel.circuits.pop(self.circ_id, None)
             try:
-                self.closed = CircuitError("%s: %s" % (self, text), reason)
+                self.closed = kind("%s: %s" % (self, text), reason)
                 log(INFO, "%s", self.closed)
                 ended = StreamError(str(self.closed), 8)
                 if tell:  # no reason, as tor
@@ -3391,7 +3400,7 @@ def relieve(circuits, still=0):
             victim.send_end(END_RESOURCELIMIT)
         elif other and not still:
             log(NOTICE, "out of memory: a circuit ends")
-            other.close("out of memory", 5)
+            other.starve()
     except MemoryError:
         pass
 
@@ -3944,9 +3953,9 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        # `_stale`: the guard's consensus was no newer; `_busy`: see `alone`.
-        self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
-        self._busy = False
+        # `_near`: over the link of its circuits alone, as another is dear; `_busy`: see `alone`.
+        self._certs, self._percent, self._failures = {}, 0, 0
+        self._near, self._busy = MICROPYTHON, False
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3993,15 +4002,16 @@ class Directory:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self.alone(self._ask(self._consensus_from))
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
-                    self._stale = True
                     raise DirectoryError("there is no newer consensus")
                 await self.alone(self._fill(table, consensus))
-                self._stale = False
+                self._near = MICROPYTHON
                 if table.short:
                     raise DirectoryError("there is no room for all relays")
                 delay = 0
             except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
+                # Others are asked by turns.
+                self._near = MICROPYTHON and (isinstance(e, SHORT) or not self._near)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
 
@@ -4016,9 +4026,7 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority.
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
-            # On a board another link than that of its circuits would be dear.
-            alone = MICROPYTHON and not self._stale
-            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
+            relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -4029,8 +4037,8 @@ class Directory:
         try:
             circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
-        except TorError:
-            if paths:
+        except TorError as e:
+            if paths and not isinstance(e, SHORT):
                 paths.failed(where[2])
             channel = self._channels.open.get(where[2])
             if channel and channel.expired:
@@ -4049,7 +4057,8 @@ class Directory:
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
         self._failures = 0
-        while self._failures < 3 * _TRIES:
+        tries = _TRIES if self._near and self.paths else 3 * _TRIES
+        while self._failures < tries:
             circuit = None
             try:
                 if MICROPYTHON:
@@ -4057,6 +4066,8 @@ class Directory:
                 circuit = await self._circuit()
                 return await use(circuit, *args)
             except _ITS_FAULT as e:
+                if self.paths and isinstance(e, SHORT):
+                    raise
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
@@ -4414,7 +4425,7 @@ class OnionService:
             if self.tor.paths.online < start:
                 # Nobody answered: it was not this one, and costs the network nothing.
                 self._launched, intro.begun = [0] + self._launched[:-1], intro.begun - 1
-            elif not isinstance(e, MemoryError):
+            elif not isinstance(e, SHORT):
                 self.intros.remove(intro)
             await asyncio.sleep(5)
         finally:
@@ -4674,7 +4685,7 @@ class AsyncTor:
                 if circuit:
                     n = len(circuit.path)
                     circuit.close()
-                if not isinstance(e, (ChannelError, CircuitError)):
+                if isinstance(e, SHORT) or not isinstance(e, (ChannelError, CircuitError)):
                     raise
                 if n < len(path):
                     self.paths.failed(path[n].rsa_id, n)

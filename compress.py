@@ -656,8 +656,17 @@ def _hold(i):
                 if not _users[j]:
                     sys.modules.pop(OVERLAY % j, None)
             raise
-    for j in _held[i][1]:
-        _hold(j)
+    n = 0
+    try:
+        for j in _held[i][1]:
+            _hold(j)
+            n += 1
+    except BaseException:
+        for j in _held[i][1]:
+            if n:
+                _drop(j)
+                n -= 1
+        raise
     _users[i] += 1
 
 def _drop(i):

@@ -946,6 +946,11 @@ if MICROPYTHON:
     _recent, _RECENT = [], 4
     _STREAM = memoryview(_SCRATCH)[:528]
 
+    def forget_ciphers(most=0):
+        while len(_recent) > most:
+            old = _recent.pop(0)
+            old._out = old._in = None
+
     class AesCtrCryptolib:
         """Two in one: with `back` it is another cipher, of the key `back`."""
 
@@ -966,9 +971,7 @@ if MICROPYTHON:
                 else:
                     self._out = cipher
                 _recent.append(self)
-                if len(_recent) > _RECENT:
-                    old = _recent.pop(0)
-                    old._out = old._in = None
+                forget_ciphers(_RECENT)
             while n:
                 at = state[32 + back]
                 count = min(n, 528 - at)
@@ -3360,6 +3363,8 @@ class Circuit:
             # Memory may be short: first what frees some.
             self.closed = ended = NO_MEMORY
             self._layers = []
+            if MICROPYTHON:
+                forget_ciphers()
             self.channel.circuits.pop(self.circ_id, None)
             try:
                 self.closed = kind("%s: %s" % (self, text), reason)
@@ -4298,6 +4303,8 @@ INTRO_POINTS = 3
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 11, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
+# Of a rendezvous cookie so many bytes are kept, to know it again.
+_COOKIE = 4 if MICROPYTHON else 20
 # Past the budget, a stream that holds memory ends after so long without a byte.
 STILL_MS = 30000
 
@@ -4390,7 +4397,7 @@ class OnionService:
         intro.b, intro.enc_key = x25519_keypair()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        # `begun`: how many circuits were.  Of used cookies the first 4 bytes.
+        # `begun`: how many circuits were.  `cookies`: those used, their beginnings.
         intro.circuit, intro.busy, intro.begun, intro.cookies = None, False, 0, bytearray()
         return intro
 
@@ -4520,9 +4527,9 @@ class OnionService:
         try:
             subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = any([cookie[:4] in i.cookies for i in self.intros])
+            used = any([cookie[:_COOKIE] in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
-            intro.cookies += cookie[:4]
+            intro.cookies += cookie[:_COOKIE]
             intro.left -= 1
             attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
             circuit = await self.tor.circuit_to(target, attempts)

@@ -1820,7 +1820,7 @@ class FlashTable(_Relays):
         self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
         self._n = self.shards = 0
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
-        # The records of one shard: no large piece of memory.
+        # The records of one shard by fours: neither large pieces of memory nor many.
         self._usable, self._records, self._loaded, self._dirty = bytearray(), None, -1, 0
         self._old = self._hot = self._new = None
         self._forced, self._failed = True, False
@@ -2010,7 +2010,8 @@ class FlashTable(_Relays):
 
     def _field(self, i, at, size):
         if i // 40 == self._loaded:
-            return self._records[i % 40][at : at + size]
+            at += i % 4 * _SLOT
+            return bytes(self._records[i % 40 // 4][at : at + size])
         return self._read(i // 40, 21 + i % 40 * _SLOT + at, size)
 
     def _read(self, n, at, size):
@@ -2021,13 +2022,18 @@ class FlashTable(_Relays):
     def _load(self, n):
         if n != self._loaded:
             self._flush()
-            self._records, self._loaded = None, -1
+            self._loaded = -1
+            if not self._records:
+                sizes = [min(4, _SLOTS - i) * _SLOT for i in range(0, _SLOTS, 4)]
+                self._records = [bytearray(size) for size in sizes]
             try:
                 with open(self._path + str(n), "rb") as f:
                     f.seek(21)
-                    self._records = [f.read(_SLOT) for _ in range(_SLOTS)]
+                    for four in self._records:
+                        f.readinto(four)
             except OSError:
-                self._records = [bytes(_SLOT)] * _SLOTS
+                for four in self._records:
+                    four[:] = bytes(len(four))
             self._loaded = n
 
     def _flush(self):
@@ -2048,7 +2054,8 @@ class FlashTable(_Relays):
         # Set the record of a relay whose microdescriptor is not there, or that has none.
         self._load(i // 40)
         bit = 1 << (i & 7)
-        self._records[i % 40] = fields + bytes(_SLOT - len(fields))
+        at, four = i % 4 * _SLOT, self._records[i % 40 // 4]
+        four[at : at + _SLOT] = fields + bytes(_SLOT - len(fields))
         self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
         self._dirty = 1
 

@@ -595,18 +595,19 @@ OVERLAYS = (
     "AsyncTor.__init__ OnionService.__init__ load_network Directory.__init__ load_service_key"
     " check_target",
     "rsa_public_key rsa_verify",
-    # The directory: requests; what stays while it is fetched; relays of a consensus; what stands
-    # around them; microdescriptors; tables.
+    # The directory: requests; what stays while it is fetched, and used; relays of a consensus;
+    # what stands around them; microdescriptors; tables.
     "directory_request _Identity _Splitter b64decode",
-    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
-    " Directory._consensus_from PathSelector.percent FlashTable.missing FlashTable._pending"
-    " FlashTable._slots FLAG_WORDS _versions",
+    "place Directory._renew Directory._ask Directory._circuit Directory._report"
+    " Directory._consensus_from FlashTable._slots FLAG_WORDS _versions",
+    "Directory.bootstrap Directory._fill PathSelector.percent FlashTable.missing"
+    " FlashTable._pending FlashTable.save",
     "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept",
     "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
-    " Consensus.verify document CertParser clock_error",
+    " Consensus.verify document CertParser clock_error Directory._judge_clock",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
-    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",
+    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
@@ -625,7 +626,7 @@ OVERLAYS = (
     "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )
 # From the first to before the second of these, memory is collected all the time.
-BUSY = 3, 13
+BUSY = 3, 15
 # What lives on, though but one of them uses it.
 RESIDENT = {"_noting"}
 # What takes long to compute is there as a value.

@@ -344,8 +344,14 @@ class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
+class MemoryShort(CircuitError):
+    """A circuit was closed for want of memory here."""
+
+
 # Where there is no memory for another one.
-NO_MEMORY = CircuitError("out of memory", 5)
+NO_MEMORY = MemoryShort("out of memory", 5)
+# What no relay is to blame for.
+SHORT = MemoryError, MemoryShort
 
 
 # === 3. Bytes ===
@@ -1817,7 +1823,7 @@ class FlashTable(_Relays):
         self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
         self._n = self.shards = 0
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
-        # The records of one shard: no large piece of memory.
+        # The records of one shard by fours: neither large pieces of memory nor many.
         self._usable, self._records, self._loaded, self._dirty = bytearray(), None, -1, 0
         self._old = self._hot = self._new = None
         self._forced, self._failed = True, False
@@ -2007,7 +2013,8 @@ class FlashTable(_Relays):
 
     def _field(self, i, at, size):
         if i // 40 == self._loaded:
-            return self._records[i % 40][at : at + size]
+            at += i % 4 * _SLOT
+            return bytes(self._records[i % 40 // 4][at : at + size])
         return self._read(i // 40, 21 + i % 40 * _SLOT + at, size)
 
     def _read(self, n, at, size):
@@ -2018,13 +2025,18 @@ class FlashTable(_Relays):
     def _load(self, n):
         if n != self._loaded:
             self._flush()
-            self._records, self._loaded = None, -1
+            self._loaded = -1
+            if not self._records:
+                sizes = [min(4, _SLOTS - i) * _SLOT for i in range(0, _SLOTS, 4)]
+                self._records = [bytearray(size) for size in sizes]
             try:
                 with open(self._path + str(n), "rb") as f:
                     f.seek(21)
-                    self._records = [f.read(_SLOT) for _ in range(_SLOTS)]
+                    for four in self._records:
+                        f.readinto(four)
             except OSError:
-                self._records = [bytes(_SLOT)] * _SLOTS
+                for four in self._records:
+                    four[:] = bytes(len(four))
             self._loaded = n
 
     def _flush(self):
@@ -2045,7 +2057,8 @@ class FlashTable(_Relays):
         # Set the record of a relay whose microdescriptor is not there, or that has none.
         self._load(i // 40)
         bit = 1 << (i & 7)
-        self._records[i % 40] = fields + bytes(_SLOT - len(fields))
+        at, four = i % 4 * _SLOT, self._records[i % 40 // 4]
+        four[at : at + _SLOT] = fields + bytes(_SLOT - len(fields))
         self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
         self._dirty = 1
 
@@ -2739,7 +2752,7 @@ class Channel:
                         body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
                     circuit.receive(body, command)
                 except MemoryError:
-                    circuit.close("out of memory", 5)
+                    circuit.starve()
 
     def _handshake(self, command, body):
         # Clients do not answer AUTH_CHALLENGE.
@@ -3228,7 +3241,7 @@ class Circuit:
         except MemoryError:
             if MICROPYTHON and command == DATA:
                 raise
-            raise self.close("out of memory", 5)
+            raise self.starve()
 
     def _send(self, command, stream_id, pieces):
         # Up to eight may be early (tor-spec 5.6); no path is so long.
@@ -3293,7 +3306,7 @@ class Circuit:
         except ProtocolError as e:
             self.close(str(e), 1)
         except MemoryError:
-            self.close("out of memory", 5)
+            self.starve()
         except CircuitError:
             pass  # closed while it answered
 
@@ -3388,7 +3401,10 @@ class Circuit:
         else:
             self._unasked(command, data[0] if data else 0)
 
-    def close(self, text="closed here", reason=0, tell=True):
+    def starve(self):
+        return self.close("out of memory", 5, True, MemoryShort)
+
+    def close(self, text="closed here", reason=0, tell=True, kind=CircuitError):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
             # Memory may be short: first what frees some.
@@ -3398,7 +3414,7 @@ class Circuit:
                 forget_ciphers()
             self.channel.circuits.pop(self.circ_id, None)
             try:
-                self.closed = CircuitError("%s: %s" % (self, text), reason)
+                self.closed = kind("%s: %s" % (self, text), reason)
                 log(INFO, "%s", self.closed)
                 ended = StreamError(str(self.closed), 8)
                 if tell:  # no reason, as tor
@@ -3436,7 +3452,7 @@ def relieve(circuits, still=0):
             victim.send_end(END_RESOURCELIMIT)
         elif other and not still:
             log(NOTICE, "out of memory: a circuit ends")
-            other.close("out of memory", 5)
+            other.starve()
     except MemoryError:
         pass
 
@@ -3991,8 +4007,8 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        # `_stale`: the guard's consensus was no newer.
-        self._certs, self._percent, self._failures, self._stale = {}, 0, 0, False
+        # `_near`: over the link of its circuits alone, as another is dear.
+        self._certs, self._percent, self._failures, self._near = {}, 0, 0, MICROPYTHON
         # Who needs much memory, to refresh or to publish.
         self.turn = Turn()
 
@@ -4035,15 +4051,17 @@ class Directory:
                 delay = 0
             except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
+                # Others are asked by turns.
+                self._near = MICROPYTHON and (isinstance(e, SHORT) or not self._near)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
 
     async def _renew(self):
         table, consensus = await self._ask(self._consensus_from)
-        self._stale = consensus.valid_after <= self.consensus.valid_after and not self.table.short
-        if self._stale:
+        if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
             raise DirectoryError("there is no newer consensus")
         await self._fill(table, consensus)
+        self._near = MICROPYTHON
         if table.short:
             raise DirectoryError("there is no room for all relays")
 
@@ -4058,9 +4076,7 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority.
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
-            # On a board another link than that of its circuits would be dear.
-            alone = MICROPYTHON and not self._stale
-            relay = paths.guard() if alone else paths.guard(kind="dir-guards", use=3)
+            relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -4071,8 +4087,8 @@ class Directory:
         try:
             circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
-        except TorError:
-            if paths:
+        except TorError as e:
+            if paths and not isinstance(e, SHORT):
                 paths.failed(where[2])
             channel = self._channels.open.get(where[2])
             if channel and channel.expired:
@@ -4091,7 +4107,8 @@ class Directory:
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
         self._failures = 0
-        while self._failures < 3 * _TRIES:
+        tries = _TRIES if self._near and self.paths else 3 * _TRIES
+        while self._failures < tries:
             circuit = None
             try:
                 if MICROPYTHON:
@@ -4099,6 +4116,8 @@ class Directory:
                 circuit = await self._circuit()
                 return await use(circuit, *args)
             except _ITS_FAULT as e:
+                if self.paths and isinstance(e, SHORT):
+                    raise
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
@@ -4468,7 +4487,7 @@ class OnionService:
             if self.tor.paths.online < start:
                 # Nobody answered: it was not this one, and costs the network nothing.
                 self._launched, intro.begun = [0] + self._launched[:-1], intro.begun - 1
-            elif not isinstance(e, MemoryError):
+            elif not isinstance(e, SHORT):
                 self.intros.remove(intro)
             await asyncio.sleep(5)
         finally:
@@ -4732,7 +4751,7 @@ class AsyncTor:
                 if circuit:
                     n = len(circuit.path)
                     circuit.close()
-                if not isinstance(e, (ChannelError, CircuitError)):
+                if isinstance(e, SHORT) or not isinstance(e, (ChannelError, CircuitError)):
                     raise
                 if n < len(path):
                     self.paths.failed(path[n].rsa_id, n)

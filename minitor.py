@@ -3391,7 +3391,7 @@ class Circuit:
 
 
 # Below the budget, for overlays and what they work on.
-_ROOM = 16384
+_ROOM = 24576
 
 
 def relieve(circuits, still=0):
@@ -4699,12 +4699,15 @@ class AsyncTor:
                 if circuit:
                     n = len(circuit.path)
                     circuit.close()
-                if isinstance(e, SHORT) or not isinstance(e, (ChannelError, CircuitError)):
+                error, kind = e, CircuitError
+                if isinstance(e, SHORT):
+                    kind = MemoryShort
+                    await asyncio.sleep(1)
+                elif not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if n < len(path):
+                elif n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
-                error = e
-        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
+        raise kind("no circuit in %d attempts: %s" % (attempts, error))
 
     def _begun(self, target):
         # A spare circuit or None, and the path to `target`.

@@ -122,7 +122,7 @@ def test_time_periods(tornet_sparse, target, tmp_path):
             address = board.address()
             reach(client, address)
             first, lives, results = shared_random(tornet_sparse)[1], {}, []
-            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 1) + 160
+            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 2) + 160
             period, changed = 0, time.monotonic()
             # Of the last period, too, there has to be time after it published.
             while len(lives) <= PERIODS or time.monotonic() < changed + 100:

@@ -594,10 +594,10 @@ OVERLAYS = (
     # around them; microdescriptors; tables.
     "directory_request _Identity _Splitter b64decode",
     "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
-    " Directory._consensus_from PathSelector.percent FlashTable.missing FlashTable._pending",
+    " Directory._consensus_from _versions PathSelector.percent FlashTable.missing FlashTable._pending",
     "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept FlashTable._slots",
-    "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs Consensus.verify document"
-    " CertParser clock_error",
+    "Directory._verify Directory._judge_clock Consensus.__init__ Consensus.check_times"
+    " Consensus.missing_certs Consensus.verify document CertParser clock_error",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
     "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
     " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish FlashTable.save",

@@ -1460,9 +1460,9 @@ class CertParser(_Splitter):
 _SIGNATURE = b"\ndirectory-signature "
 # What a Consensus is made of, beside its footer.
 _HEAD = (
-    b"network-status-version vote-status consensus-method valid-after fresh-until valid-until "
-    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value"
-).split()
+    b" network-status-version vote-status consensus-method valid-after fresh-until valid-until "
+    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value "
+)
 
 
 class ConsensusParser(_Splitter):
@@ -1494,10 +1494,10 @@ class ConsensusParser(_Splitter):
                 return data[at + 2 :]
             line, at = data[at:end], end
             self._hash.update(line)
-            keyword = line.split(b" ")[0]
+            keyword = line.split(b" ")[0].strip()
             good = keyword not in self._bits and keyword != b"directory-signature"
             require(good, "a document is malformed")
-            if keyword in _HEAD:
+            if b" %s " % keyword in _HEAD:
                 self._bits[keyword] = line[:-1]
         self._rest = data[at:]
         return b""

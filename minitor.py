@@ -3046,6 +3046,7 @@ class Circuit:
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._add(Layer(keys, True, service))
+        self.kh = None
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 

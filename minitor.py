@@ -108,6 +108,13 @@ def crowded():
     return True
 
 
+def fits(n):
+    """Tell whether `n` bytes more keep memory in its budget."""
+    if MICROPYTHON:
+        gc.collect()
+    return not MICROPYTHON or gc.mem_alloc() + n <= _admission[0]
+
+
 def private_dir(path):
     """Make a folder, and those above it, on a host for its owner alone."""
     if not MICROPYTHON:
@@ -3804,6 +3811,8 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
+# What a board needs for it, in bytes.
+_REFRESH = 24 << 10
 # For the first directory; between looks at the clock.
 _CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
 # Of each kind: directory guards, then mirrors, then authorities.
@@ -3849,8 +3858,9 @@ class Directory:
                 await self._fill(self.table, self.consensus, 101)
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
-                # The clock may be set, or the machine sleep.
-                while now() < when:
+                # The clock may be set, or the machine sleep.  A board with clients waits for an
+                # hour that is better, while the consensus is good.
+                while now() < when or now() < self.consensus.valid_until and not fits(_REFRESH):
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self._ask(self._consensus_from)
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:

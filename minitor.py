@@ -108,6 +108,13 @@ def crowded():
     return True
 
 
+def fits(n):
+    """Tell whether `n` bytes more keep memory in its budget."""
+    if MICROPYTHON:
+        gc.collect()
+    return not MICROPYTHON or gc.mem_alloc() + n <= _admission[0]
+
+
 def private_dir(path):
     """Make a folder, and those above it, on a host for its owner alone."""
     if not MICROPYTHON:
@@ -3149,6 +3156,7 @@ class Circuit:
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._add(Layer(keys, True, service))
+        self.kh = None
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
@@ -3391,7 +3399,7 @@ class Circuit:
 
 
 # Below the budget, for overlays and what they work on.
-_ROOM = 24576
+_ROOM = 24 << 10
 
 
 def relieve(circuits, still=0):
@@ -3423,10 +3431,8 @@ def make_room(channels):
             if c.on_begin and not c.streams]
     # Those first that were used last longest ago.
     idle.sort(key=lambda c: ticks_diff(c.since, ticks_ms()))
-    gc.collect()
-    while idle and gc.mem_alloc() > _admission[0] - _ROOM:
+    while idle and not fits(_ROOM):
         idle.pop(0).close()
-        gc.collect()
 
 
 BUILD_SECONDS = 20
@@ -4009,8 +4015,9 @@ class Directory:
                 await self.alone(self._fill(self.table, self.consensus, 101))
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
-                # The clock may be set, or the machine sleep.
-                while now() < when:
+                # The clock may be set, or the machine sleep.  A board with clients waits for an
+                # hour that is better, while the consensus is good.
+                while now() < when or now() < self.consensus.valid_until and not fits(_ROOM):
                     await asyncio.sleep(_PAUSE_SECONDS)
                 table, consensus = await self.alone(self._ask(self._consensus_from))
                 if consensus.valid_after <= self.consensus.valid_after and not self.table.short:

@@ -3949,8 +3949,9 @@ async def directory_request(circuit, *request, seconds=None):
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # By what a digest is found; a number takes no memory.
 _short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
-# For the first directory; between looks at the clock.
-_CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
+# For the first directory; between looks at the clock; until what bootstrap left out is fetched, as
+# a board has no memory for that while it publishes.
+_CONNECT_SECONDS, _PAUSE_SECONDS, _LATER = 15 if MICROPYTHON else 5, 5, 60 if MICROPYTHON else 0
 # Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
 _ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
@@ -4010,6 +4011,7 @@ class Directory:
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
         delay = 0
+        await asyncio.sleep(_LATER)
         while True:
             try:
                 await self.alone(self._fill(self.table, self.consensus, 101))

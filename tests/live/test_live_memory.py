@@ -45,7 +45,8 @@ def bootstrap(total, folder, target):
         with BigNet(total) as net:
             assert total < 7000 or net.sizes["consensus"] > 2.4e6 and net.sizes["microdescs"] > 8e6
             with Board(folder, HEAP, net, target.port) as board:
-                peak, _ = board.phase("bootstrap", 120 + total // 10)
+                peak, seconds = board.phase("bootstrap", 120 + total // 10)
+                print("%d relays: %d bytes at most, %.1f s" % (total, peak, seconds))
                 # Circuits of those that it knows now work, and so does the service.
                 assert reach(net.client(), board.address()) and board.running
                 return peak

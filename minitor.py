@@ -115,6 +115,13 @@ def crowded():
     return True
 
 
+def fits(n):
+    """Tell whether `n` bytes more keep memory in its budget."""
+    if MICROPYTHON:
+        gc.collect()
+    return not MICROPYTHON or gc.mem_alloc() + n <= _admission[0]
+
+
 def private_dir(path):
     """Make a folder, and those above it, on a host for its owner alone."""
     if not MICROPYTHON:
@@ -1463,9 +1470,9 @@ class CertParser(_Splitter):
 _SIGNATURE = b"\ndirectory-signature "
 # What a Consensus is made of, beside its footer.
 _HEAD = (
-    b"network-status-version vote-status consensus-method valid-after fresh-until valid-until "
-    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value"
-).split()
+    b" network-status-version vote-status consensus-method valid-after fresh-until valid-until "
+    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value "
+)
 
 
 class ConsensusParser(_Splitter):
@@ -1497,10 +1504,10 @@ class ConsensusParser(_Splitter):
                 return data[at + 2 :]
             line, at = data[at:end], end
             self._hash.update(line)
-            keyword = line.split(b" ")[0]
+            keyword = line.split(b" ")[0].strip()
             good = keyword not in self._bits and keyword != b"directory-signature"
             require(good, "a document is malformed")
-            if keyword in _HEAD:
+            if b" %s " % keyword in _HEAD:
                 self._bits[keyword] = line[:-1]
         self._rest = data[at:]
         return b""
@@ -3186,6 +3193,7 @@ class Circuit:
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._add(Layer(keys, True, service))
+        self.kh = None
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
@@ -3431,7 +3439,7 @@ class Circuit:
 
 
 # Below the budget, for overlays and what they work on.
-_ROOM = 16384
+_ROOM = 24 << 10
 
 
 def relieve(circuits, still=0):
@@ -3463,10 +3471,8 @@ def make_room(channels):
             if c.on_begin and not c.streams]
     # Those first that were used last longest ago.
     idle.sort(key=lambda c: ticks_diff(c.since, ticks_ms()))
-    gc.collect()
-    while idle and gc.mem_alloc() > _admission[0] - _ROOM:
+    while idle and not fits(_ROOM):
         idle.pop(0).close()
-        gc.collect()
 
 
 BUILD_SECONDS = 20
@@ -3985,8 +3991,9 @@ async def directory_request(circuit, *request, seconds=None):
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
 # By what a digest is found; a number takes no memory.
 _short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
-# For the first directory; between looks at the clock.
-_CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
+# For the first directory; between looks at the clock; until what bootstrap left out is fetched, as
+# a board has no memory for that while it publishes.
+_CONNECT_SECONDS, _PAUSE_SECONDS, _LATER = 15 if MICROPYTHON else 5, 5, 60 if MICROPYTHON else 0
 # Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
 _ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
@@ -4037,14 +4044,16 @@ class Directory:
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
         delay = 0
+        await asyncio.sleep(_LATER)
         while True:
             try:
                 async with self.turn:
                     await self._fill(self.table, self.consensus, 101)
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
-                # The clock may be set, or the machine sleep.
-                while now() < when:
+                # The clock may be set, or the machine sleep.  A board with clients waits for an
+                # hour that is better, while the consensus is good.
+                while now() < when or now() < self.consensus.valid_until and not fits(_ROOM):
                     await asyncio.sleep(_PAUSE_SECONDS)
                 async with self.turn:
                     await self._renew()
@@ -4751,12 +4760,15 @@ class AsyncTor:
                 if circuit:
                     n = len(circuit.path)
                     circuit.close()
-                if isinstance(e, SHORT) or not isinstance(e, (ChannelError, CircuitError)):
+                error, kind = e, CircuitError
+                if isinstance(e, SHORT):
+                    kind = MemoryShort
+                    await asyncio.sleep(1)
+                elif not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if n < len(path):
+                elif n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
-                error = e
-        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
+        raise kind("no circuit in %d attempts: %s" % (attempts, error))
 
     def _begun(self, target):
         # A spare circuit or None, and the path to `target`.

@@ -807,6 +807,21 @@ def test_circuits_are_tried_again(core):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("error", [MemoryError(), minitor.MemoryShort("out of memory", 5)])
+def test_want_of_memory_is_no_relays_fault(core, monkeypatch, error):
+    async def main():
+        async def extend(relay, seconds):
+            raise error
+
+        monkeypatch.setattr(minitor.Circuit, "extend", lambda self, *args: extend(*args))
+        with pytest.raises(minitor.MemoryShort, match="in 2 attempts"):
+            await core.circuit_to(core.relay(9), 2)
+        assert not core.log and not core.doubts and all([c.closed for c in core.made])
+
+    monkeypatch.setattr(minitor.asyncio, "sleep", lambda _, sleep=asyncio.sleep: sleep(0))
+    asyncio.run(main())
+
+
 def test_private_addresses_are_refused(core):
     """Onion services and their clients name relays to each other, but none in our network."""
 

@@ -21,9 +21,9 @@ POSITIONAL = set("from_bytes to_bytes split rsplit splitlines encode decode".spl
 
 
 def test_size():
-    # The client and the host of onion services took 150 KB; 55 came for boards: hashes and AES in
+    # The client and the host of onion services took 150 KB; 56 came for boards: hashes and AES in
     # viper, the relay table on flash, admission by memory.  A new feature raises it knowingly.
-    assert len(SOURCE.encode()) <= 205 * 1024
+    assert len(SOURCE.encode()) <= 206 * 1024
 
 
 def test_parameters_that_a_board_keeps():

@@ -864,31 +864,6 @@ def test_a_board_asks_over_the_link_that_it_has(monkeypatch, tmp_path):
     assert asked[-1] == {"kind": "dir-guards", "use": 3}
 
 
-@pytest.mark.parametrize("board", [True, False])
-def test_on_a_board_what_takes_much_memory_goes_alone(monkeypatch, tmp_path, board):
-    directory, running, most = sources(monkeypatch, tmp_path, lambda a: 0)[0], [], []
-    monkeypatch.setattr(minitor, "MICROPYTHON", board)
-    sleep = asyncio.sleep
-    monkeypatch.setattr(minitor.asyncio, "sleep", lambda seconds: sleep(seconds / 100))
-
-    async def work(n):
-        running.append(n)
-        most.append(len(running))
-        await sleep(0.05)
-        running.remove(n)
-        if n == 1:
-            raise MemoryError
-        return n
-
-    async def main():
-        works = [directory.alone(work(n)) for n in range(4)]
-        return await asyncio.gather(*works, return_exceptions=True)
-
-    results = asyncio.run(main())
-    assert results[:1] + results[2:] == [0, 2, 3] and isinstance(results[1], MemoryError)
-    assert max(most) == (1 if board else 4)
-
-
 def test_a_directory_that_falls_silent(net, tmp_path, monkeypatch):
     monkeypatch.setattr(minitor, "_FETCH_SECONDS", 1)
     silent, mirror = Mirror(net), Mirror(net)

@@ -568,6 +568,23 @@ def test_publishing(published):
     asyncio.run(main())
 
 
+def test_on_a_board_publishing_waits_for_its_turn(published):
+    """While the directory is refreshed there is no memory for it."""
+
+    async def main():
+        turn = published.tor.directory.turn = asyncio.Lock()
+        await turn.acquire()
+        task = asyncio.ensure_future(published.start())
+        await published.tick(200)
+        assert published.posts == [] and not task.done()
+        turn.release()
+        await asyncio.wait_for(task, 5)
+        assert len(published.posts) == 6 and not turn.locked()
+        await published.close()
+
+    asyncio.run(main())
+
+
 def test_periods_that_are_over_are_forgotten(published):
     """Memory is the same after any number of time periods, and each is published once."""
 

@@ -1,9 +1,9 @@
 """The board's build with little heap, under 32-bit MicroPython, in networks of real relays.
 
-Most by command only, in the heap that it gives:
+By command only, in the heap that it gives:
     MINITOR_HEAP=112k python -m pytest tests/live/test_live_memory.py
     MINITOR_HEAP=112k MINITOR_PERIODS=6 python -m pytest tests/live/test_live_memory.py -k periods
-In CI a board loses relays here, and sees a time period change in test_live_sparse.py.
+In CI a board sees a time period change in test_live_sparse.py.
 """
 
 import os
@@ -89,6 +89,7 @@ def settled(board):
     return min(live for live, _ in board.still()[seen:])
 
 
+@by_command
 @pytest.mark.timeout(900)
 def test_loses_introduction_points_and_guard(tornet, target, relays, tmp_path):
     """The service comes back by itself, and takes no more memory for it."""

@@ -8,7 +8,7 @@ from base64 import b64decode
 import pytest
 from boardkit import CI_HEAP, Board
 from httptarget import HELLO
-from livekit import curl, forget, get, retry, serve, wait_for
+from livekit import ADDRESS, curl, forget, get, retry, serve, wait_for
 
 STATES = {(False, False), (False, True), (True, True)}  # previous and current value are there
 
@@ -48,7 +48,6 @@ class Soak:
             self.tor_service = self.net.onion_service({80: self.target.port}, wait=False)
             self.ours = serve(self.net, self.folder / "serve", self.target.port)
             self.board = Board(self.folder / "board", CI_HEAP, self.net, self.target.port)
-            self.board.address()
             while not self.stopped.wait(4):
                 self._round()
         except BaseException as e:
@@ -66,8 +65,11 @@ class Soak:
                 self._note("ours-" + name, body == HELLO, "")
             except AssertionError as e:
                 self._note("ours-" + name, False, str(e)[-300:])
-        done = self._fetch(self.board.address())
-        self._note("tor-board", done.stdout == HELLO, done.stderr)
+        # It takes its time; the first state shall not be over meanwhile.
+        address = re.search(ADDRESS, self.board.out)
+        if address:
+            done = self._fetch(address[1])
+            self._note("tor-board", done.stdout == HELLO, done.stderr)
         _, period = shared_random(self.net)
         for live, _ in self.board.still()[self.samples:]:
             self.samples += 1
@@ -153,7 +155,9 @@ def test_time_periods_and_shared_random_values(soak):
                     pair, when, state, period, why))
     for pair, results in soak.results.items():
         for state in STATES:
-            assert any(r[3] for r in results if r[1] == state), (pair, state)
+            tried = [r for r in results if r[1] == state]
+            late = pair == "tor-board" and state == (False, False) and not tried
+            assert late or any(r[3] for r in tried), (pair, state)
         # A service may be away while it publishes anew, not longer, and not again and again.
         good = sum(r[3] for r in results)
         assert good >= 0.8 * len(results), "%s: %d of %d" % (pair, good, len(results))

@@ -3318,7 +3318,7 @@ class Circuit:
             self.channel.send(made)
         except MemoryError:
             # The relays would count other bytes now.
-            raise self.close("out of memory", 5)
+            raise self.starve()
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -4214,8 +4214,6 @@ class Directory:
             raise DirectoryError("too few microdescriptors came" + why)
         if changed:
             table.save(self._path, self.network.id, consensus)
-        if MICROPYTHON:
-            consensus.head = b""  # it is on flash
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)

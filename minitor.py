@@ -3636,7 +3636,7 @@ def place(entry):
 
 
 def load_network(path=None):
-    """The Tor network of the torrc file `path`, or the public one; ConfigError.
+    """The Tor network of the torrc file `path`, or of its lines, or the public one; ConfigError.
 
     `authorities`, `fallbacks`: see place; `identities`: the v3 ones.
     """
@@ -3649,6 +3649,8 @@ def load_network(path=None):
                 n = n * 91 + ord(digit) - 36
             places.append(n.to_bytes(26, "big"))
         v3_ids, places = [entry[6:] for entry in places[:9]], places[9:]
+    elif not MICROPYTHON and isinstance(path, list):
+        lines = path
     else:
         try:
             with open(path) as f:
@@ -4086,6 +4088,9 @@ def load_service_key(key_dir):
 class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
+    # As HiddenService… in a torrc.
+    intro_points, max_streams, strict, export = INTRO_POINTS, _MAX_STREAMS, False, False
+
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
@@ -4124,7 +4129,7 @@ class OnionService:
             self._tasks = [task for task in self._tasks if not task.done()]
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
-                while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
+                while len([i for i in self.intros if not self._over(i)]) < self.intro_points:
                     self._add_intro()
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
@@ -4179,8 +4184,8 @@ class OnionService:
         waited, updates, state, due = 0, None, None, {}
         while True:
             await asyncio.sleep(1)
-            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:INTRO_POINTS]
-            waited = waited + 1 if len(ready) < INTRO_POINTS else 0
+            ready = sorted([i for i in self.intros if i.ready], key=self._over)[: self.intro_points]
+            waited = waited + 1 if len(ready) < self.intro_points else 0
             if not ready or 0 < waited < 30:
                 continue
             if state != set(ready):
@@ -4273,9 +4278,13 @@ class OnionService:
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
-        if self._short() or len(circuit.streams) > _MAX_STREAMS:
+        if self._short() or len(circuit.streams) > self.max_streams:
             log(INFO, "a stream is refused: too many, or out of memory")
+            if not MICROPYTHON and self.strict:
+                return circuit.close()
             return stream.send_end(END_RESOURCELIMIT)
+        if not MICROPYTHON and isinstance(target, list):
+            target = target[randbelow(len(target))]
         try:
             if callable(target):
                 stream.accept()
@@ -4291,6 +4300,10 @@ class OnionService:
             stream.send_end(END_RESOURCELIMIT if short else END_CONNECTREFUSED)
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
             return log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
+        if not MICROPYTHON and self.export:
+            n = circuit.circ_id
+            text = "PROXY TCP6 fc00:dead:beef:4dad::%x:%x ::1 %d %d\r\n"
+            writer.write((text % (n >> 16, n & 65535, n & 65535, port)).encode())
         stream.accept()
         await pump(stream, reader, writer)
 
@@ -4331,6 +4344,8 @@ class AsyncTor:
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 
+    selector = PathSelector
+
     def __init__(self, data_dir=None, network=None, progress=None, budget=0):
         _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
@@ -4360,7 +4375,7 @@ class AsyncTor:
             # What is dear there: a link to the guard alone stays.
             self._channels.close()
         file = self.data_dir + "/guards.json"
-        self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
+        self.paths = directory.paths = self.selector(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
@@ -4654,6 +4669,949 @@ class Tor:
         return http_call(url, data.decode, response.headers.get_content_charset("utf-8"), "replace")
 
 
+# === 17. Front doors ===
+# torrc and the daemon that it describes (tor(1)).
+
+if not MICROPYTHON:
+    import re
+
+# Options by type, as tor has them, with defaults; then those that change nothing here, and how
+# the names begin of those that only relays and authorities have.
+_OPTIONS = {
+    "Boolean": (
+        "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
+        "CookieAuthFileGroupReadable=0 RunAsDaemon=0 StrictNodes=0 TestingTorNetwork=0 "
+        "TruncateLogFile=0 UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
+    ),
+    "Integer": "__OwningControllerProcess=0",
+    "TimeInterval": "MaxCircuitDirtiness=600 NewCircuitPeriod=30",
+    "String": "SafeLogging=1 SyslogIdentityTag User",
+    "Filename": (
+        "ClientOnionAuthDir ControlPortWriteToFile CookieAuthFile DataDirectory "
+        "GeoIPFile=/usr/share/tor/geoip GeoIPv6File=/usr/share/tor/geoip6 PidFile"
+    ),
+    "RouterList": "EntryNodes ExcludeExitNodes ExcludeNodes ExitNodes",
+    "LineList": (
+        "Bridge ClientTransportPlugin ControlPort ControlSocket DirAuthority FallbackDir "
+        "HashedControlPassword HTTPTunnelPort Log SocksPort"
+    ),
+    "Dependent": (
+        "HiddenServiceAllowUnknownPorts HiddenServiceDir HiddenServiceDirGroupReadable "
+        "HiddenServiceExportCircuitID HiddenServiceMaxStreams HiddenServiceMaxStreamsCloseCircuit "
+        "HiddenServiceNumIntroductionPoints HiddenServicePort HiddenServiceVersion"
+    ),
+    "Ignored": (
+        "AvoidDiskWrites CircuitBuildTimeout ClientOnly DisableDebuggerAttachment "
+        "EnforceDistinctSubnets HardwareAccel HeartbeatPeriod LearnCircuitBuildTimeout "
+        "LogTimeGranularity NumCPUs ShutdownWaitLength UseMicrodescriptors"
+    ),
+}
+_TYPES = {
+    word.partition("=")[0].lower(): (kind, word.partition("=")[0], word.partition("=")[2])
+    for kind, words in _OPTIONS.items()
+    for word in words.split()
+}
+_ABBREVIATIONS = {"l": "log", "dirserver": "dirauthority"}
+_FOR_RELAYS = (
+    "accel accounting alternate assume auth bandwidth bridge contactinfo consensusparams dirc "
+    "dirp dirr dos exit extend extor extrainfo family hidserv ipv6exit keydir maxadv metrics "
+    "myfamily nickname offline orport outbound publishs relay server signing sslkey testing v3"
+)
+_UNITS = {"": 1, "second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
+_UNITS["month"] = 2629728
+_SEVERITIES = "debug info notice warn err".split()
+# Those of a port; the first three are on.
+_PORT_FLAGS = (
+    "isolateclientaddr isolatesocksauth isolateclientprotocol isolatedestport isolatedestaddr "
+    "keepaliveisolatesocksauth ipv4traffic ipv6traffic preferipv6 dnsrequest oniontraffic "
+    "oniontrafficonly cacheipv4dns cacheipv6dns cachedns useipv4cache useipv6cache usednscache "
+    "preferipv6automap prefersocksnoauth extendederrors groupwritable worldwritable "
+    "relaxdirmodecheck"
+).split()
+
+
+def _unescape(match):
+    text = match[1].decode("ascii")
+    if text[0] in "xX":
+        return bytes([int(text[1:], 16)])
+    if text[0].isdigit():
+        if int(text, 8) > 255:
+            raise ConfigError("no byte: \\%s" % text)
+        return bytes([int(text, 8)])
+    return {"n": b"\n", "r": b"\r", "t": b"\t"}.get(text, text.encode())
+
+
+def unquote_c(text):
+    """What a string with C's escapes, without its quotes, stands for; ConfigError."""
+    data = text.encode("utf-8", "surrogateescape")
+    pattern = rb"\\([xX][0-9a-fA-F]{2}|[0-7]{1,3}|[nrt\"'\\])"
+    return re.sub(pattern, _unescape, data).decode("utf-8", "surrogateescape")
+
+
+def quote_c(text):
+    return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n").replace("\r", "\\r")
+
+
+def parse_torrc(text, name="torrc"):
+    """Yield (option, text, "file:line"); ConfigError."""
+    blank = re.compile(r"(?:[ \t\n\v\f\r]+|#[^\n]*)*")
+    option = re.compile(r"(?:[^ \t\n\v\f\r#\\]|\\(?!\n))*")
+    quoted = re.compile(
+        r'"((?:[^"\\\n]|\\(?:[xX][0-9a-fA-F]{2}|[0-7]{1,3}|[nrt"\'\\]))*)"[ \t]*\r?(?=[\n#]|\Z)')
+    # After the first continuation, comments do not end it.
+    plain = re.compile(
+        r"((?:[^\n#\\]|\\(?!\n))*)((?:\\\n(?:[^\n#\\]|\\(?!\n)|#[^\n]*\n?)*)*)")
+    at = 0
+    while (at := blank.match(text, at).end()) < len(text):
+        where = "%s:%d" % (name, text.count("\n", 0, at) + 1)
+        key = option.match(text, at)
+        at = key.end()
+        while text[at : at + 1] in (" ", "\t"):
+            at += 1
+        if text[at : at + 1] == '"':
+            match = quoted.match(text, at)
+            if not match:
+                raise ConfigError(where + ": a bad escape, no closing quote, or more after it")
+            try:
+                value = unquote_c(match[1])
+            except ConfigError as e:
+                raise ConfigError("%s: %s" % (where, e))
+        else:
+            match = plain.match(text, at)
+            value = match[1] + re.sub(r"\\\n|#[^\n]*\n?", "", match[2])
+            value = value.strip(" \t\n\v\f\r")
+        if "\0" in key[0] + value or not key[0]:
+            raise ConfigError(where + ": a line without an option, or a zero byte")
+        yield key[0], value, where
+        at = match.end()
+
+
+def _included(pattern, where):
+    # The files that %include names: folders stand for the files in them.
+    import glob
+
+    found = [pattern]
+    if re.search(r"[*?]", pattern):
+        found = sorted(glob.glob(pattern.replace("[", "[[]")))
+    for path in found:
+        if os.path.isdir(path):
+            inside = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n[0] != "."]
+            yield from [name for name in inside if os.path.isfile(name)]
+        else:
+            yield path
+
+
+def read_torrc(path, text=None, depth=0):
+    """Return [(option, text, where)] of the file `path` and what it includes; ConfigError."""
+    lines = []
+    try:
+        if text is None:
+            with open(path, encoding="utf-8", errors="surrogateescape") as f:
+                text = f.read()
+        for key, value, where in parse_torrc(text, path):
+            if key != "%include":
+                lines.append((key, value, where))
+                continue
+            if depth > 30 or not value:
+                raise ConfigError(where + ": %include of nothing, or too deep")
+            for name in _included(os.path.expanduser(value), where):
+                lines += read_torrc(name, None, depth + 1)
+    except (OSError, ValueError) as e:
+        raise ConfigError("cannot read the torrc %s: %s" % (path, e))
+    return lines
+
+
+def option_name(key):
+    """The full name of an option, whatever its case, or its beginning alone; ConfigError."""
+    key = key.lower()
+    key = _ABBREVIATIONS.get(key, key)
+    names = [name for name in _TYPES if name.startswith(key)] if key else []
+    if key in _TYPES or len(names) == 1:
+        return _TYPES[key if key in _TYPES else names[0]][1]
+    if key.strip("_").startswith(tuple(_FOR_RELAYS.split())) and not names:
+        raise ConfigError("only relays and authorities have this option, and minitor is neither")
+    raise ConfigError("unknown option, or one that minitor does not have")
+
+
+def _decimal(text, least, most):
+    if not text.isdecimal() or not text.isascii() or not least <= int(text[:20]) <= most:
+        raise ConfigError("not %d to %d: %s" % (least, most, text))
+    return int(text)
+
+
+def _interval(text):
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,9})?)[ \t]*([a-z]*?)s?", text.lower(), re.ASCII)
+    if not match or match[2] not in _UNITS or text.lower().endswith("ss"):
+        raise ConfigError("no interval, such as `10 minutes`: " + text)
+    seconds = int(float(match[1]) * _UNITS[match[2]])
+    return _decimal(str(seconds), 0, (1 << 31) - 1)
+
+
+def _address(text, port=None):
+    # (host, port) of "host:port", "[host]:port"; with `port` also "host"; ConfigError.
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\](?::(\d+))?|([^\[\]:]+)(?::(\d+))?", text)
+    number = match and (match[2] or match[4])
+    if not match or number is None and port is None:
+        raise ConfigError("no address:port: " + text)
+    host = match[1] or match[3]
+    place = host, _decimal(number, 1, 65535) if number else port
+    check_target(*place)
+    return place
+
+
+def parse_listener(text):
+    """Return what a …Port line asks for: `place`, `flags`, `group`; None for 0; ConfigError.
+
+    `place`: (host, port), port 0 for auto, or the path of a socket; `flags`: {lower name: bool}.
+    """
+    match = re.fullmatch(r'unix:(?:"((?:[^"\\]|\\.)*)"|([^ \t]+))(?:[ \t]+(.*))?', text)
+    spec = Record()
+    if match:
+        path = match[2] if match[1] is None else unquote_c(match[1])
+        spec.place, words = os.path.abspath(os.path.expanduser(path)), (match[3] or "").split()
+    else:
+        words = text.split()
+        where = words.pop(0)
+        host, _, port = where.rpartition(":")
+        auto = port.lower() == "auto"
+        if where == "0":
+            spec.place = None
+        elif auto or not host and port.isdecimal():
+            port = 0 if auto else _decimal(port, 1, 65535)
+            spec.place = host.strip("[]") or "127.0.0.1", port
+        else:
+            spec.place = _address(where)
+    spec.flags, spec.group = dict.fromkeys(_PORT_FLAGS[:3], True), None
+    for word in map(str.lower, words):
+        name, _, number = word.partition("=")
+        no = name not in _PORT_FLAGS and name[:2] == "no"
+        name = name[2 * no :]
+        if name + "s" not in _PORT_FLAGS and name[-1:] == "s" and name[:7] == "isolate":
+            name = name[:-1]
+        if word.startswith("sessiongroup="):
+            spec.group = _decimal(number, 0, (1 << 31) - 1)
+        elif name in _PORT_FLAGS and not number:
+            spec.flags[name] = not no
+        else:
+            raise ConfigError("unknown flag " + word)
+    unix_only = spec.flags.keys() & {"groupwritable", "worldwritable", "relaxdirmodecheck"}
+    if unix_only and not isinstance(spec.place, str):
+        raise ConfigError("only sockets of the file system are " + unix_only.pop())
+    return spec if spec.place else None
+
+
+def parse_log(text):
+    """Return (severities, "stdout", "stderr", "syslog" or "file", path) of a Log line."""
+    # Domains are not told apart: what one asks for, all give.
+    text = re.sub(r"\[[a-z_~*, \t]*\]", " ", text.lower() and text)
+    words, levels = text.split(None), set()
+    while words and words[0].lower() not in ("file", "stdout", "stderr", "syslog"):
+        low, _, high = words.pop(0).lower().partition("-")
+        try:
+            low, high = _SEVERITIES.index(low), _SEVERITIES.index(high or "err")
+        except ValueError:
+            raise ConfigError("a Log line is `severity[-severity] where`, not: " + text)
+        levels |= set(range(low, high + 1))
+    kind = words[0].lower() if words else "stdout"
+    path = re.split(r"(?i)\bfile[ \t]+", text, 1)[1:] if kind == "file" else words[2:]
+    if not levels or (kind == "file") != bool(path) or kind != "file" and len(words) > 1:
+        raise ConfigError("a Log line is `severity[-severity] where`, not: " + text)
+    return levels, kind, _path(path[0].strip()) if path else None
+
+
+def parse_nodes(text):
+    """Return (fingerprints, [(network, mask)], countries) of a list of relays; ConfigError."""
+    import ipaddress
+
+    ids, networks, countries = set(), [], set()
+    for item in text.replace(",", " ").split():
+        match = re.fullmatch(r"\$?([0-9a-fA-F]{40})(?:[=~][a-zA-Z0-9]{1,19})?", item)
+        if match:
+            ids.add(bytes.fromhex(match[1]))
+        elif re.fullmatch(r"\{([a-zA-Z]{2}|\?\?)\}", item):
+            countries.add(item[1:3].upper())
+        else:
+            try:
+                net = ipaddress.IPv4Network("0.0.0.0/0" if item == "*" else item, False)
+            except ValueError:
+                raise ConfigError("no fingerprint, no IPv4 address or network, no {cc}: " + item)
+            networks.append((int(net.network_address), int(net.netmask)))
+    return ids, networks, countries
+
+
+def parse_password_hash(text):
+    """Return (salt and count, hash) of a HashedControlPassword; ConfigError."""
+    if not re.fullmatch(r"16:[0-9a-fA-F]{58}", text):
+        raise ConfigError("no output of --hash-password")
+    data = bytes.fromhex(text[3:])
+    return data[:9], data[9:]
+
+
+def hash_password(password, salt):
+    """The S2K of RFC 2440 with SHA-1; `salt`: 8 bytes and the count's."""
+    count = (16 + (salt[8] & 15)) << (salt[8] >> 4) + 6
+    data = salt[:8] + password
+    return sha1((data * (count // len(data) + 1))[:count])
+
+
+def _fallback(text):
+    # As in load_network's `fallbacks`.
+    words = text.split()
+    options = dict([word.split("=", 1) for word in words if "=" in word])
+    rest = [word for word in words if "=" not in word]
+    if len(rest) != 1 or not re.fullmatch(r"[0-9a-fA-F]{40}", options.get("id", "")):
+        raise ConfigError("no `address[:port] orport=port id=fingerprint`")
+    port = _decimal(options.get("orport", ""), 1, 65535)
+    return _address(rest[0], 1)[0], port, bytes.fromhex(options["id"])
+
+
+def _bridge(text):
+    # (transport or None, (host, port), fingerprint or None, arguments).
+    words = text.split()
+    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0]) else None
+    place = _address(words.pop(0) if words else "")
+    rsa_id = words.pop(0) if words and "=" not in words[0] else None
+    if rsa_id and not re.fullmatch(r"\$?[0-9a-fA-F]{40}", rsa_id):
+        raise ConfigError("no fingerprint: " + rsa_id)
+    if [word for word in words if "=" not in word] or words and not transport:
+        raise ConfigError("no `[transport] address:port [fingerprint] [name=value …]`")
+    return transport, place, rsa_id and bytes.fromhex(rsa_id[-40:]), words
+
+
+def _plugin(text):
+    # (transports, "exec", "socks4" or "socks5", words).
+    match = re.fullmatch(r"(\w+(?:,\w+)*|\*)\s+(exec|socks4|socks5)\s+(.+)", text, re.ASCII)
+    if not match:
+        raise ConfigError("no `transports exec path` or `transports socks5 address:port`")
+    what = match[3].split() if match[2] == "exec" else _address(match[3])
+    return match[1].split(","), match[2], what
+
+
+def _service_target(text, port):
+    match = re.fullmatch(r'unix:(?:"((?:[^"\\]|\\.)*)"|(.+))', text)
+    if match:
+        return "unix:" + (match[2] if match[1] is None else unquote_c(match[1]))
+    if text.isdecimal() or not text:
+        return "127.0.0.1", _decimal(text, 1, 65535) if text else port
+    return _address(text, port if "." in text or ":" in text else None)
+
+
+def _boolean(text):
+    return _decimal(text, 0, 1) == 1
+
+
+def parse_services(entries):
+    """Return {folder: Record} of HiddenService… lines [(option, text, where)]; ConfigError.
+
+    `ports`: {port: [target]}; `intro_points`; `max_streams`, 0: no limit; `strict`: a circuit
+    with one too many is closed; `export`: HiddenServiceExportCircuitID.
+    """
+    services, service = {}, None
+
+    def set_port(text):
+        number, _, target = text.partition(" ")
+        number = _decimal(number, 1, 65535)
+        target = _service_target(target.strip(), number)
+        service.ports.setdefault(number, []).append(target)
+
+    def same(wanted):
+        def check(text):
+            if text != wanted:
+                raise ConfigError("minitor has %s alone" % wanted)
+
+        return check
+
+    def put(name, parse):
+        return lambda text: setattr(service, name, parse(text))
+
+    setters = {
+        "HiddenServicePort": set_port,
+        "HiddenServiceVersion": same("3"),
+        "HiddenServiceAllowUnknownPorts": same("0"),
+        "HiddenServiceDirGroupReadable": same("0"),
+        "HiddenServiceMaxStreams": put("max_streams", lambda text: _decimal(text, 0, 65535)),
+        "HiddenServiceMaxStreamsCloseCircuit": put("strict", _boolean),
+        "HiddenServiceNumIntroductionPoints": put("intro_points", lambda t: _decimal(t, 3, 20)),
+        "HiddenServiceExportCircuitID": put("export", lambda text: same("haproxy")(text) or True),
+    }
+    for name, text, where in entries:
+        try:
+            if name == "HiddenServiceDir":
+                folder = _path(text)
+                if folder in services:
+                    raise ConfigError("it stands here twice")
+                services[folder] = service = Record()
+                service.ports, service.where, service.intro_points = {}, where, INTRO_POINTS
+                service.max_streams, service.strict, service.export = 0, False, False
+            elif not service:
+                raise ConfigError("no HiddenServiceDir stands before")
+            else:
+                setters[name](text)
+        except TorError as e:
+            raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
+    for folder, service in services.items():
+        if not service.ports:
+            raise ConfigError("%s: no HiddenServicePort for %s" % (service.where, folder))
+    return services
+
+
+def _path(text):
+    return os.path.abspath(os.path.expanduser(text))
+
+
+_PARSERS = {
+    "Boolean": _boolean,
+    "Integer": lambda text: _decimal(text, 0, (1 << 31) - 1),
+    "TimeInterval": _interval,
+    "Filename": _path,
+    "RouterList": parse_nodes,
+    "Bridge": _bridge,
+    "ClientTransportPlugin": _plugin,
+    "ControlPort": parse_listener,
+    "ControlSocket": lambda t: parse_listener(t if t[:5] == "unix:" or t == "0" else "unix:" + t),
+    "FallbackDir": _fallback,
+    "HashedControlPassword": parse_password_hash,
+    "HTTPTunnelPort": parse_listener,
+    "Log": parse_log,
+    "SocksPort": parse_listener,
+}
+_HIDDEN = "HiddenServiceOptions"
+
+
+class Config(dict):
+    """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
+
+
+def _assign(lines, entries):
+    # Add the lines of one file, or of the command line, which override earlier ones.
+    fresh = set()
+    for key, text, where in entries:
+        mark = key[:1] if key[:1] in "+/" else ""
+        try:
+            name = option_name(key[len(mark) :])
+        except ConfigError as e:
+            raise ConfigError("%s: %s: %s" % (where, key, e))
+        kind = _TYPES[name.lower()][0]
+        group = _HIDDEN if kind == "Dependent" else name
+        many = kind in ("LineList", "Dependent")
+        if mark == "/" or not text and not many:
+            lines.pop(group, None)
+        elif not text:
+            log(WARN, "%s: %s has no value: skipped", where, name)
+        else:
+            if kind == "Ignored" and not (name, text, where) in lines.get(group, ()):
+                log(INFO, "%s: %s changes nothing in minitor", where, name)
+            if not many and group in fresh:
+                log(WARN, "%s: %s is given more than once: the last one counts", where, name)
+            if not many or mark != "+" and group not in fresh:
+                lines[group] = []
+            fresh.add(group)
+            lines.setdefault(group, []).append((name, text, where))
+
+
+def configure(*sources):
+    """Return the Config of lists of (option, text, where), of which the later ones override."""
+    config = Config()
+    config.lines = {}
+    for entries in sources:
+        _assign(config.lines, entries)
+    for kind, name, default in _TYPES.values():
+        parse = _PARSERS.get(name) or _PARSERS.get(kind) or str
+        config[name] = [] if kind == "LineList" else parse(default) if default else None
+        for name, text, where in config.lines.get(name, ()):
+            try:
+                value = parse(text)
+            except TorError as e:
+                raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
+            if kind != "LineList":
+                config[name] = value
+            elif value is not None:
+                config[name].append(value)
+    config[_HIDDEN] = parse_services(config.lines.get(_HIDDEN, ()))
+    _check(config)
+    return config
+
+
+def _check(config):
+    # What only together is right or wrong, or what minitor cannot do.
+    def refuse(name, text):
+        where = config.lines[name][0][2] + ": " if name in config.lines else ""
+        raise ConfigError("%s%s: %s" % (where, name, text))
+
+    if config["MaxCircuitDirtiness"] < 10 or config["MaxCircuitDirtiness"] > 30 * 86400:
+        refuse("MaxCircuitDirtiness", "not 10 seconds to 30 days")
+    if config["NewCircuitPeriod"] < 1:
+        refuse("NewCircuitPeriod", "less than a second")
+    if config["SafeLogging"] not in ("0", "1", "relay"):
+        refuse("SafeLogging", "neither 0 nor 1 nor relay")
+    if config["DirAuthority"]:
+        try:
+            load_network(["DirAuthority " + text for text in config["DirAuthority"]])
+        except ConfigError as e:
+            refuse("DirAuthority", e)
+    if config["UseBridges"]:
+        refuse("UseBridges", "minitor cannot use bridges yet")
+    if config["ClientOnionAuthDir"]:
+        refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
+    for folder, service in config[_HIDDEN].items():
+        try:
+            names = os.listdir(folder + "/authorized_clients")
+        except OSError:
+            continue
+        if [name for name in names if name[-5:] == ".auth"]:
+            text = "%s: minitor cannot restrict %s to its authorized_clients yet"
+            raise ConfigError(text % (service.where, folder))
+
+
+# Where tor keeps countries by address: ranges, in order.
+def load_geoip(path):
+    """Return arrays of the first and last addresses, and countries; ConfigError."""
+    first, last, countries = array("I"), array("I"), []
+    try:
+        with open(path) as f:
+            for line in f:
+                parts = line.strip().split(",")
+                if len(parts) == 3 and line[0] != "#":
+                    first.append(int(parts[0]))
+                    last.append(int(parts[1]))
+                    countries.append(sys.intern(parts[2]))
+    except (OSError, OverflowError, ValueError) as e:
+        raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
+    return first, last, countries
+
+
+def country(geoip, address):
+    """The country, or "??", of an IPv4 address as a number."""
+    from bisect import bisect
+
+    first, last, countries = geoip
+    i = bisect(first, address) - 1
+    return countries[i] if i >= 0 and address <= last[i] else "??"
+
+
+class ChosenPaths(PathSelector):
+    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes."""
+
+    def __init__(self, config, *args):
+        self.config = config
+        super().__init__(*args)
+
+    def update(self, table, consensus):
+        config, lists = self.config, {}
+        names = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
+        sets = {name: config[name] for name in names if config[name]}
+        geoip = load_geoip(config["GeoIPFile"]) if [s for s in sets.values() if s[2]] else None
+        relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
+        for name, nodes in sets.items():
+            lists[name] = {r.index for r in relays if is_among(r, nodes, geoip)}
+        never = lists.get("ExcludeNodes", set())
+        self._within = {"g": lists.get("EntryNodes"), "e": lists.get("ExitNodes")}
+        self._without = {"e": never | lists.get("ExcludeExitNodes", set())}
+        self._never = never
+        super().update(table, consensus)
+
+    def weigh(self, position, need, never=0):
+        within, without = self._within.get(position), self._without.get(position, self._never)
+        for i, weight in super().weigh(position, need, never):
+            if i not in without and (within is None or i in within):
+                yield i, weight
+
+    def excluded(self, relay):
+        return self.table.find(relay.rsa_id) in self._never
+
+
+def is_among(relay, nodes, geoip):
+    """Tell whether `relay` is one of parse_nodes' `nodes`."""
+    ids, networks, countries = nodes
+    address = uint(bytes(map(int, relay.address.split("."))))
+    return (
+        relay.rsa_id in ids
+        or any([address & mask == net for net, mask in networks])
+        or bool(countries) and country(geoip, address) in countries
+    )
+
+
+def log_writer(kind, path, options):
+    """Return functions write(severity, text) and close() for a Log line; ConfigError."""
+    if kind == "syslog":
+        import syslog
+
+        tag = options["SyslogIdentityTag"]
+        syslog.openlog("minitor" + ("-" + tag if tag else ""))
+        levels = syslog.LOG_DEBUG, syslog.LOG_INFO, syslog.LOG_NOTICE, syslog.LOG_WARNING
+        levels += (syslog.LOG_ERR,)
+        return lambda severity, text: syslog.syslog(levels[severity], text), syslog.closelog
+    file, close = getattr(sys, kind, None), lambda: None
+    if kind == "file":
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            opener = lambda name, _: os.open(name, flags, 0o600)
+            file = open(path, "a", opener=opener, errors="surrogateescape")
+        except OSError as e:
+            raise ConfigError("cannot write the log %s: %s" % (path, e))
+        close = file.close
+
+    def write(severity, text):
+        t = time.time()
+        stamp = time.strftime("%b %d %H:%M:%S", time.localtime(t))
+        line = "%s.%03d [%s] %s\n" % (stamp, t % 1 * 1000, _SEVERITIES[severity], text)
+        file.write(line)
+        file.flush()
+
+    return write, close
+
+
+# What a running daemon keeps.
+_FIXED = (
+    "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
+    "TestingTorNetwork User"
+).split()
+_LISTENERS = {
+    "SocksPort": "Socks",
+    "HTTPTunnelPort": "HTTP tunnel",
+    "ControlPort": "Control",
+    "ControlSocket": "Control",
+}
+_ADDRESS_TEXT = re.compile(r"\b[a-z2-7]{56}\.onion\b") if not MICROPYTHON else None
+
+
+class Daemon:
+    """What a torrc describes, running: `config`, `tor`; `load`: makes the Config of the files."""
+
+    def __init__(self, config, load):
+        self.config, self._load = config, load
+        self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
+        # {(option, place): server}, {(option, place): spec}, {folder: OnionService}.
+        self.servers, self.specs, self.services = {}, {}, {}
+        self._logs, self.listening = [], {}
+        self.open_logs(config)
+        self._lock = self._take_folder()
+        network = ["TestingTorNetwork %d" % config["TestingTorNetwork"]]
+        network += ["DirAuthority " + text for text in config["DirAuthority"]]
+        progress = lambda *what: log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
+        self.tor = tor = AsyncTor(self.folder, network[1:] and network, progress)
+        network = tor.directory.network
+        network.testing = network.testing or config["TestingTorNetwork"]
+        network.fallbacks = config["FallbackDir"] or network.fallbacks
+        tor.selector = lambda *args: ChosenPaths(self.config, *args)
+        build = tor.circuit_to
+
+        async def circuit_to(target=None, *args, **named):
+            if target and self.config["StrictNodes"] and tor.paths.excluded(target):
+                raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
+            return await build(target, *args, **named)
+
+        tor.circuit_to = circuit_to
+
+    def _take_folder(self):
+        # tor's file and lock, too.
+        import fcntl
+
+        self.folder = self.config["DataDirectory"] or folders(None, None)[0]
+        try:
+            private_dir(self.folder)
+            lock = open(self.folder + "/lock", "a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("another process uses the DataDirectory " + self.folder)
+        except OSError as e:
+            raise ConfigError("the DataDirectory %s cannot be used: %s" % (self.folder, e))
+        return lock
+
+    def open_logs(self, config):
+        """Log to where `config` says; ConfigError."""
+        logs, specs = [], config["Log"]
+        if not specs and not config["RunAsDaemon"]:
+            specs = [parse_log("notice stdout")]
+        for levels, kind, path in specs:
+            if kind not in ("stdout", "stderr") or not config["RunAsDaemon"]:
+                logs.append((levels,) + log_writer(kind, path, config))
+        for _, _, close in self._logs:
+            close()
+        self._logs = logs
+        self.set_severity()
+
+    def set_severity(self, levels=()):
+        """Log what some log, or a controller (`levels`), wants."""
+        wanted = set(levels).union(*[found for found, _, _ in self._logs])
+        set_log(min(wanted or {ERR}), self._log)
+
+    def _log(self, severity, text):
+        if self.config["SafeLogging"] == "1":
+            text = _ADDRESS_TEXT.sub("[scrubbed]", text)
+        for levels, write, _ in self._logs:
+            if severity in levels:
+                try:
+                    write(severity, text)
+                except (OSError, ValueError):
+                    pass  # a full disk, or a closed terminal
+
+    async def open_listeners(self, config):
+        """Listen where `config` says, and nowhere else; ConfigError."""
+        wanted = {}
+        for option in _LISTENERS:
+            for spec in config[option]:
+                wanted[option, spec.place] = spec
+        if not config.lines.get("SocksPort"):
+            spec = parse_listener("9050")
+            wanted["SocksPort", spec.place] = spec
+        for key in [key for key in wanted if key[0] not in _SERVE]:
+            log(WARN, "%s: minitor has no such proxy yet", key[0])
+            del wanted[key]
+        opened = {}
+        try:
+            for key in wanted.keys() - self.servers.keys():
+                opened[key] = await self._listen(key[0], wanted[key])
+        except OSError as e:
+            for server in opened.values():
+                server.close()
+            raise ConfigError("cannot listen: %s %s: %s" % (key[0], key[1], e))
+        for key in self.servers.keys() - wanted.keys():
+            self.servers.pop(key).close()
+            self.listening.pop(key, None)
+            log(NOTICE, "Closed the %s listener on %s", _LISTENERS[key[0]], key[1])
+        self.servers.update(opened)
+        self.specs = wanted
+
+    async def _listen(self, option, spec):
+        place, key = spec.place, (option, spec.place)
+
+        async def serve(reader, writer):
+            try:
+                await _SERVE[option](self, self.specs.get(key, spec), reader, writer)
+            except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+                log(INFO, "a connection to the %s ended: %s", option, type(e).__name__)
+            finally:
+                writer.close()
+
+        if isinstance(place, str):
+            mode = 0o666 if spec.flags.get("worldwritable") else 0o600
+            group = spec.flags.get("groupwritable")
+            if group or option == "ControlSocket" and self.config["ControlSocketsGroupWritable"]:
+                mode |= 0o060
+            mask = os.umask(0o177)
+            try:
+                server = await asyncio.start_unix_server(serve, place, limit=1 << 16)
+            finally:
+                os.umask(mask)
+            os.chmod(place, mode)
+            text = place
+        else:
+            server = await asyncio.start_server(serve, *place, limit=1 << 16)
+            name = server.sockets[0].getsockname()
+            text = ("[%s]:%d" if ":" in name[0] else "%s:%d") % name[:2]
+            if not name[0].startswith("127.") and name[0] != "::1":
+                log(WARN, "%s listens on %s: others can reach it", option, text)
+        self.listening[key] = text
+        name = _LISTENERS[option]
+        log(NOTICE, "Opened %s listener connection (ready) on %s", name, text)
+        return server
+
+    def open_services(self, config):
+        """Host what `config` says, in place of what runs; ConfigError."""
+        for folder, wanted in config[_HIDDEN].items():
+            service = self.services.get(folder)
+            if not service:
+                service = self.services[folder] = OnionService(self.tor, folder, {})
+                if self.ready.done():
+                    self._start(service)
+            service.ports = dict(wanted.ports)
+            service.intro_points, service.export = wanted.intro_points, wanted.export
+            service.max_streams = wanted.max_streams or 65535
+            service.strict = wanted.strict
+        for folder in self.services.keys() - config[_HIDDEN].keys():
+            spawn(self.services.pop(folder).close())
+
+    def _start(self, service):
+        self.tor.services.append(service)
+
+        async def start():
+            try:
+                await service.start()
+                log(NOTICE, "%s is reachable", service.address)
+            except TorError as e:
+                log(INFO, "%s: %s", service.address, e)
+
+        spawn(start())
+
+    async def use(self, config):
+        """Take over a Config, or, ConfigError, keep the old one."""
+        for name in _FIXED:
+            if config.lines.get(name) != self.config.lines.get(name):
+                log(WARN, "%s cannot change while minitor runs: it stays as it was", name)
+                config[name] = self.config[name]
+        self.open_logs(config)
+        await self.open_listeners(config)
+        self.open_services(config)
+        nodes = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
+        changed = [name for name in nodes if config[name] != self.config[name]]
+        self.config = config
+        self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
+        if changed and self.ready.done():
+            paths, directory = self.tor.paths, self.tor.directory
+            paths.config = config
+            paths.update(directory.table, directory.consensus)
+
+    async def reload(self):
+        log(NOTICE, "Received reload signal (hup). Reloading config and resetting internal state.")
+        try:
+            await self.use(self._load())
+        except TorError as e:
+            log(ERR, "The configuration stays as it was: %s", e)
+
+    async def _bootstrap(self):
+        delay = 2
+        while not self.ready.done():
+            try:
+                await self.tor.start()
+                break
+            except (OSError, TorError) as e:
+                log(WARN, "Not connected to Tor: %s; trying again in %d s", e, delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 300)
+        self.ready.set()
+        for service in self.services.values():
+            self._start(service)
+
+    async def _watch_owner(self):
+        # __OwningControllerProcess: who started it ended.
+        while True:
+            await asyncio.sleep(3)
+            try:
+                os.kill(self.config["__OwningControllerProcess"], 0)
+            except ProcessLookupError:
+                return self.stopping.set()
+            except OSError:
+                pass
+
+    async def run(self, ready):
+        """Run until a signal ends it; `ready()` is called once it listens."""
+        import signal
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGUSR2, lambda: set_log(DEBUG, self._log))
+        config, tasks = self.config, []
+        try:
+            await self.use(config)
+            if config["PidFile"]:
+                with open(config["PidFile"], "w") as f:
+                    f.write("%d\n" % os.getpid())
+            ready()
+            tasks.append(spawn(self._bootstrap()))
+            if config["__OwningControllerProcess"]:
+                tasks.append(spawn(self._watch_owner()))
+            await self.stopping.wait()
+            log(NOTICE, "Catching signal TERM, exiting cleanly.")
+        finally:
+            await self._shut_down(tasks)
+
+    async def _shut_down(self, tasks):
+        for task in tasks:
+            task.cancel()
+        for (_, place), server in self.servers.items():
+            server.close()
+            if isinstance(place, str) and os.path.exists(place):
+                os.unlink(place)
+        await self.tor.aclose()
+        paths = [self.config["PidFile"]]
+        for path in paths:
+            if path and os.path.exists(path):
+                os.unlink(path)
+        # The lock goes with the process.
+        for _, _, close in self._logs:
+            close()
+
+
+def daemonize():
+    """Go on in the background; return what tells the caller, who waits, that all is well."""
+    end, ours = os.pipe()
+    sys.stdout.flush()
+    if os.fork():
+        os.close(ours)
+        os._exit(0 if os.read(end, 1) else 1)
+    os.close(end)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+
+    def ready():
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        os.write(ours, b"1")
+        os.close(ours)
+
+    return ready
+
+
+# Of tor's command line: whether an argument follows.
+_COMMANDS = {
+    "-f": 1, "--torrc-file": 1, "--defaults-torrc": 1, "--hash-password": 1, "--verify-config": 0,
+    "--list-torrc-options": 0, "--ignore-missing-torrc": 0, "--allow-missing-torrc": 0,
+    "--quiet": 0, "--hush": 0,
+}
+
+
+def parse_arguments(argv):
+    """Return ({command: argument}, lines for `configure`) of tor's arguments; ConfigError."""
+    commands, lines, at = {}, [], 0
+    while at < len(argv):
+        word, at = argv[at], at + 1
+        key = re.sub("^--?", "", word)
+        follows = _COMMANDS.get(word, key[:1] != "/")
+        if follows and at == len(argv):
+            raise ConfigError("%s needs a value" % word)
+        value = argv[at] if follows else ""
+        at += bool(follows)
+        if word in _COMMANDS:
+            commands["-f" if word == "--torrc-file" else word] = value
+        else:
+            lines.append((key, value, "argument"))
+    return commands, lines
+
+
+def is_for_daemon(argv):
+    """Tell whether these arguments are as tor's."""
+    names = [re.sub("^--?[+/]?", "", word).lower() for word in argv[:1]]
+    return bool(set(argv) & _COMMANDS.keys()) or bool(set(names) & _TYPES.keys())
+
+
+def run_daemon(argv):
+    """Do as tor with these arguments; return the exit status."""
+    commands, lines = parse_arguments(argv)
+    if "--hash-password" in commands:
+        salt = urandom(8) + b"\x60"
+        digest = hash_password(commands["--hash-password"].encode(), salt)
+        return print("16:" + (salt + digest).hex().upper()) or 0
+    if "--list-torrc-options" in commands:
+        return print("\n".join(sorted([name for _, name, _ in _TYPES.values()]))) or 0
+    path = commands.get("-f")
+    path = path if path in (None, "-") else _path(path)
+    given = sys.stdin.read() if path == "-" else None
+    missing = {"--ignore-missing-torrc", "--allow-missing-torrc"} & commands.keys()
+
+    def load():
+        sources = []
+        for name, text in ((commands.get("--defaults-torrc"), None), (path, given)):
+            if name and not (missing and name == path and not os.path.exists(name)):
+                sources.append(read_torrc(name, text))
+        return configure(*sources, lines)
+
+    config = load()
+    if "--verify-config" in commands:
+        return print("Configuration was valid") or 0
+    ready = daemonize() if config["RunAsDaemon"] else lambda: None
+    asyncio.run(Daemon(config, load).run(ready))
+    return 0
+
+
+_SERVE = {}
+
+
 # === 19. Command line ===
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
@@ -4761,6 +5719,13 @@ def main(argv=None):
     import argparse
     import signal
 
+    argv = sys.argv[1:] if argv is None else argv
+    if is_for_daemon(argv):
+        try:
+            return run_daemon(argv)
+        except TorError as e:
+            print("minitor:", e, file=sys.stderr)
+            return 1
     parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
     add = parser.add_mutually_exclusive_group(required=True).add_argument

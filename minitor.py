@@ -61,6 +61,13 @@ else:
     from types import SimpleNamespace
 
     _admission, FAILURES = [0, None], Exception
+    # What controllers are told of: `watch(event, subject, …)` for each.
+    watchers = []
+
+    def announce(*what):
+        for watch in watchers:
+            watch(*what)
+
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
 
@@ -2461,6 +2468,10 @@ def parse_descriptor(data, blinded, subcred, when):
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
 
+# Bytes read and written.
+traffic = [0, 0]
+
+
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
@@ -2474,6 +2485,8 @@ class Channel:
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self._wake = Promise(), asyncio.Event()
         self._due = [VERSIONS, CERTS, NETINFO]
+        if not MICROPYTHON:
+            announce("ORCONN", self, "LAUNCHED")
         spawn(self._run(seconds))
 
     def __str__(self):
@@ -2536,6 +2549,8 @@ class Channel:
                     elif not idle:
                         data, self._queue = b"".join(self._queue), []
                         size = len(data)
+                        if not MICROPYTHON:
+                            traffic[1] += size
                         writer.write(data)
                 except MemoryError:
                     self._relieve()
@@ -2562,6 +2577,8 @@ class Channel:
                 data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
+                if not MICROPYTHON:
+                    traffic[0] += len(data)
                 rest, data = rest + data, b""
             except MemoryError:
                 # What was read is still here.
@@ -2619,6 +2636,8 @@ class Channel:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
+            if not MICROPYTHON:
+                announce("ORCONN", self, "CONNECTED")
 
     def close(self, why="closed", error=""):
         """Close the channel and its circuits; what is queued is still written."""
@@ -2631,6 +2650,8 @@ class Channel:
             log(INFO, "%s", self.closed)
         except MemoryError:
             pass
+        if not MICROPYTHON:
+            announce("ORCONN", self, "CLOSED" if self.opened.done() else "FAILED")
         self.opened.set(error=self.closed)
         while self.circuits:
             self.circuits.popitem()[1].close(why, 8)
@@ -2978,6 +2999,8 @@ class Circuit:
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
             pass
         self.circ_id, channel.circuits[circ_id] = circ_id, self
+        if not MICROPYTHON:
+            announce("CIRC", self)
 
     def __str__(self):
         return "circuit %d over %s" % (self.circ_id & 0xFFFF, self.channel)
@@ -3003,6 +3026,8 @@ class Circuit:
         self.path.append(relay)
         self._add(Layer(keys))
         self.kh = keys[72:]
+        if not MICROPYTHON:
+            announce("CIRC", self)
 
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
@@ -3233,6 +3258,8 @@ class Circuit:
                 promise.set(error=self.closed)
             while self.streams:
                 self.streams.popitem()[1].end(ended)
+            if not MICROPYTHON:
+                announce("CIRC", self)
         return self.closed
 
 
@@ -4091,7 +4118,7 @@ class OnionService:
     # As HiddenService… in a torrc.
     intro_points, max_streams, strict, export = INTRO_POINTS, _MAX_STREAMS, False, False
 
-    def __init__(self, tor, key_dir, ports):
+    def __init__(self, tor, key_dir, ports, key=None):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
             if isinstance(target, int):
@@ -4100,7 +4127,7 @@ class OnionService:
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
-        self._esk, self.key = load_service_key(key_dir)
+        self._esk, self.key = key or load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4212,17 +4239,23 @@ class OnionService:
         due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
 
         async def upload(rsa_id):
+            if not MICROPYTHON:
+                announce("HS_DESC", self.key, "UPLOAD", rsa_id, blinded)
             try:
                 await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
                 due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                if not MICROPYTHON:
+                    announce("HS_DESC", self.key, "UPLOADED", rsa_id)
             except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
+                if not MICROPYTHON:
+                    announce("HS_DESC", self.key, "FAILED", rsa_id, blinded, "UPLOAD_REJECTED")
 
         if not todo:
             return
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
-        with spool(self.key_dir + "/descriptor") as file:
+        with spool("%s/descriptor" % self.key_dir) as file:
             make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
@@ -5261,6 +5294,497 @@ def log_writer(kind, path, options):
     return write, close
 
 
+# The control port (control-spec).
+
+# As what tor controllers take minitor, and what they may ask for.
+TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
+_EVENTS = (
+    "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
+    "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS NEWCONSENSUS "
+    "NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER STREAM STREAM_BW "
+    "TRANSPORT_LAUNCHED WARN"
+).split()
+_LEVELS = "DEBUG INFO NOTICE WARN ERR".split()
+_SIGNALS = {
+    "RELOAD": "RELOAD", "HUP": "RELOAD", "SHUTDOWN": "SHUTDOWN", "INT": "SHUTDOWN",
+    "HALT": "HALT", "TERM": "HALT", "DUMP": "DUMP", "USR1": "DUMP", "DEBUG": "DEBUG",
+    "USR2": "DEBUG", "NEWNYM": "NEWNYM", "CLEARDNSCACHE": "CLEARDNSCACHE",
+    "HEARTBEAT": "HEARTBEAT", "ACTIVE": "ACTIVE", "DORMANT": "DORMANT",
+}
+_CIRCUIT_REASONS = (
+    "NONE TORPROTOCOL INTERNAL REQUESTED HIBERNATING RESOURCELIMIT CONNECTFAILED OR_IDENTITY "
+    "CHANNEL_CLOSED FINISHED TIMEOUT DESTROYED NOSUCHSERVICE"
+).split()
+_SAFECOOKIE = b"Tor safe cookie authentication %s hash"
+
+
+def parse_words(text):
+    """Split a controller's arguments: [(name, value)], name None for what has no `=`; TorError."""
+    found, at = [], 0
+    pattern = re.compile(
+        r'[ \t]*(?:([^ \t="]+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"][^ \t]*|(?=[ \t]|\Z)))')
+    text = text.rstrip()
+    while at < len(text):
+        match = pattern.match(text, at)
+        if not match or match.end() == at:
+            raise TorError("Couldn't parse the arguments", 512)
+        value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2])
+        found.append((match[1], value))
+        at = match.end()
+    return found
+
+
+def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S"):
+    return time.strftime(form, time.gmtime(seconds))
+
+
+def circuit_number(circuit):
+    """The number by which controllers know a circuit."""
+    if not hasattr(circuit, "number"):
+        _numbers[0] += 1
+        circuit.number, circuit.made = _numbers[0], time.time()
+    return circuit.number
+
+
+_numbers = [0]
+
+
+def describe_circuit(circuit):
+    """What follows `650 CIRC` or stands in circuit-status."""
+    number = circuit_number(circuit)
+    state = "BUILT" if hasattr(circuit, "built") else "EXTENDED" if circuit.path else "LAUNCHED"
+    more = "BUILD_FLAGS=NEED_CAPACITY"
+    if circuit.closed:
+        state, reason = "CLOSED" if state == "BUILT" else "FAILED", circuit.closed.reason
+        more += " REASON=" + _CIRCUIT_REASONS[reason if reason < len(_CIRCUIT_REASONS) else 0]
+    relays = [relay or circuit.channel for relay in circuit.path]
+    path = ",".join(["$" + relay.rsa_id.hex().upper() for relay in relays])
+    if relays == [circuit.channel]:
+        more = more.replace("NEED_CAPACITY", "ONEHOP_TUNNEL,IS_INTERNAL,NEED_CAPACITY")
+    purpose = "HS_SERVICE_REND" if circuit.on_begin else "GENERAL"
+    made = iso_time(circuit.made) + ".%06d" % (circuit.made % 1 * 1000000)
+    words = str(number), state, path, more, "PURPOSE=" + purpose, "TIME_CREATED=" + made
+    return " ".join([word for word in words if word])
+
+
+def _router_lines(table, i):
+    # An entry as in a consensus; there is no name, and no digest of a descriptor.
+    relay = table.relay(i)
+    flags = [w for n, w in enumerate(FLAG_WORDS[:9]) if relay.flags >> n & 1 and w[:2] != "No"]
+    flags = sorted(flags + ["Running", "Valid"])
+    identity = b64encode(relay.rsa_id)
+    line = "r Unnamed %s %s 2038-01-01 00:00:00 %s %d 0" % (
+        identity, identity, relay.address, relay.port)
+    return "%s\ns %s\nw Bandwidth=%d" % (line, " ".join(flags), table.weights[i])
+
+
+class Control:
+    """A controller's connection; replies are (code, separator and text, …) of control-spec 2.3."""
+
+    known, owner, asked, nonces = False, False, False, None
+
+    def __init__(self, daemon, reader, writer):
+        self.daemon, self.tor, self._reader, self._writer = daemon, daemon.tor, reader, writer
+        self.events = set()
+
+    def send(self, *lines):
+        # Who does not read is let go, before all that waits fills memory.
+        if self._writer.transport.get_write_buffer_size() > 1 << 22:
+            return self._writer.transport.abort()
+        text = "".join([line + "\r\n" for line in lines])
+        self._writer.write(text.encode("utf-8", "surrogateescape"))
+
+    def event(self, name, text):
+        if name in self.events:
+            self.send("650 %s %s" % (name, " ".join(text.split("\n"))))
+
+    async def serve(self):
+        self.daemon.controls.append(self)
+        try:
+            name = ""
+            while name != "QUIT":
+                name, _, text = (await self._line()).partition(" ")
+                data, name = None, name.upper()
+                if name[:1] == "+":
+                    data, name = await self._data(), name[1:]
+                self.send(*await self._answer(name, text.strip(), data))
+                await self._writer.drain()
+                if not self.known and (name not in _BEFORE or name == "AUTHENTICATE"):
+                    break
+        finally:
+            self.daemon.controls.remove(self)
+            self.daemon.set_severity()
+            for address, (service, owner) in list(self.daemon.onions.items()):
+                if owner is self:
+                    del self.daemon.onions[address]
+                    await service.close()
+            if self.owner:
+                log(NOTICE, "The owning controller is gone: exiting.")
+                self.daemon.stopping.set()
+
+    async def _answer(self, name, text, data):
+        try:
+            if not self.known and name not in _BEFORE:
+                raise TorError("Authentication required.", 514)
+            if name not in _CONTROL:
+                raise TorError('Unrecognized command "%s"' % name, 510)
+            lines = await _CONTROL[name](self, text, data) or ["OK"]
+        except TorError as e:
+            return ["%d %s" % (e.reason if e.reason > 499 else 552, " ".join(str(e).split("\n")))]
+        lines = ["250" + line if line[:1] == "+" else "250-" + line for line in lines]
+        return lines[:-1] + [lines[-1].replace("-", " ", 1)]
+
+    async def _line(self):
+        line = await self._reader.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+
+    async def _data(self):
+        lines, size = [], 0
+        while (line := await self._line()) != ".":
+            lines.append(line[line[:1] == "." :])
+            size += len(line) + 1
+            if size > 1 << 20 or not self.known:
+                raise EOFError
+        return "\n".join(lines)
+
+    # Who it is.
+
+    def _methods(self):
+        config, found = self.daemon.config, []
+        if config["CookieAuthentication"]:
+            found += ["COOKIE", "SAFECOOKIE"]
+        if config["HashedControlPassword"]:
+            found.append("HASHEDPASSWORD")
+        return found or ["NULL"]
+
+    async def protocolinfo(self, text, data):
+        if self.asked and not self.known or text not in ("", "1"):
+            self.asked = None
+            raise TorError("No such version %s, or asked twice" % text, 513)
+        self.asked, methods = True, self._methods()
+        line = "AUTH METHODS=" + ",".join(methods)
+        if "COOKIE" in methods:
+            line += " COOKIEFILE=" + quote_c(self.daemon.cookie_file())
+        return ["PROTOCOLINFO 1", line, 'VERSION Tor="%s"' % TOR_VERSION, "OK"]
+
+    async def authchallenge(self, text, data):
+        match = re.fullmatch(r'SAFECOOKIE[ ]+(?:"((?:[^"\\]|\\.)*)"|([0-9a-f]*))', text, re.I)
+        if not match or "COOKIE" not in self._methods() or len(match[2] or "") % 2:
+            raise TorError("Cookie authentication is disabled, or the nonce is wrong", 513)
+        ours, cookie = urandom(32), self.daemon.cookie
+        theirs = bytes.fromhex(match[2]) if match[1] is None else match[1].encode()
+        self.nonces = cookie + theirs + ours
+        mac = hmac_sha256(_SAFECOOKIE % b"server-to-controller", self.nonces)
+        words = mac.hex().upper(), ours.hex().upper()
+        return ["AUTHCHALLENGE SERVERHASH=%s SERVERNONCE=%s" % words]
+
+    async def authenticate(self, text, data):
+        methods, config = self._methods(), self.daemon.config
+        given = None
+        if re.fullmatch(r"([0-9a-fA-F]{2})*", text):
+            given = bytes.fromhex(text)
+        elif re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
+            given = re.sub(r"\\(.)", r"\1", text[1:-1]).encode("utf-8", "surrogateescape")
+        good = "NULL" in methods
+        if given is not None and "COOKIE" in methods:
+            if self.nonces:
+                kind = _SAFECOOKIE % b"controller-to-server"
+                good = good or consteq(given, hmac_sha256(kind, self.nonces))
+            else:
+                good = good or consteq(given, self.daemon.cookie)
+        if given is not None and not (self.nonces or good):
+            for salt, digest in config["HashedControlPassword"]:
+                good = good or consteq(digest, hash_password(given, salt))
+        self.nonces = None
+        if not good:
+            raise TorError("Authentication failed: wrong password or cookie", 515)
+        self.known = True
+
+    # What it asks.
+
+    async def getinfo(self, text, data):
+        lines = []
+        for key in text.split():
+            value = self._info(key)
+            if value is None:
+                raise TorError('Unrecognized key "%s"' % key, 552)
+            many = "\n" in value or key in _LISTS and value
+            if many:
+                value = "\n".join(["." * (line[:1] == ".") + line for line in value.split("\n")])
+                lines.append("+%s=\r\n%s\r\n." % (key, value.replace("\n", "\r\n")))
+            else:
+                lines.append("%s=%s" % (key, value))
+        return lines + ["OK"]
+
+    def _info(self, key):
+        if key in _INFO:
+            return _INFO[key](self)
+        kind, _, what = key.rpartition("/")
+        return _INFO[kind + "/"](self, what) if kind + "/" in _INFO else None
+
+    async def getconf(self, text, data):
+        config, lines = self.daemon.config, []
+        for word in text.split():
+            if word.lower() == _HIDDEN.lower():
+                name, group, default = _HIDDEN, _HIDDEN, ""
+            else:
+                try:
+                    kind, name, default = _TYPES[option_name(word).lower()]
+                except ConfigError:
+                    raise TorError('Unrecognized configuration key "%s"' % word, 552)
+                group = _HIDDEN if kind == "Dependent" else name
+            entries = [e for e in config.lines.get(group, ()) if name in (group, e[0])]
+            for option, value, _ in entries:
+                if _TYPES[option.lower()][0] in ("TimeInterval", "Integer"):
+                    value = config[option]
+                lines.append("%s=%s" % (option, value))
+            if not entries:
+                lines.append("%s=%s" % (name, default) if default else name)
+        return lines or ["OK"]
+
+    async def setconf(self, text, data):
+        entries = []
+        for name, value in parse_words(text):
+            name, value = (name, value) if name else (value, "")
+            try:
+                option_name(name)
+            except ConfigError:
+                raise TorError("Unrecognized option: Unknown option '%s'.  Failing." % name, 552)
+            entries.append((name if value else "/" + name, value))
+        await self._configure(entries)
+
+    async def _configure(self, entries, base=True):
+        old = [e for lines in self.daemon.config.lines.values() for e in lines] if base else []
+        entries = [(name, value, "controller") for name, value in entries]
+        try:
+            await self.daemon.use(configure(old, entries))
+        except ConfigError as e:
+            raise TorError("Unacceptable option value: %s" % e, 513)
+
+    async def loadconf(self, text, data):
+        lines = [(name, value) for name, value, _ in parse_torrc(data or text)]
+        await self._configure(lines, False)
+
+    async def saveconf(self, text, data):
+        if not self.daemon.torrc:
+            raise TorError("Unable to write configuration to disk.", 551)
+        try:
+            write_file(self.daemon.torrc, config_text(self.daemon.config).encode())
+        except OSError as e:
+            raise TorError("Unable to write configuration to disk: %s" % e, 551)
+
+    async def setevents(self, text, data):
+        names = {name.upper() for name in text.split()} - {"EXTENDED"}
+        for name in sorted(names):
+            if name not in _EVENTS:
+                raise TorError('Unrecognized event "%s"' % name, 552)
+        self.events = names
+        self.daemon.set_severity()
+
+    async def signal(self, text, data):
+        name = _SIGNALS.get(text.upper())
+        if not name:
+            raise TorError('Unrecognized signal code "%s"' % text, 552)
+        asyncio.get_running_loop().call_soon(self.daemon.signal, name)
+
+    async def closecircuit(self, text, data):
+        number = text.partition(" ")[0]
+        found = [c for c in self.daemon.circuits() if str(circuit_number(c)) == number]
+        if not found:
+            raise TorError('Unknown circuit "%s"' % number, 552)
+        found[0].close("closed by a controller", 3)
+
+    # Onion services of its own.
+
+    async def add_onion(self, text, data):
+        words, flags, streams, lines = parse_words(text), set(), 0, []
+        kind, _, blob = (words.pop(0)[1] if words else "").partition(":")
+        for name, value in words:
+            name = (name or "").lower()
+            if name == "port":
+                lines.append(("HiddenServicePort", value.replace(",", " ", 1), "Port"))
+            elif name == "maxstreams":
+                streams = _decimal(value, 0, 65535)
+            elif name == "flags":
+                flags |= set(value.lower().split(","))
+            else:
+                raise TorError("Invalid argument, or one that minitor does not have: %s" % name, 513)
+        if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
+            raise TorError("Invalid flag, or one that minitor does not have yet", 512)
+        if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
+            esk = ed25519_expand(urandom(32))
+        elif kind == "ED25519-V3":
+            esk = b64decode(blob.rstrip("="), 64)
+        else:
+            raise TorError("Invalid key type", 513)
+        wanted = parse_services([("HiddenServiceDir", "/", "")] + lines)["/"]
+        wanted.max_streams, wanted.strict = streams, "maxstreamsclosecircuit" in flags
+        service = OnionService(self.tor, None, {}, (esk, ed25519_public(esk)))
+        if service.address in [other.address for other in self.daemon.hosted()]:
+            raise TorError("Onion address collision", 550)
+        set_service(service, wanted)
+        self.daemon.onions[service.address] = service, None if "detach" in flags else self
+        self.daemon.start(service)
+        lines = ["ServiceID=" + service.address[:56]]
+        if kind == "NEW" and "discardpk" not in flags:
+            lines.append("PrivateKey=ED25519-V3:" + binascii.b2a_base64(esk).decode().strip())
+        return lines + ["OK"]
+
+    async def del_onion(self, text, data):
+        service, owner = self.daemon.onions.get(text + ".onion", (None, None))
+        if not service or owner not in (None, self):
+            raise TorError("Unknown Onion Service id", 552)
+        del self.daemon.onions[text + ".onion"]
+        await service.close()
+
+    async def takeownership(self, text, data):
+        self.owner = True
+
+    async def dropownership(self, text, data):
+        self.owner = False
+
+    async def quit(self, text, data):
+        return ["closing connection"]
+
+    async def nothing(self, text, data):
+        pass
+
+
+# Before who asks is known.
+_BEFORE = ("PROTOCOLINFO", "AUTHCHALLENGE", "AUTHENTICATE", "QUIT")
+_CONTROL = {
+    "PROTOCOLINFO": Control.protocolinfo, "AUTHCHALLENGE": Control.authchallenge,
+    "AUTHENTICATE": Control.authenticate, "GETINFO": Control.getinfo, "GETCONF": Control.getconf,
+    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "LOADCONF": Control.loadconf,
+    "SAVECONF": Control.saveconf, "SETEVENTS": Control.setevents, "SIGNAL": Control.signal,
+    "CLOSECIRCUIT": Control.closecircuit, "ADD_ONION": Control.add_onion,
+    "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
+    "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.nothing, "QUIT": Control.quit,
+}  # fmt: skip
+
+
+def config_text(config):
+    """The lines of a torrc for `config`."""
+    lines = [entry for entries in config.lines.values() for entry in entries]
+    plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
+    return "".join([
+        "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
+        for name, text, _ in lines
+    ])
+
+
+def _listening(control, kind):
+    options = {"socks": ["SocksPort"], "httptunnel": ["HTTPTunnelPort"]}
+    options["control"] = ["ControlPort", "ControlSocket"]
+    found = [where for (option, _), where in control.daemon.listening.items()
+             if option in options.get(kind, ())]
+    return " ".join(['"%s"' % where for where in found])
+
+
+def _routers(control, which):
+    table = control.tor.directory.table
+    if which is None:
+        indexes = [i for i, _, _ in table.rows()] if table else ()
+        return "\n".join([_router_lines(table, i) for i in indexes])
+    rsa_id = which.lstrip("$").partition("~")[0]
+    if not table or not re.fullmatch("[0-9a-fA-F]{40}", rsa_id):
+        return None
+    i = table.find(bytes.fromhex(rsa_id))
+    return _router_lines(table, i) if i >= 0 else None
+
+
+def _country(control, address):
+    daemon = control.daemon
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", address):
+        raise TorError("No country is known of " + address, 551)
+    daemon.geoip = daemon.geoip or load_geoip(daemon.config["GeoIPFile"])
+    return country(daemon.geoip, uint(bytes([int(n) & 255 for n in address.split(".")]))).lower()
+
+
+def _guards(control):
+    paths = control.tor.ready and control.tor.paths
+    return "\n".join([
+        "$%s %s" % (g.rsa_id.hex().upper(),
+                    "down" if g.down() else "up" if g.confirmed else "never-connected")
+        for g in (paths.sample if paths else ())
+    ])
+
+
+def _onions(control, mine):
+    found = control.daemon.onions.items()
+    return "\n".join([address[:56] for address, (_, owner) in found if owner is mine])
+
+
+def _time_of(name):
+    def info(control):
+        consensus = control.tor.directory.consensus
+        if not consensus:
+            raise TorError("There is no consensus yet", 551)
+        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S")
+
+    return info
+
+
+_INFO = {
+    "version": lambda c: TOR_VERSION,
+    "config-file": lambda c: c.daemon.torrc or "",
+    "config-defaults-file": lambda c: "",
+    "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
+    "config/names": lambda c: "\n".join(sorted([
+        "%s %s" % (name, "String" if kind == "Ignored" else kind) for kind, name, _ in _TYPES.values()
+    ])),
+    "info/names": lambda c: "\n".join(sorted([
+        "%s%s -- see control-spec" % (key, "*" * (key[-1] == "/")) for key in _INFO])),
+    "events/names": lambda c: " ".join(_EVENTS),
+    "signal/names": lambda c: " ".join(_SIGNALS),
+    "features/names": lambda c: "VERBOSE_NAMES EXTENDED_EVENTS",
+    "process/pid": lambda c: str(os.getpid()),
+    "process/uid": lambda c: str(os.getuid()),
+    "process/user": lambda c: os.environ.get("USER", ""),
+    "traffic/read": lambda c: str(traffic[0]),
+    "traffic/written": lambda c: str(traffic[1]),
+    "uptime": lambda c: "%d" % (time.time() - c.daemon.started),
+    "dormant": lambda c: "0",
+    "network-liveness": lambda c: "up" if c.tor.ready else "down",
+    "circuit-status": lambda c: "\n".join(map(describe_circuit, c.daemon.circuits())),
+    "stream-status": lambda c: "\n".join([
+        "%d SUCCEEDED %d %s" % (stream.number, circuit_number(circuit), stream.target)
+        for circuit in c.daemon.circuits() for stream in circuit.streams.values()
+        if hasattr(stream, "number")]),
+    "orconn-status": lambda c: "\n".join([
+        "$%s %s" % (channel.rsa_id.hex().upper(),
+                    "CONNECTED" if channel.opened.done() else "LAUNCHED")
+        for channel in c.daemon.channels()]),
+    "entry-guards": _guards,
+    "net/listeners/": _listening,
+    "ip-to-country/": _country,
+    "ip-to-country/ipv4-available": lambda c: "1" if os.path.exists(
+        c.daemon.config["GeoIPFile"]) else "0",
+    "ns/all": lambda c: _routers(c, None),
+    "ns/id/": _routers,
+    "consensus/valid-after": _time_of("valid_after"),
+    "consensus/fresh-until": _time_of("fresh_until"),
+    "consensus/valid-until": _time_of("valid_until"),
+    "current-time/utc": lambda c: iso_time(time.time()),
+    "onions/current": lambda c: _onions(c, c),
+    "onions/detached": lambda c: _onions(c, None),
+    "status/bootstrap-phase": lambda c: c.daemon.phase,
+    "status/circuit-established": lambda c: "%d" % bool(c.tor.ready),
+    "status/enough-dir-info": lambda c: "%d" % bool(c.tor.directory.consensus),
+    "status/version/current": lambda c: "recommended",
+}
+# Several lines even where there is one.
+_LISTS = ("circuit-status", "stream-status", "orconn-status", "entry-guards", "ns/all",
+          "config/names", "info/names", "config-text")
+
+
+async def serve_control(daemon, spec, reader, writer):
+    await Control(daemon, reader, writer).serve()
+
+
+_SERVE = {"ControlPort": serve_control, "ControlSocket": serve_control}
 # What a running daemon keeps.
 _FIXED = (
     "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
@@ -5276,11 +5800,15 @@ _ADDRESS_TEXT = re.compile(r"\b[a-z2-7]{56}\.onion\b") if not MICROPYTHON else N
 
 
 class Daemon:
-    """What a torrc describes, running: `config`, `tor`; `load`: makes the Config of the files."""
+    """What a torrc, the file `torrc`, describes, running; `load`: makes its Config anew."""
 
-    def __init__(self, config, load):
-        self.config, self._load = config, load
+    phase, geoip, cookie = 'NOTICE BOOTSTRAP PROGRESS=0 TAG=starting SUMMARY="Starting"', None, None
+
+    def __init__(self, config, load, torrc=None):
+        self.config, self._load, self.torrc = config, load, torrc
         self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
+        # `onions`: {address: (OnionService, the Control whose it is, or None)}.
+        self.controls, self.onions = [], {}
         # {(option, place): server}, {(option, place): spec}, {folder: OnionService}.
         self.servers, self.specs, self.services = {}, {}, {}
         self._logs, self.listening = [], {}
@@ -5288,8 +5816,7 @@ class Daemon:
         self._lock = self._take_folder()
         network = ["TestingTorNetwork %d" % config["TestingTorNetwork"]]
         network += ["DirAuthority " + text for text in config["DirAuthority"]]
-        progress = lambda *what: log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
-        self.tor = tor = AsyncTor(self.folder, network[1:] and network, progress)
+        self.tor = tor = AsyncTor(self.folder, network[1:] and network, self._progress)
         network = tor.directory.network
         network.testing = network.testing or config["TestingTorNetwork"]
         network.fallbacks = config["FallbackDir"] or network.fallbacks
@@ -5302,6 +5829,75 @@ class Daemon:
             return await build(target, *args, **named)
 
         tor.circuit_to = circuit_to
+
+    def _progress(self, *what):
+        log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
+        self.phase = 'NOTICE BOOTSTRAP PROGRESS=%d TAG=%s SUMMARY="%s"' % what
+        self.event("STATUS_CLIENT", self.phase)
+
+    def event(self, name, text):
+        for control in self.controls:
+            control.event(name, text)
+
+    def channels(self):
+        return [c for c in list(self.tor._channels._open.values()) if not c.closed]
+
+    def circuits(self):
+        return [circuit for c in self.channels() for circuit in list(c.circuits.values())]
+
+    def hosted(self):
+        return list(self.services.values()) + [service for service, _ in self.onions.values()]
+
+    def _watch(self, name, subject, *more):
+        # What `announce` tells, as controllers have it.
+        if name == "BUILT":
+            name, subject.built = "CIRC", True
+        if not self.controls:
+            return
+        if name == "CIRC":
+            self.event(name, describe_circuit(subject))
+        elif name == "ORCONN":
+            self.event(name, "$%s %s" % (subject.rsa_id.hex().upper(), more[0]))
+        elif name == "HS_DESC":
+            words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
+            words += [b64encode(more[2])] if more[2:] else []
+            words += ["REASON=" + more[3]] if more[3:] else []
+            self.event(name, " ".join(words))
+
+    async def _measure(self):
+        # BW: bytes in the last second.
+        while True:
+            before = traffic[:]
+            await asyncio.sleep(1)
+            self.event("BW", "%d %d" % (traffic[0] - before[0], traffic[1] - before[1]))
+
+    def cookie_file(self):
+        return self.config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
+
+    def _make_cookie(self):
+        path = self.cookie_file()
+        self.cookie = self.cookie or urandom(32)
+        try:
+            write_file(path, self.cookie)
+            if self.config["CookieAuthFileGroupReadable"]:
+                os.chmod(path, 0o640)
+        except OSError as e:
+            raise ConfigError("cannot write the CookieAuthFile %s: %s" % (path, e))
+
+    def signal(self, name):
+        """Do what the signal of that name (control-spec 3.7) asks for."""
+        if name == "RELOAD":
+            spawn(self.reload())
+        elif name in ("SHUTDOWN", "HALT"):
+            self.stopping.set()
+        elif name == "NEWNYM":
+            self.tor.newnym()
+        elif name == "DEBUG":
+            set_log(DEBUG, self._log)
+        elif name == "DUMP":
+            log(NOTICE, "%d links, %d circuits, %d bytes read, %d bytes written",
+                len(self.channels()), len(self.circuits()), *traffic)
+        self.event("SIGNAL", name)
 
     def _take_folder(self):
         # tor's file and lock, too.
@@ -5331,10 +5927,11 @@ class Daemon:
         self._logs = logs
         self.set_severity()
 
-    def set_severity(self, levels=()):
-        """Log what some log, or a controller (`levels`), wants."""
-        wanted = set(levels).union(*[found for found, _, _ in self._logs])
-        set_log(min(wanted or {ERR}), self._log)
+    def set_severity(self):
+        """Log what some log, or a controller, wants."""
+        wanted = {ERR}.union(*[levels for levels, _, _ in self._logs])
+        wanted |= {_LEVELS.index(n) for c in self.controls for n in c.events if n in _LEVELS}
+        set_log(min(wanted), self._log)
 
     def _log(self, severity, text):
         if self.config["SafeLogging"] == "1":
@@ -5345,6 +5942,7 @@ class Daemon:
                     write(severity, text)
                 except (OSError, ValueError):
                     pass  # a full disk, or a closed terminal
+        self.event(_LEVELS[severity], text)
 
     async def open_listeners(self, config):
         """Listen where `config` says, and nowhere else; ConfigError."""
@@ -5395,7 +5993,7 @@ class Daemon:
             finally:
                 os.umask(mask)
             os.chmod(place, mode)
-            text = place
+            text = "unix:" + place
         else:
             server = await asyncio.start_server(serve, *place, limit=1 << 16)
             name = server.sockets[0].getsockname()
@@ -5413,20 +6011,20 @@ class Daemon:
             service = self.services.get(folder)
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
-                if self.ready.done():
-                    self._start(service)
-            service.ports = dict(wanted.ports)
-            service.intro_points, service.export = wanted.intro_points, wanted.export
-            service.max_streams = wanted.max_streams or 65535
-            service.strict = wanted.strict
+                self.start(service)
+            set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
 
-    def _start(self, service):
-        self.tor.services.append(service)
+    def start(self, service):
+        """Have a service published, once there is a network."""
 
         async def start():
             try:
+                await self.ready.wait()
+                if service not in self.hosted():
+                    return
+                self.tor.services.append(service)
                 await service.start()
                 log(NOTICE, "%s is reachable", service.address)
             except TorError as e:
@@ -5443,14 +6041,25 @@ class Daemon:
         self.open_logs(config)
         await self.open_listeners(config)
         self.open_services(config)
+        self._tell_changes(config)
         nodes = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
         changed = [name for name in nodes if config[name] != self.config[name]]
         self.config = config
+        if config["CookieAuthentication"]:
+            self._make_cookie()
         self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
+
+    def _tell_changes(self, config):
+        lines, old, new = [], self.config.lines, config.lines
+        for group in sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name)):
+            lines += ["650-%s=%s" % entry[:2] for entry in new.get(group, ())] or ["650-" + group]
+        for control in self.controls if lines else ():
+            if "CONF_CHANGED" in control.events:
+                control.send("650-CONF_CHANGED", *lines, "650 OK")
 
     async def reload(self):
         log(NOTICE, "Received reload signal (hup). Reloading config and resetting internal state.")
@@ -5470,8 +6079,8 @@ class Daemon:
             await asyncio.sleep(delay)
             delay = min(2 * delay, 300)
         self.ready.set()
-        for service in self.services.values():
-            self._start(service)
+        self.event("STATUS_CLIENT", "NOTICE ENOUGH_DIR_INFO")
+        self.event("STATUS_CLIENT", "NOTICE CIRCUIT_ESTABLISHED")
 
     async def _watch_owner(self):
         # __OwningControllerProcess: who started it ended.
@@ -5491,8 +6100,10 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: spawn(self.reload()))
-        loop.add_signal_handler(signal.SIGUSR2, lambda: set_log(DEBUG, self._log))
+        numbers = {"HUP": signal.SIGHUP, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
+        for name, number in numbers.items():
+            loop.add_signal_handler(number, self.signal, _SIGNALS[name])
+        watchers.append(self._watch)
         config, tasks = self.config, []
         try:
             await self.use(config)
@@ -5500,7 +6111,7 @@ class Daemon:
                 with open(config["PidFile"], "w") as f:
                     f.write("%d\n" % os.getpid())
             ready()
-            tasks.append(spawn(self._bootstrap()))
+            tasks += spawn(self._bootstrap()), spawn(self._measure())
             if config["__OwningControllerProcess"]:
                 tasks.append(spawn(self._watch_owner()))
             await self.stopping.wait()
@@ -5509,6 +6120,7 @@ class Daemon:
             await self._shut_down(tasks)
 
     async def _shut_down(self, tasks):
+        watchers.remove(self._watch)
         for task in tasks:
             task.cancel()
         for (_, place), server in self.servers.items():
@@ -5523,6 +6135,13 @@ class Daemon:
         # The lock goes with the process.
         for _, _, close in self._logs:
             close()
+
+
+def set_service(service, wanted):
+    """Give an OnionService what parse_services found."""
+    service.ports, service.export = dict(wanted.ports), wanted.export
+    service.intro_points, service.strict = wanted.intro_points, wanted.strict
+    service.max_streams = wanted.max_streams or 65535
 
 
 def daemonize():
@@ -5605,11 +6224,10 @@ def run_daemon(argv):
     if "--verify-config" in commands:
         return print("Configuration was valid") or 0
     ready = daemonize() if config["RunAsDaemon"] else lambda: None
-    asyncio.run(Daemon(config, load).run(ready))
+    asyncio.run(Daemon(config, load, path).run(ready))
     return 0
 
 
-_SERVE = {}
 
 
 # === 19. Command line ===

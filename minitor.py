@@ -11,7 +11,7 @@ MIT licence.
 """
 
 __version__ = "0.1.0"
-__all__ = ("AsyncTor", "Tor", "TorError")
+__all__ = ("AsyncTor", "Proxy", "Tor", "TorError")
 
 # === 1. Platform ===
 # Every difference between CPython and MicroPython.
@@ -329,7 +329,7 @@ class StreamError(TorError):
 
 
 class OnionError(TorError):
-    """An onion service could not be reached."""
+    """An onion service could not be reached; `reason` as in proposal 304."""
 
 
 class DescriptorError(OnionError):
@@ -2136,9 +2136,10 @@ def fast_finish(x, reply):
     return k[20:92] + k[:20]
 
 
-def begin(host, port):
-    """BEGIN's body; `host` "": of an onion service; IPv6 will do (tor-spec 6.2)."""
-    return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
+def begin(host, port, flags=1):
+    """BEGIN's body; `host` "": of an onion service; `flags` 1: IPv6 will do (tor-spec 6.2)."""
+    host = "[%s]" % host if ":" in host else host
+    return b"%s:%d\0%s" % (host.encode(), port, pack(">I", flags) if host else b"")
 
 
 def parse_begin(body):
@@ -2148,13 +2149,15 @@ def parse_begin(body):
     return decimal(text.split(b":")[-1], 1, 65535)
 
 
-def parse_resolved(body):
-    """The addresses (text) in RESOLVED (tor-spec 6.4)."""
+def parse_resolved(body, names=False):
+    """The addresses (text), or the `names`, in RESOLVED (tor-spec 6.4)."""
     r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
-        if kind == 4:
+        if names:
+            found += [value.decode()] * (kind == 0 and value.isascii())
+        elif kind == 4:
             found.append(".".join(map(str, value)))
         elif kind == 6:
             found.append(":".join(["%x" % n for n in unpack(">8H", value)]))
@@ -2888,6 +2891,8 @@ class Stream:
         self.circuit.streams.pop(self.stream_id, None)
         self.opened.set(error=error)
         self._changed.set()
+        if not MICROPYTHON:
+            announce("STREAM", self, "CLOSED", self)
 
     def accept(self):
         if not self._ended:
@@ -3060,8 +3065,11 @@ class Circuit:
         except asyncio.TimeoutError:
             raise self.close("no answer within %d s" % seconds, 10)
 
-    async def open_stream(self, command, body, seconds):
-        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
+    async def open_stream(self, command, body, seconds, early=b""):
+        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError.
+
+        `early`: what is sent along, before there is an answer.
+        """
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
@@ -3071,6 +3079,10 @@ class Circuit:
         self._last_id, stream = stream_id, Stream(self, stream_id)
         try:
             self.send(command, stream_id, body)
+            if not MICROPYTHON:
+                stream.early = len(early)
+                if early:
+                    stream.write(early)
             await stream.opened.wait(seconds)
             return stream
         except BaseException as e:
@@ -3288,11 +3300,14 @@ def relieve(circuits, still=0):
 
 BUILD_SECONDS = 20
 DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
+# By so much `since` goes back for a circuit that shall get no new stream.
+OUTDATED = 2 * DIRTY_MS if MICROPYTHON else 1 << 50
 
 
 def is_dirty(circuit):
     """Tell whether `circuit`, in use `since` then, gets no new stream."""
-    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
+    limit = DIRTY_MS if MICROPYTHON else getattr(circuit, "dirty_ms", DIRTY_MS)
+    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > limit
 
 
 async def close_idle(circuit):
@@ -3571,6 +3586,64 @@ class PathSelector:
             i = self.pick("middle", lambda i: table.rsa_id(i) not in two)
             two[table.rsa_id(i)] = now() + low + max(randbelow(span), randbelow(span))
         return [table.find(rsa_id) for rsa_id in two]
+
+
+class BuildTimes:
+    """Tells how long to wait for a circuit, from how long others took (path-spec 2.4).
+
+    By Pareto's distribution, as tor, of the last thousand.  `path`: the file that keeps them.
+    """
+
+    def __init__(self, path):
+        self._file, self._recent, self._factor, self._known, self._new = path, [], 1, None, 0
+        try:
+            stored = json.loads(read_file(path) or "[]")
+            self.times = [min(max(int(ms), 1), 1 << 22) for ms in stored[-1000:]]
+        except Exception:
+            log(WARN, "%s is damaged: learning anew how long circuits take", path)
+            self.times = []
+
+    def learning(self, param):
+        """Tell whether more are needed."""
+        enough = param("cbtmincircs", 100, 1, 10000), 1000
+        return len(self.times) < min(enough) and not param("cbtdisabled", 0, 0, 1)
+
+    def ms(self, param, hops=3):
+        """For how many milliseconds to wait for a circuit of `hops`."""
+        if not self._known:
+            guess = self.learning(param) or param("cbtdisabled", 0, 0, 1)
+            first = param("cbtinitialtimeout", 60000, 10) * self._factor
+            self._known = first if guess else self._estimate(param)
+        return self._known * hops * (hops + 1) / 12
+
+    def _estimate(self, param):
+        import math
+
+        # Xm: the mean of the fullest bins of 10 ms.
+        times, bins = self.times, {}
+        for ms in times:
+            bins[ms // 10] = bins.get(ms // 10, 0) + 1
+        modes = sorted(bins, key=lambda b: (-bins[b], b))[: param("cbtnummodes", 10, 1, 20)]
+        xm = sum([bins[b] * (10 * b + 5) for b in modes]) / sum([bins[b] for b in modes])
+        logs = sum([math.log(max(xm, ms)) for ms in times]) - len(times) * math.log(xm)
+        rest = 1 - param("cbtquantile", 80, 10, 99) / 100
+        found = min(xm * rest ** (-logs / len(times)), max(times))
+        # This machine's own work may take half a second.
+        return max(found, param("cbtmintimeout", 10, 10), 500)
+
+    def add(self, ms, param, built=True):
+        """Note that a circuit's first three hops were built within `ms`, or failed after it."""
+        limit, most = self.ms(param), param("cbtrecentcount", 20, 3, 1000)
+        self._recent = (self._recent + [ms > limit])[-most:]
+        if sum(self._recent) >= param("cbtmaxtimeouts", 18, 3, 10000):
+            # The network is another now.
+            first = param("cbtinitialtimeout", 60000, 10)
+            self._factor = 2 * limit / first if limit >= first else 1
+            self.times, self._recent, self._known = [], [], None
+        elif built:
+            self.times, self._known, self._new = (self.times + [ms])[-1000:], None, self._new + 1
+            if self._new % 10 == 0:
+                cache_file(self._file, json.dumps(self.times).encode())
 
 
 # === 13. Directory client ===
@@ -3870,6 +3943,8 @@ class Directory:
             raise
         if paths:
             paths.succeeded(where[2])
+        if not MICROPYTHON:
+            announce("BUILT", circuit)
         return circuit
 
     async def _ask(self, use, *args):
@@ -4009,7 +4084,7 @@ async def hsdir_request(tor, rsa_id, path, body=None):
         circuit.close()
 
 
-async def _try_each(items, use, kind, text):
+async def _try_each(items, use, kind, text, reason):
     # What `use(item)` returns for the first of `items`, at random, that works.
     error = "none is known"
     for item in sorted(items, key=lambda _: randbelow(1 << 30)):
@@ -4018,7 +4093,8 @@ async def _try_each(items, use, kind, text):
         except TorError as e:
             error = e
             log(INFO, "trying another: %s", e)
-    raise kind("%s %s" % (text, error))
+            reason = e.reason if isinstance(e, OnionError) and e.reason else reason
+    raise kind("%s %s" % (text, error), reason)
 
 
 async def _find_descriptor(tor, key):
@@ -4028,11 +4104,22 @@ async def _find_descriptor(tor, key):
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
     async def fetch(rsa_id):
-        text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
-        return parse_descriptor(text, blinded, subcred, now())
+        result = "FAILED", rsa_id, blinded, "NOT_FOUND"
+        if not MICROPYTHON:
+            announce("HS_DESC", key, "REQUESTED", rsa_id, blinded)
+        try:
+            text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
+            descriptor = parse_descriptor(text, blinded, subcred, now())
+            result = "RECEIVED", rsa_id, blinded
+            return descriptor
+        except ProtocolError as e:
+            raise DescriptorError(str(e), 0xF1)
+        finally:
+            if not MICROPYTHON:
+                announce("HS_DESC", key, *result)
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
-    found = await _try_each(ring, fetch, DescriptorError, text)
+    found = await _try_each(ring, fetch, DescriptorError, text, 0xF0)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -4057,7 +4144,7 @@ async def _introduce(tor, descriptor, intro):
         rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
         return circuits.pop(0)
     except asyncio.TimeoutError:
-        raise OnionError("nothing came from the rendezvous point")
+        raise OnionError("nothing came from the rendezvous point", 0xF3)
     finally:
         for circuit in circuits:
             circuit.close()
@@ -4072,7 +4159,7 @@ async def meet(tor, key):
         intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(intros, use, OnionError, text)
+            return await _try_each(intros, use, OnionError, text, 0xF2)
         except OnionError:
             descriptor.until = 0
             if now() > end:
@@ -4371,6 +4458,16 @@ def is_onion(host):
     return host.lower().rstrip(".").endswith(".onion")
 
 
+def packed_address(text):
+    """The bytes of an IP address, or None."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            return socket.inet_pton(family, text)
+        except (OSError, ValueError):
+            pass
+    return None
+
+
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
@@ -4384,9 +4481,14 @@ class AsyncTor:
         self.data_dir, network = folders(data_dir, network)
         network, self._channels = load_network(network), Channels()
         self.directory = Directory(network, self.data_dir, self._channels, progress)
-        # `_shared`: {key of an onion service, or port: Promise of a circuit}.
+        # `_shared`: {(isolation, key of an onion service, or port): Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
+        if not MICROPYTHON:
+            # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
+            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, []
+            self.dirty_ms, self._opening = DIRTY_MS, 0
+            self.build_times = BuildTimes(self.data_dir + "/build_times.json")
 
     async def start(self):
         """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
@@ -4399,6 +4501,8 @@ class AsyncTor:
         except BaseException:
             await self.aclose()
             raise
+        if not MICROPYTHON:
+            self.ready = True
         return self
 
     async def _bootstrap(self):
@@ -4412,11 +4516,16 @@ class AsyncTor:
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
+        if not MICROPYTHON:
+            works.append(self._keep_exits)
         self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
         directory._report(100, "done", "Done")
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
+        if not MICROPYTHON:
+            for proxy in list(self.proxies):
+                proxy.close()
         for service in list(self.services):
             await service.close()
         tasks, self._tasks = self._tasks, []
@@ -4432,8 +4541,12 @@ class AsyncTor:
         if target and target.private and not self.directory.network.testing:
             raise CircuitError("a relay with a private address: " + target.address)
         attempts = attempts or (3 if target else 6)  # a target may be down for good
+        if not MICROPYTHON and attempts > 1:
+            return await self._soon(target, attempts, choose)
         for _ in range(attempts):
             circuit, path = (None, choose()) if choose else self._begun(target)
+            if not MICROPYTHON:
+                times = self.build_times if not circuit else None
             try:
                 if not circuit:
                     hop = path[0]
@@ -4445,6 +4558,11 @@ class AsyncTor:
                     if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
                         path = path[:1]
                         raise CircuitError("better guards may be up again")
+                    if not MICROPYTHON and times and len(circuit.path) == 3:
+                        times.add(ticks_ms() - circuit.since, self.paths.param)
+                        times = None
+                if not MICROPYTHON:
+                    announce("BUILT", circuit)
                 return circuit
             except BaseException as e:
                 n = 0
@@ -4455,8 +4573,47 @@ class AsyncTor:
                     raise
                 if n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
+                if not MICROPYTHON and times and n:
+                    times.add(ticks_ms() - circuit.since, self.paths.param, False)
                 error = e
-        raise CircuitError("no circuit in %d attempts: %s" % (attempts, error))
+        raise CircuitError("no circuit could be built: %s" % error)
+
+    async def _soon(self, target, attempts, choose):
+        # As circuit_to; when one is late, another is begun beside it.  Late ones are built all
+        # the same, as tor's: or only the quick would be known.
+        tasks, won = set(), False
+        seconds = self.build_times.ms(self.paths.param, 4 if target else 3) / 1000
+        try:
+            while True:
+                if attempts:
+                    attempts -= 1
+                    tasks.add(asyncio.ensure_future(self.circuit_to(target, 1, choose)))
+                limit = seconds if attempts else None
+                done, _ = await asyncio.wait(tasks, timeout=limit, return_when="FIRST_COMPLETED")
+                seconds *= 1 if done else 2
+                for task in done:
+                    tasks.remove(task)
+                    error = task.exception()
+                    won = not error
+                    if won:
+                        return task.result()
+                    if not (attempts or tasks) or not isinstance(error, CircuitError):
+                        raise error
+        finally:
+            for task in tasks:
+                _tasks.add(task)
+                task.add_done_callback(lambda task: self._late(task, not (target or choose)))
+                if not won:
+                    task.cancel()
+
+    def _late(self, task, spare):
+        # What `_soon` began is built, and not needed any more.
+        _tasks.discard(task)
+        if not task.cancelled() and not task.exception():
+            if spare and self._tasks and len(self._spares) < SPARES:
+                self._spares.append(task.result())
+            else:
+                task.result().close()
 
     def _begun(self, target):
         # A spare circuit or None, and the path to `target`.
@@ -4478,16 +4635,65 @@ class AsyncTor:
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
 
-    async def _circuit(self, key, port):
-        # A shared one: to the onion service `key`, or an exit for `port`.
-        def fits(circuit):
-            i = table.find(circuit.path[-1].rsa_id)
-            return i >= 0 and table.exit_allows(i, port)
+    def _allows(self, circuit, port):
+        i = self.directory.table.find(circuit.path[-1].rsa_id)
+        return i >= 0 and self.directory.table.exit_allows(i, port)
 
-        async def keep():
-            choose = lambda: self.paths.exit_path(port)
+    async def _keep_exits(self):
+        # For proxies: circuits for the ports asked for in the last hour (path-spec 2.1.1).
+        def clean(port=0):
+            return [c for c in self._exits if not c.closed and (not port or self._allows(c, port))]
+
+        tick = 0
+        while True:
+            await asyncio.sleep(1)
+            tick, t = tick + 1, ticks_ms()
+            self.wanted = {port: used for port, used in self.wanted.items() if t - used < 3600000}
+            for circuit in self._exits:
+                if t - circuit.since > 1800000 or len(clean()) > 10:
+                    circuit.close()
+            self._exits = clean()
+            due = [port for port in self.wanted if len(clean(port)) < 2][:1]
+            param = self.paths.param
+            if self.wanted and tick % param("cbttestfreq", 10, 1) == 0:
+                due += list(self.wanted)[: self.build_times.learning(param)]
             try:
-                promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
+                for port in due:
+                    choose = lambda: self.paths.exit_path(port)
+                    self._exits.append(await self.circuit_to(choose=choose))
+            except TorError as e:
+                log(INFO, "no circuit is ready for port %d: %s", port, e)
+                await asyncio.sleep(20)
+
+    async def _exit(self, port):
+        # A circuit that nobody used, to an exit for `port`.
+        if not MICROPYTHON and self.proxies:
+            self.wanted[port] = ticks_ms()
+            for circuit in self._exits:
+                if not circuit.closed and self._allows(circuit, port):
+                    self._exits.remove(circuit)
+                    circuit.since = ticks_ms()
+                    return circuit
+        return await self.circuit_to(choose=lambda: self.paths.exit_path(port))
+
+    async def _in_turn(self, opening):
+        # So many at once, as tor's MaxClientCircuitsPending.
+        while self._opening >= 32:
+            await asyncio.sleep(0.05)
+        self._opening += 1
+        try:
+            return await opening
+        finally:
+            self._opening -= 1
+
+    async def _circuit(self, key, port, isolation=None):
+        # A shared one: to the onion service `key`, or an exit for `port`.
+        async def keep():
+            try:
+                opening = meet(self, key) if key else self._exit(port)
+                promise.set(await (opening if MICROPYTHON else self._in_turn(opening)))
+                if not MICROPYTHON:
+                    promise.value.dirty_ms = self.dirty_ms
                 await close_idle(promise.value)
             except (MemoryError, TorError) as e:
                 promise.set(error=e if isinstance(e, TorError) else NO_MEMORY)
@@ -4496,13 +4702,16 @@ class AsyncTor:
                 if not promise.done():
                     promise.set(error=CircuitError("a bug, or cancelled", 2))
 
-        name, table = key or port, self.directory.table
+        name = isolation, key or port
         for other, promise in list(self._shared.items()):
             circuit = promise.value
             if is_dirty(circuit) if circuit else promise.done():
                 del self._shared[other]
-            elif other == name or circuit and not key and isinstance(other, int) and fits(circuit):
+            elif other == name:
                 break
+            elif circuit and not key and other[0] == isolation and isinstance(other[1], int):
+                if self._allows(circuit, port):
+                    break
         else:
             promise = self._shared[name] = Promise()
             spawn(keep())
@@ -4511,47 +4720,82 @@ class AsyncTor:
             circuit.since = ticks_ms()  # as in tor: a new one would be dear
         return circuit
 
-    async def open_connection(self, host, port, timeout=120):
+    def newnym(self):
+        """Open new streams on new circuits; forget descriptors (control-spec, NEWNYM)."""
+        for promise in self._shared.values():
+            if promise.value:
+                promise.value.since -= OUTDATED
+        self._shared, self.descriptors = {}, {}
+
+    async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
 
+        `isolation`: anything hashable; streams of different ones never share a circuit.
+        `flags`: of BEGIN (tor-spec 6.2).  `early`: bytes to send along, before it is known
+        whether there is a connection; how many of them went, `reader.early` tells.
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
         key = parse_onion_address(host) if is_onion(host) else None
-        opening = self._on_circuit(key, port, BEGIN, begin("" if key else host, port))
+        body = begin("" if key else host, port, flags)
+        opening, stream = self._on_circuit(key, port, BEGIN, body, isolation, early), None
+        if not MICROPYTHON:
+            wish = SimpleNamespace(target="%s:%d" % (host, port))
+            announce("STREAM", wish, "NEW")
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
             raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
+        finally:
+            if not MICROPYTHON:
+                announce("STREAM", wish, "SUCCEEDED" if stream else "FAILED", stream)
         return stream, stream
 
-    async def resolve(self, host):
+    async def resolve(self, host, isolation=None):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
         if is_onion(host):
             raise AddressError(host + " has no IP address")
-        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
-        stream.circuit.streams.pop(stream.stream_id, None)
-        addresses = parse_resolved(stream.opened.value)
+        addresses = parse_resolved(await self._resolved(host, isolation))
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _on_circuit(self, key, port, command, body):
+    async def resolve_ptr(self, address, isolation=None):
+        """Return the names of an IP address (text) as an exit sees them; StreamError."""
+        packed = packed_address(address)
+        if not packed:
+            raise AddressError("no IP address: %r" % address)
+        parts, zone = map(str, packed), "in-addr"
+        if len(packed) == 16:
+            parts, zone = packed.hex(), "ip6"
+        host = ".".join(list(parts)[::-1] + [zone, "arpa"])
+        names = parse_resolved(await self._resolved(host, isolation), True)
+        if not names:
+            raise StreamError("the exit finds no name of " + address, 2)
+        return names
+
+    async def _resolved(self, host, isolation):
+        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0", isolation)
+        stream.circuit.streams.pop(stream.stream_id, None)
+        return stream.opened.value
+
+    async def _on_circuit(self, key, port, command, body, isolation=None, early=b""):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
         if crowded():
             raise StreamError("not opened: out of memory", END_RESOURCELIMIT)
         for last in (False, key, True):
-            circuit = await self._circuit(key, port)
+            circuit = await self._circuit(key, port, isolation)
+            more = [bytes(early)] if early else []
             try:
-                return await circuit.open_stream(command, body, 30)
+                return await circuit.open_stream(command, body, 30, *more)
             except (CircuitError, StreamError) as e:
                 if not circuit.closed and e.reason not in again:
                     raise
-                circuit.since -= 2 * DIRTY_MS
+                circuit.since -= OUTDATED
                 if last:
                     raise
 
@@ -4666,19 +4910,25 @@ class Tor:
 
     __exit__ = close
 
-    def resolve(self, host):
-        return self.run(self._tor.resolve(host))
+    def resolve(self, host, isolation=None):
+        return self.run(self._tor.resolve(host, isolation))
+
+    def resolve_ptr(self, address, isolation=None):
+        return self.run(self._tor.resolve_ptr(address, isolation))
+
+    def newnym(self):
+        self._loop.call_soon_threadsafe(self._tor.newnym)
 
     def create_onion_service(self, port, target=None, key_dir=None):
         """As AsyncTor.create_onion_service; `close` waits, too."""
         service = self.run(self._tor.create_onion_service(port, target, key_dir))
         return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
 
-    def create_connection(self, address, timeout=None):
+    def create_connection(self, address, timeout=None, isolation=None):
         """Connect to (host, port): a socket.socket, `timeout` its timeout in seconds."""
 
         async def connect():
-            stream, _ = await self._tor.open_connection(*address, timeout)
+            stream, _ = await self._tor.open_connection(*address, timeout, isolation)
             end, ours = socket.socketpair()
             spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
             end.settimeout(timeout)
@@ -4703,6 +4953,458 @@ class Tor:
 
 
 # === 17. Front doors ===
+# What programs connect to: SOCKS 4, 4a and 5 (RFC 1928, RFC 1929, socks-extensions, proposals 304
+# and 351), HTTP CONNECT (http-connect-spec, proposal 365).
+
+SOCKS_CONNECT, SOCKS_RESOLVE, SOCKS_RESOLVE_PTR = 1, 0xF0, 0xF1
+# By END's reason: its name, HTTP's status, SOCKS's reply.
+_ENDS = [end.split() for end in (
+    "NONE 500 1|MISC 500 1|RESOLVEFAILED 503 4|CONNECTREFUSED 403 5|EXITPOLICY 503 2|DESTROY 502 1|"
+    "DONE 502 5|TIMEOUT 504 6|NOROUTE 503 4|HIBERNATING 502 1|INTERNAL 502 1|RESOURCELIMIT 502 1|"
+    "CONNRESET 503 5|TORPROTOCOL 502 1|NOTDIRECTORY 500 1"
+).split("|")]
+
+
+def socks_reply(version, code, address=""):
+    """A SOCKS reply; `code`: as of version 5; `address`: an IP address or a name (text)."""
+    packed = packed_address(address or "0.0.0.0")
+    if version == 4:
+        if code or not packed or len(packed) > 4:
+            return b"\0\x5b" + bytes(6)
+        return b"\0\x5a\0\0" + packed
+    kind = b"\3" + bytes([len(address)]) + address.encode()
+    if packed:
+        kind = (b"\1" if len(packed) == 4 else b"\4") + packed
+    return bytes([5, code, 0]) + kind + b"\0\0"
+
+
+def parse_socks(data, no_auth=False):
+    """Parse all that a SOCKS client has sent yet; `no_auth`: rather without a user name.
+
+    Returns what is due to it in answer so far, and: None, if more must come; or the request
+    (`version`, `command`, `host`, `port`, `auth`: None or (user, password), `literal`: whether it
+    had an address and no name, `used`: its bytes); or a text that says what is wrong with it.
+    """
+    answer, r = [], Reader(data)
+    try:
+        version = r.uint(1)
+        if version in (4, 5):
+            request = _parse_socks4(r) if version == 4 else _parse_socks5(r, answer, no_auth)
+        else:
+            request = "the first byte is %d: not SOCKS" % version
+            if version in b"CDGHOPT":
+                answer.append(_NO_HTTP)
+    except ProtocolError:
+        # More must come.
+        request = None
+    if isinstance(request, str) and version == 4:
+        answer.append(socks_reply(4, 1))
+    return b"".join(answer), request
+
+
+def _request(r, version, command, host, port, auth, literal):
+    # ASCII, as check_target will say.
+    host = host if literal else host.decode("utf-8", "replace").strip("[]")
+    return SimpleNamespace(version=version, command=command, host=host, port=port,
+                           auth=auth, literal=literal, used=r.at)
+
+
+def _parse_socks4(r):
+    command, port, address = r.uint(1), r.uint(2), r.take(4)
+
+    def text():
+        size = bytes(r.data[r.at : r.at + 257]).find(b"\0")
+        if size < 0 and r.left() > 256:
+            return None
+        return r.take(size + 1 or r.left() + 1)[:-1]
+
+    named = address[:3] == b"\0\0\0" and address[3]
+    user = text()
+    host = text() if named and user is not None else ".".join(map(str, address))
+    if user is None or host is None:
+        return "a text is too long"
+    if command not in (SOCKS_CONNECT, SOCKS_RESOLVE) or address == bytes(4):
+        return "command %d, or no address" % command
+    return _request(r, 4, command, host, port, (user, b"") if user else None, not named)
+
+
+def _parse_socks5(r, answer, no_auth):
+    methods, auth = r.take(r.uint(1)), None
+    if b"\2" in methods and not (no_auth and b"\0" in methods):
+        answer.append(b"\5\2")
+    elif b"\0" not in methods:
+        answer.append(b"\5\xff")
+        return "neither 'no authentication' nor user name and password are offered"
+    else:
+        answer.append(b"\5\0")
+    version = r.uint(1)
+    # Some send a user name unasked.
+    if version == 1 or answer[0] == b"\5\2":
+        user, password = r.take(r.uint(1)), r.take(r.uint(1))
+        good = version == 1 and (user[:8] != b"<torS0X>" or user[8:] == b"0")
+        answer.append(b"\1\0" if good else b"\1\1")
+        if not good:
+            return "a user name of an unknown format (<torS0X>)"
+        auth, version = (user, password) if user or password else None, r.uint(1)
+    command, kind = r.take(3)[::2]
+    host, error = b"", 0
+    if kind == 1:
+        host = ".".join(map(str, r.take(4)))
+    elif kind == 4:
+        host = socket.inet_ntop(socket.AF_INET6, r.take(16))
+    elif kind == 3:
+        host = r.take(r.uint(1))
+    else:
+        error = 8
+    port = 0 if error else r.uint(2)
+    if version != 5 or command not in (SOCKS_CONNECT, SOCKS_RESOLVE, SOCKS_RESOLVE_PTR):
+        error = 7 if version == 5 else 1
+    if not error:
+        request = _request(r, 5, command, host, port, auth, kind != 3)
+        if command != SOCKS_RESOLVE_PTR or packed_address(request.host):
+            return request
+        error = 8
+    answer.append(socks_reply(5, error))
+    return "version %d, command %d or address type %d is not supported" % (version, command, kind)
+
+
+def _http(status, text, *fields, body=b""):
+    server = "minitor " + __version__
+    fields += "Tor-Capabilities: ", "Via: tor/1.0 tor-network (%s)" % server, "", ""
+    return ("HTTP/1.0 %d " % status + "\r\n".join((text,) + fields)).encode() + body
+
+
+_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
+_NO_HTTP = _http(501, "SOCKS only", _HTML, body=_PAGE % b"This is a SOCKS proxy, no HTTP proxy")
+_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
+
+
+def parse_http(data, no_auth=False):
+    """As parse_socks, of an HTTP CONNECT request."""
+    head, end, _ = data.partition(b"\r\n\r\n")
+    if len(head) > 8192:
+        return b"", "a request of more than 8192 bytes"
+    if not end:
+        return b"", None
+    lines = head.split(b"\r\n")
+    words, fields = lines[0].split(b" "), {}
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        fields[name.strip().lower()] = value.strip()
+    if len(words) != 3 or words[2][:5] != b"HTTP/":
+        return b"", "no HTTP request"
+    method = words[0].upper()
+    if method != b"CONNECT":
+        # A page of a foreign site, by a false name for this machine, learns nothing.
+        host = fields.get(b"host", b"").decode("utf-8", "replace")
+        if not is_loopback(host if packed_address(host) else host.rpartition(":")[0] or host):
+            return b"", "no CONNECT"
+        if method == b"OPTIONS":
+            return _http(200, "OK", _ALLOW), "OPTIONS"
+        return _http(405, "Method Not Allowed", _ALLOW, _HTML, body=_ONLY), "no CONNECT"
+    if b"tor-rpc-target" in fields:
+        return _http(501, "No RPC here"), "RPC is not supported"
+    host, _, port = words[1].rpartition(b":")
+    if not port.isdigit() or len(port) > 5:
+        return _http(400, "Bad Request"), "no host and port"
+    names = b"proxy-authorization", b"tor-stream-isolation", b"x-tor-stream-isolation"
+    auth = tuple([fields.get(name) for name in names])
+    r = Reader(data)
+    r.at = len(head) + 4
+    auth = auth if any(auth) else None
+    return b"", _request(r, "HTTP", SOCKS_CONNECT, host, int(port), auth, False)
+
+
+def proxy_error(request, error, extended):
+    """The reply that tells a client of an error; `extended`: SOCKS's of proposal 304."""
+    reason = error.reason if isinstance(error, StreamError) and error.reason < len(_ENDS) else 0
+    name, status, code = _ENDS[reason]
+    code = int(code)
+    if isinstance(error, OnionError):
+        status, code = 503, error.reason if extended and error.reason else 4
+    elif isinstance(error, AddressError):
+        status, code = 400, 0xF6 if extended and is_onion(request.host) else 1
+    elif isinstance(error, TorTimeout):
+        status, code = 504, 6
+    if request.version != "HTTP":
+        return socks_reply(request.version, code)
+    kind = "minitor/" + type(error).__name__ + (" end/" + name) * (reason > 0)
+    text = END_REASONS[reason] if reason else type(error).__name__
+    return _http(int(status), text, "Tor-Request-Failed: " + kind)
+
+
+def is_loopback(host):
+    packed = packed_address(host.strip("[]")) or b""
+    return host.lower() == "localhost" or packed[:1] == b"\x7f" or packed == bytes(15) + b"\1"
+
+
+_ISOLATE = (
+    "isolateclientaddr isolatesocksauth isolateclientprotocol isolatedestport isolatedestaddr"
+).split()
+_FLAGS_ON = _ISOLATE[:2] + "ipv4traffic ipv6traffic dnsrequest oniontraffic".split()
+_FLAGS = _FLAGS_ON + _ISOLATE[2:] + (
+    "preferipv6 keepaliveisolatesocksauth extendederrors prefersocksnoauth groupwritable"
+    " worldwritable"
+).split()
+# No names are remembered here, nor mapped.
+_FLAGS_IDLE = (
+    "cacheipv4dns cacheipv6dns cachedns useipv4cache useipv6cache usednscache preferipv6automap"
+    " relaxdirmodecheck"
+).split()
+
+
+def parse_listener(where, flags=()):
+    """`host`, `port` (0: any), `path`, `group` and `on` (flags) of what follows SocksPort in a
+    torrc: [ADDRESS:]PORT or unix:PATH, and flags (a text, or words); ConfigError."""
+    found = SimpleNamespace(host="", port=0, path=None, group=None, on=set(_FLAGS_ON))
+    where = str(where)
+    if where[:5] == "unix:":
+        found.path = where[5:]
+        found.on.discard("isolateclientaddr")
+    else:
+        host, _, port = where.rpartition(":")
+        host = "127.0.0.1" if host.lower() in ("", "localhost") else host.strip("[]")
+        number = 0 if port.lower() == "auto" else int(port) if port.isdecimal() else 65536
+        if not packed_address(host) or number > 65535:
+            raise ConfigError("%s: a port, ADDRESS:PORT or unix:PATH is needed" % where)
+        found.host, found.port = host, number
+    for word in flags.split() if isinstance(flags, str) else flags:
+        name = word.lower()
+        wanted = name[:2] != "no"
+        name = name if wanted else name[2:]
+        name = name.rstrip("s") if name[:7] == "isolate" else name
+        if name[:13] == "sessiongroup=" and name[13:].isdecimal():
+            found.group = int(name[13:])
+        elif name == "oniontrafficonly" and wanted:
+            found.on -= {"ipv4traffic", "ipv6traffic", "dnsrequest"}
+        elif name in _FLAGS:
+            (found.on.add if wanted else found.on.discard)(name)
+        elif name not in _FLAGS_IDLE:
+            raise ConfigError("%s is no flag of a port (see SocksPort in tor's manual)" % word)
+    if "isolatesocksauth" not in found.on:
+        if "keepaliveisolatesocksauth" in found.on:
+            raise ConfigError("KeepAliveIsolateSOCKSAuth needs IsolateSOCKSAuth")
+        found.on.add("prefersocksnoauth")
+    if not found.path and found.on & {"groupwritable", "worldwritable"}:
+        raise ConfigError("GroupWritable and WorldWritable are for unix:PATH")
+    return found
+
+
+def _bind(to):
+    # A socket, and where it listens; OSError.
+    if to.path:
+        with socket.socket(socket.AF_UNIX) as trial:
+            # What a process left that is gone?
+            if os.path.exists(to.path) and not os.path.isfile(to.path):
+                if trial.connect_ex(to.path):
+                    os.unlink(to.path)
+        bound, modes = socket.socket(socket.AF_UNIX), (0o177, 0o117, 0o111, 0o111)
+        group, world = [flag in to.on for flag in ("groupwritable", "worldwritable")]
+        before = os.umask(modes[group + 2 * world])
+        try:
+            bound.bind(to.path)
+        finally:
+            os.umask(before)
+        return bound, "unix:" + to.path
+    bound = socket.socket(socket.AF_INET6 if ":" in to.host else socket.AF_INET)
+    if os.name == "posix":
+        # A port that was in use a moment ago; elsewhere this lets others take ours.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((to.host, to.port))
+    host = "[%s]" % to.host if ":" in to.host else to.host
+    return bound, "%s:%d" % (host, bound.getsockname()[1])
+
+
+# So long a client may take for its request, and Tor to open a stream.
+PROXY_SECONDS = 120
+_EARLY = 1 << 16
+_ADDRESS = (
+    "a program asks by SOCKS%d for an IP address, not for a name. If it looks names up itself, "
+    "that tells others where it goes: let it use SOCKS4a, or SOCKS5 with remote host names"
+)
+_WARNINGS = {
+    4: _ADDRESS % 4,
+    5: _ADDRESS % 5,
+    "authorization": "Proxy-Authorization of the old form: its user should be tor (proposal 365)",
+    "no CONNECT": "a program sends HTTP requests: CONNECT alone will do (curl: --proxytunnel)",
+}
+
+
+class Proxy:
+    """A port for programs: `kind` "socks" (4, 4a, 5) or "http" (HTTP CONNECT).
+
+    `where`: [ADDRESS:]PORT (ADDRESS: 127.0.0.1; PORT 0: any) or unix:PATH; `flags`: words, or a
+    text, as after SocksPort in tor's manual (IsolateDestAddr, SessionGroup=1, ExtendedErrors, …).
+    It listens from here on, and serves once it was started.  `address`: where.  ConfigError.
+    """
+
+    def __init__(self, kind, where, flags=()):
+        self.kind, self._to = kind, parse_listener(where, flags)
+        self._parse = {"socks": parse_socks, "http": parse_http}[kind]
+        self._tor = self._server = None
+        self._tasks, self._warned = set(), set()
+        try:
+            self._socket, self.address = _bind(self._to)
+            self._socket.listen(1024)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (where, e))
+        if not self._to.path and not is_loopback(self._to.host):
+            log(WARN, "%s: whoever reaches this machine can use this %s port, which knows no "
+                "password. Are you sure?", self.address, self.kind)
+
+    async def start(self, tor):
+        """Serve through `tor`, an AsyncTor or Tor, once that is ready; return itself."""
+        self._tor = tor = getattr(tor, "_tor", tor)
+        tor.proxies.append(self)
+        tor.wanted = tor.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        start = asyncio.start_unix_server if self._to.path else asyncio.start_server
+        self._server = await start(self._accept, sock=self._socket, backlog=1024)
+        return self
+
+    def close(self):
+        """Stop listening, and close all connections."""
+        if self._server:
+            self._tor.proxies = [proxy for proxy in self._tor.proxies if proxy is not self]
+            self._server.close()
+        self._socket.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._to.path and os.path.exists(self._to.path):
+            os.unlink(self._to.path)
+
+    async def _accept(self, reader, writer):
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+            # Not their texts: no destination goes to a log.
+            log(INFO, "%s port: %s", self.kind, type(e).__name__)
+        except Exception as e:
+            log(ERR, "bug: %s at the %s port", type(e).__name__, self.kind)
+            if _log[0] == DEBUG:
+                print_exception(e)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _read_request(self, reader, writer):
+        data, said, no_auth = b"", 0, "prefersocksnoauth" in self._to.on
+        while True:
+            piece = await reader.read(4096)
+            if not piece:
+                raise EOFError
+            data += piece
+            answer, request = self._parse(data, no_auth)
+            writer.write(answer[said:])
+            said = len(answer)
+            if request:
+                return request, data
+
+    def _warn(self, kind):
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log(WARN, "%s: %s", self.address, _WARNINGS[kind])
+
+    def _isolation(self, request, peer):
+        values = peer, request.auth, request.version, request.port, request.host.lower()
+        on = [flag in self._to.on for flag in _ISOLATE]
+        group = self if self._to.group is None else self._to.group
+        return (group,) + tuple([(v,) if wanted else None for v, wanted in zip(values, on)])
+
+    def _check(self, request):
+        # Warn of what leaks, refuse what the flags refuse (END's reason 4: by policy).
+        if request.literal and request.command != SOCKS_RESOLVE_PTR:
+            self._warn(request.version)
+        if request.version == "HTTP" and request.auth and not _is_modern(request.auth[0]):
+            self._warn("authorization")
+        size = len(packed_address(request.host) or b"")
+        need = {4: "ipv4traffic", 16: "ipv6traffic"}.get(size, "dnsrequest")
+        if ("oniontraffic" if is_onion(request.host) else need) not in self._to.on:
+            raise StreamError("refused by the flags of this port", 4)
+
+    async def _serve(self, reader, writer):
+        reading = self._read_request(reader, writer)
+        request, data = await asyncio.wait_for(reading, PROXY_SECONDS)
+        if isinstance(request, str):
+            if request == "no CONNECT":
+                self._warn(request)
+            return log(INFO, "%s: %s", self.address, request)
+        peer = writer.get_extra_info("peername")
+        isolation = self._isolation(request, peer[0] if peer else "")
+        early = bytearray(data[request.used :])
+        work = asyncio.ensure_future(self._open(request, isolation, early))
+        watch = asyncio.ensure_future(self._watch(reader, early))
+        try:
+            await asyncio.wait({work, watch}, return_when="FIRST_COMPLETED")
+            watch.cancel()
+            await asyncio.wait({watch})
+            if not work.done():
+                raise EOFError
+            stream, answer = work.result()
+        except TorError as e:
+            writer.write(proxy_error(request, e, "extendederrors" in self._to.on))
+            return log(INFO, "%s: %s %d", self.address, type(e).__name__, e.reason)
+        finally:
+            work.cancel()
+            watch.cancel()
+        writer.write(answer)
+        if stream:
+            await self._relay(request, stream, early, reader, writer)
+
+    async def _watch(self, reader, early):
+        # Take what the client sends before it has an answer; return when it goes away.
+        while len(early) < _EARLY:
+            try:
+                data = await reader.read(_EARLY - len(early))
+            except OSError:
+                return
+            if not data:
+                return
+            early += data
+        await asyncio.Event().wait()
+
+    async def _open(self, request, isolation, early):
+        # A stream or None, and the answer.
+        self._check(request)
+        tor, host, end = self._tor, request.host, ticks_ms() + PROXY_SECONDS * 1000
+        while not tor.ready:
+            if ticks_ms() > end:
+                raise TorTimeout("Tor is not ready yet")
+            await asyncio.sleep(0.1)
+        if request.command == SOCKS_CONNECT:
+            on = [flag in self._to.on for flag in ("ipv6traffic", "ipv4traffic", "preferipv6")]
+            options = PROXY_SECONDS, isolation, on[0] + 2 * (not on[1]) + 4 * on[2], early
+            stream, _ = await tor.open_connection(host, request.port, *options)
+            http = request.version == "HTTP"
+            return stream, _http(200, "OK") if http else socks_reply(request.version, 0)
+        if request.command == SOCKS_RESOLVE_PTR:
+            answers = await tor.resolve_ptr(host, isolation)
+        elif packed_address(host):
+            answers = [host]
+        else:
+            answers = sorted(await tor.resolve(host, isolation), key=lambda a: ":" in a)
+        return None, socks_reply(request.version, 0, answers[0][:255])
+
+    async def _relay(self, request, stream, early, reader, writer):
+        circuit = stream.circuit
+        keep = request.auth and "keepaliveisolatesocksauth" in self._to.on
+        circuit.since = ticks_ms() if keep else circuit.since
+        stream.write(early[stream.early :])
+        await pump(stream, reader, writer)
+        circuit.since = ticks_ms() if keep else circuit.since
+
+
+def _is_modern(authorization):
+    # tor wants the user name tor, Arti tor-iso.
+    scheme, _, value = (authorization or b"Basic dG9yOg==").partition(b" ")
+    try:
+        user = b64decode(value.strip()).partition(b":")[0]
+    except (ProtocolError, ValueError):
+        return False
+    return scheme.lower() == b"basic" and user in (b"tor", b"tor-iso")
+
+
 # torrc and the daemon that it describes (tor(1)).
 
 if not MICROPYTHON:
@@ -4753,14 +5455,6 @@ _FOR_RELAYS = (
 _UNITS = {"": 1, "second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
 _UNITS["month"] = 2629728
 _SEVERITIES = "debug info notice warn err".split()
-# Those of a port; the first three are on.
-_PORT_FLAGS = (
-    "isolateclientaddr isolatesocksauth isolateclientprotocol isolatedestport isolatedestaddr "
-    "keepaliveisolatesocksauth ipv4traffic ipv6traffic preferipv6 dnsrequest oniontraffic "
-    "oniontrafficonly cacheipv4dns cacheipv6dns cachedns useipv4cache useipv6cache usednscache "
-    "preferipv6automap prefersocksnoauth extendederrors groupwritable worldwritable "
-    "relaxdirmodecheck"
-).split()
 
 
 def _unescape(match):
@@ -4892,45 +5586,20 @@ def _address(text, port=None):
     return place
 
 
-def parse_listener(text):
-    """Return what a …Port line asks for: `place`, `flags`, `group`; None for 0; ConfigError.
-
-    `place`: (host, port), port 0 for auto, or the path of a socket; `flags`: {lower name: bool}.
-    """
-    match = re.fullmatch(r'unix:(?:"((?:[^"\\]|\\.)*)"|([^ \t]+))(?:[ \t]+(.*))?', text)
-    spec = Record()
-    if match:
-        path = match[2] if match[1] is None else unquote_c(match[1])
-        spec.place, words = os.path.abspath(os.path.expanduser(path)), (match[3] or "").split()
-    else:
-        words = text.split()
-        where = words.pop(0)
-        host, _, port = where.rpartition(":")
-        auto = port.lower() == "auto"
-        if where == "0":
-            spec.place = None
-        elif auto or not host and port.isdecimal():
-            port = 0 if auto else _decimal(port, 1, 65535)
-            spec.place = host.strip("[]") or "127.0.0.1", port
-        else:
-            spec.place = _address(where)
-    spec.flags, spec.group = dict.fromkeys(_PORT_FLAGS[:3], True), None
-    for word in map(str.lower, words):
-        name, _, number = word.partition("=")
-        no = name not in _PORT_FLAGS and name[:2] == "no"
-        name = name[2 * no :]
-        if name + "s" not in _PORT_FLAGS and name[-1:] == "s" and name[:7] == "isolate":
-            name = name[:-1]
-        if word.startswith("sessiongroup="):
-            spec.group = _decimal(number, 0, (1 << 31) - 1)
-        elif name in _PORT_FLAGS and not number:
-            spec.flags[name] = not no
-        else:
-            raise ConfigError("unknown flag " + word)
-    unix_only = spec.flags.keys() & {"groupwritable", "worldwritable", "relaxdirmodecheck"}
-    if unix_only and not isinstance(spec.place, str):
-        raise ConfigError("only sockets of the file system are " + unix_only.pop())
-    return spec if spec.place else None
+def parse_port(text):
+    """Return (where, flags) of a …Port line, for parse_listener; None for 0; ConfigError."""
+    match = re.fullmatch(r'unix:"((?:[^"\\]|\\.)*)"(.*)|([^\s"]+)(.*)', text, re.DOTALL)
+    if not match:
+        raise ConfigError("a port, ADDRESS:PORT or unix:PATH is needed")
+    where, flags = match[3], match[4]
+    if match[1] is not None:
+        where, flags = "unix:" + unquote_c(match[1]), match[2]
+    if where == "0":
+        return None
+    if where[:5] == "unix:":
+        where = "unix:" + _path(where[5:])
+    parse_listener(where, flags)
+    return where, flags.strip()
 
 
 def parse_log(text):
@@ -5100,13 +5769,13 @@ _PARSERS = {
     "RouterList": parse_nodes,
     "Bridge": _bridge,
     "ClientTransportPlugin": _plugin,
-    "ControlPort": parse_listener,
-    "ControlSocket": lambda t: parse_listener(t if t[:5] == "unix:" or t == "0" else "unix:" + t),
+    "ControlPort": parse_port,
+    "ControlSocket": lambda t: parse_port(t if t[:5] == "unix:" or t == "0" else "unix:" + t),
     "FallbackDir": _fallback,
     "HashedControlPassword": parse_password_hash,
-    "HTTPTunnelPort": parse_listener,
+    "HTTPTunnelPort": parse_port,
     "Log": parse_log,
-    "SocksPort": parse_listener,
+    "SocksPort": parse_port,
 }
 _HIDDEN = "HiddenServiceOptions"
 
@@ -5300,8 +5969,8 @@ def log_writer(kind, path, options):
 TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
 _EVENTS = (
     "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
-    "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS NEWCONSENSUS "
-    "NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER STREAM STREAM_BW "
+    "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS "
+    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER STREAM STREAM_BW "
     "TRANSPORT_LAUNCHED WARN"
 ).split()
 _LEVELS = "DEBUG INFO NOTICE WARN ERR".split()
@@ -5379,7 +6048,7 @@ def _router_lines(table, i):
 
 
 class Control:
-    """A controller's connection; replies are (code, separator and text, …) of control-spec 2.3."""
+    """A controller's connection; commands are functions(text, data) that return reply lines."""
 
     known, owner, asked, nonces = False, False, False, None
 
@@ -5610,7 +6279,7 @@ class Control:
             elif name == "flags":
                 flags |= set(value.lower().split(","))
             else:
-                raise TorError("Invalid argument, or one that minitor does not have: %s" % name, 513)
+                raise TorError("Invalid argument, or none that minitor has: %s" % name, 513)
         if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
             raise TorError("Invalid flag, or one that minitor does not have yet", 512)
         if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
@@ -5676,11 +6345,10 @@ def config_text(config):
 
 
 def _listening(control, kind):
-    options = {"socks": ["SocksPort"], "httptunnel": ["HTTPTunnelPort"]}
-    options["control"] = ["ControlPort", "ControlSocket"]
-    found = [where for (option, _), where in control.daemon.listening.items()
-             if option in options.get(kind, ())]
-    return " ".join(['"%s"' % where for where in found])
+    kinds = {"socks": "Socks", "httptunnel": "HTTP tunnel", "control": "Control"}
+    found = control.daemon.listening.items()
+    here = [what.address for key, what in found if _LISTENERS[key[0]][0] == kinds.get(kind)]
+    return " ".join(['"%s"' % address for address in here])
 
 
 def _routers(control, which):
@@ -5733,8 +6401,7 @@ _INFO = {
     "config-defaults-file": lambda c: "",
     "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
     "config/names": lambda c: "\n".join(sorted([
-        "%s %s" % (name, "String" if kind == "Ignored" else kind) for kind, name, _ in _TYPES.values()
-    ])),
+        "%s %s" % (t[1], t[0].replace("Ignored", "String")) for t in _TYPES.values()])),
     "info/names": lambda c: "\n".join(sorted([
         "%s%s -- see control-spec" % (key, "*" * (key[-1] == "/")) for key in _INFO])),
     "events/names": lambda c: " ".join(_EVENTS),
@@ -5780,23 +6447,55 @@ _LISTS = ("circuit-status", "stream-status", "orconn-status", "entry-guards", "n
           "config/names", "info/names", "config-text")
 
 
-async def serve_control(daemon, spec, reader, writer):
-    await Control(daemon, reader, writer).serve()
-
-
-_SERVE = {"ControlPort": serve_control, "ControlSocket": serve_control}
 # What a running daemon keeps.
 _FIXED = (
     "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
     "TestingTorNetwork User"
 ).split()
 _LISTENERS = {
-    "SocksPort": "Socks",
-    "HTTPTunnelPort": "HTTP tunnel",
-    "ControlPort": "Control",
-    "ControlSocket": "Control",
+    "SocksPort": ("Socks", "socks"),
+    "HTTPTunnelPort": ("HTTP tunnel", "http"),
+    "ControlPort": ("Control", None),
+    "ControlSocket": ("Control", None),
 }
 _ADDRESS_TEXT = re.compile(r"\b[a-z2-7]{56}\.onion\b") if not MICROPYTHON else None
+
+
+class ControlListener:
+    """A port for controllers, as a Proxy is for programs."""
+
+    def __init__(self, daemon, where, flags):
+        self._daemon, self._to = daemon, parse_listener(where, flags)
+        try:
+            self._socket, self.address = _bind(self._to)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (where, e))
+        config = daemon.config
+        open_to_all = self._to.path and "worldwritable" in self._to.on
+        if not self._to.path and not is_loopback(self._to.host):
+            log(WARN, "%s: others can reach this control port", self.address)
+        if not (self._to.path and not open_to_all or config["CookieAuthentication"]
+                or config["HashedControlPassword"]):
+            log(WARN, "%s: whoever reaches this control port controls minitor: set "
+                "CookieAuthentication or HashedControlPassword", self.address)
+
+    async def start(self):
+        start = asyncio.start_unix_server if self._to.path else asyncio.start_server
+        self._server = await start(self._serve, sock=self._socket, limit=1 << 16)
+        return self
+
+    async def _serve(self, reader, writer):
+        try:
+            await Control(self._daemon, reader, writer).serve()
+        except (OSError, EOFError, ValueError):
+            pass  # it went away, or sent a line without end
+        finally:
+            writer.close()
+
+    def close(self):
+        self._server.close()
+        if self._to.path and os.path.exists(self._to.path):
+            os.unlink(self._to.path)
 
 
 class Daemon:
@@ -5809,9 +6508,8 @@ class Daemon:
         self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
         # `onions`: {address: (OnionService, the Control whose it is, or None)}.
         self.controls, self.onions = [], {}
-        # {(option, place): server}, {(option, place): spec}, {folder: OnionService}.
-        self.servers, self.specs, self.services = {}, {}, {}
-        self._logs, self.listening = [], {}
+        # {(option, where, flags): what listens}, {folder: OnionService}.
+        self.listening, self.services, self._logs = {}, {}, []
         self.open_logs(config)
         self._lock = self._take_folder()
         network = ["TestingTorNetwork %d" % config["TestingTorNetwork"]]
@@ -5852,9 +6550,11 @@ class Daemon:
         # What `announce` tells, as controllers have it.
         if name == "BUILT":
             name, subject.built = "CIRC", True
-        if not self.controls:
-            return
-        if name == "CIRC":
+        if name == "STREAM":
+            self._watch_stream(subject, *more)
+        elif not self.controls:
+            pass
+        elif name == "CIRC":
             self.event(name, describe_circuit(subject))
         elif name == "ORCONN":
             self.event(name, "$%s %s" % (subject.rsa_id.hex().upper(), more[0]))
@@ -5863,6 +6563,20 @@ class Daemon:
             words += [b64encode(more[2])] if more[2:] else []
             words += ["REASON=" + more[3]] if more[3:] else []
             self.event(name, " ".join(words))
+
+    def _watch_stream(self, subject, state, stream=None):
+        # `subject`: the Stream, or what asked for one.
+        if state == "NEW":
+            _numbers[0] += 1
+            subject.number = _numbers[0]
+        if hasattr(subject, "number"):
+            if stream:
+                stream.number, stream.target = subject.number, subject.target
+            circuit = circuit_number(stream.circuit) if stream else 0
+            more = " REASON=DONE" if state == "CLOSED" else ""
+            more = " REASON=MISC" if state == "FAILED" else more
+            words = subject.number, state, circuit, subject.target, more
+            self.event("STREAM", "%d %s %d %s%s" % words)
 
     async def _measure(self):
         # BW: bytes in the last second.
@@ -5946,64 +6660,39 @@ class Daemon:
 
     async def open_listeners(self, config):
         """Listen where `config` says, and nowhere else; ConfigError."""
-        wanted = {}
-        for option in _LISTENERS:
-            for spec in config[option]:
-                wanted[option, spec.place] = spec
+        wanted = [(option,) + place for option in _LISTENERS for place in config[option]]
         if not config.lines.get("SocksPort"):
-            spec = parse_listener("9050")
-            wanted["SocksPort", spec.place] = spec
-        for key in [key for key in wanted if key[0] not in _SERVE]:
-            log(WARN, "%s: minitor has no such proxy yet", key[0])
-            del wanted[key]
-        opened = {}
+            wanted.append(("SocksPort", "9050", ""))
+        for key in set(self.listening) - set(wanted):
+            log(NOTICE, "Closing the %s listener on %s", _LISTENERS[key[0]][0], key[1])
+            self.listening.pop(key).close()
+        for key in wanted:
+            if key not in self.listening:
+                self.listening[key] = found = await self._listen(config, *key)
+                name = _LISTENERS[key[0]][0]
+                log(NOTICE, "Opened %s listener connection (ready) on %s", name, found.address)
+        if config["ControlPortWriteToFile"]:
+            self._write_ports(config)
+
+    async def _listen(self, config, option, where, flags):
+        if where[:5] == "unix:" and config[
+            "UnixSocksGroupWritable" if option == "SocksPort" else "ControlSocketsGroupWritable"
+        ]:
+            flags += " GroupWritable"
+        kind = _LISTENERS[option][1]
+        if kind:
+            return await Proxy(kind, where, flags).start(self.tor)
+        return await ControlListener(self, where, flags).start()
+
+    def _write_ports(self, config):
+        path = config["ControlPortWriteToFile"]
+        found = [what.address for key, what in self.listening.items() if key[0][:7] == "Control"]
+        lines = ["UNIX_PORT=" + a[5:] if a[:5] == "unix:" else "PORT=" + a for a in found]
         try:
-            for key in wanted.keys() - self.servers.keys():
-                opened[key] = await self._listen(key[0], wanted[key])
+            write_file(path, "".join([line + "\n" for line in lines]).encode())
+            os.chmod(path, 0o640 if config["ControlPortFileGroupReadable"] else 0o600)
         except OSError as e:
-            for server in opened.values():
-                server.close()
-            raise ConfigError("cannot listen: %s %s: %s" % (key[0], key[1], e))
-        for key in self.servers.keys() - wanted.keys():
-            self.servers.pop(key).close()
-            self.listening.pop(key, None)
-            log(NOTICE, "Closed the %s listener on %s", _LISTENERS[key[0]], key[1])
-        self.servers.update(opened)
-        self.specs = wanted
-
-    async def _listen(self, option, spec):
-        place, key = spec.place, (option, spec.place)
-
-        async def serve(reader, writer):
-            try:
-                await _SERVE[option](self, self.specs.get(key, spec), reader, writer)
-            except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
-                log(INFO, "a connection to the %s ended: %s", option, type(e).__name__)
-            finally:
-                writer.close()
-
-        if isinstance(place, str):
-            mode = 0o666 if spec.flags.get("worldwritable") else 0o600
-            group = spec.flags.get("groupwritable")
-            if group or option == "ControlSocket" and self.config["ControlSocketsGroupWritable"]:
-                mode |= 0o060
-            mask = os.umask(0o177)
-            try:
-                server = await asyncio.start_unix_server(serve, place, limit=1 << 16)
-            finally:
-                os.umask(mask)
-            os.chmod(place, mode)
-            text = "unix:" + place
-        else:
-            server = await asyncio.start_server(serve, *place, limit=1 << 16)
-            name = server.sockets[0].getsockname()
-            text = ("[%s]:%d" if ":" in name[0] else "%s:%d") % name[:2]
-            if not name[0].startswith("127.") and name[0] != "::1":
-                log(WARN, "%s listens on %s: others can reach it", option, text)
-        self.listening[key] = text
-        name = _LISTENERS[option]
-        log(NOTICE, "Opened %s listener connection (ready) on %s", name, text)
-        return server
+            raise ConfigError("cannot write the file %s: %s" % (path, e))
 
     def open_services(self, config):
         """Host what `config` says, in place of what runs; ConfigError."""
@@ -6071,11 +6760,14 @@ class Daemon:
     async def _bootstrap(self):
         delay = 2
         while not self.ready.done():
+            held, self.tor.proxies = self.tor.proxies, []
             try:
                 await self.tor.start()
                 break
             except (OSError, TorError) as e:
                 log(WARN, "Not connected to Tor: %s; trying again in %d s", e, delay)
+            finally:
+                self.tor.proxies += held
             await asyncio.sleep(delay)
             delay = min(2 * delay, 300)
         self.ready.set()
@@ -6123,13 +6815,10 @@ class Daemon:
         watchers.remove(self._watch)
         for task in tasks:
             task.cancel()
-        for (_, place), server in self.servers.items():
+        for server in self.listening.values():
             server.close()
-            if isinstance(place, str) and os.path.exists(place):
-                os.unlink(place)
         await self.tor.aclose()
-        paths = [self.config["PidFile"]]
-        for path in paths:
+        for path in (self.config["PidFile"], self.config["ControlPortWriteToFile"]):
             if path and os.path.exists(path):
                 os.unlink(path)
         # The lock goes with the process.
@@ -6228,8 +6917,6 @@ def run_daemon(argv):
     return 0
 
 
-
-
 # === 19. Command line ===
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
@@ -6318,9 +7005,18 @@ def run_command(options):
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))
     check_target("port", options.port)
-    target = options.get or serve_target(options.serve)
+    doors = [("socks", options.socks)] * (options.socks is not None)
+    doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    # A port that is taken shows before the bootstrap.
+    doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
+    target = options.get or not doors and serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for proxy in doors:
+            tor.run(proxy.start(tor))
+            print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
+        if doors:
+            return threading.Event().wait()
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -6351,7 +7047,10 @@ def main(argv=None):
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
+    add("--socks", nargs="?", const="9050", metavar="WHERE",
+        help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
+    add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
@@ -6360,6 +7059,8 @@ def main(argv=None):
     add("-v", action="count", default=0, help="say more")
     add("--version", action="version", version="minitor " + __version__)
     options = parser.parse_args(argv)
+    if options.http_tunnel and not options.socks:
+        parser.error("--http-tunnel goes with --socks")
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

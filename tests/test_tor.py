@@ -68,7 +68,7 @@ class FakeTor(AsyncTor):
     async def _bootstrap(self):
         self.directory._report(100, "done", "Done")
 
-    async def _circuit(self, key, port):
+    async def _circuit(self, key, port, isolation=None):
         self.circuits.append(FakeCircuit(self))
         return self.circuits[-1]
 

@@ -5970,8 +5970,8 @@ TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
 _EVENTS = (
     "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
     "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS "
-    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER STREAM STREAM_BW "
-    "TRANSPORT_LAUNCHED WARN"
+    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER "
+    "STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
 ).split()
 _LEVELS = "DEBUG INFO NOTICE WARN ERR".split()
 _SIGNALS = {
@@ -5991,7 +5991,7 @@ def parse_words(text):
     """Split a controller's arguments: [(name, value)], name None for what has no `=`; TorError."""
     found, at = [], 0
     pattern = re.compile(
-        r'[ \t]*(?:([^ \t="]+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"][^ \t]*|(?=[ \t]|\Z)))')
+        r'[ \t]*(?:(\w+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
     text = text.rstrip()
     while at < len(text):
         match = pattern.match(text, at)
@@ -6285,7 +6285,7 @@ class Control:
         if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
             esk = ed25519_expand(urandom(32))
         elif kind == "ED25519-V3":
-            esk = b64decode(blob.rstrip("="), 64)
+            esk = b64decode(blob.encode(), 64)
         else:
             raise TorError("Invalid key type", 513)
         wanted = parse_services([("HiddenServiceDir", "/", "")] + lines)["/"]
@@ -6365,10 +6365,11 @@ def _routers(control, which):
 
 def _country(control, address):
     daemon = control.daemon
-    if not re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", address):
+    packed = packed_address(address) or b""
+    if len(packed) != 4:
         raise TorError("No country is known of " + address, 551)
     daemon.geoip = daemon.geoip or load_geoip(daemon.config["GeoIPFile"])
-    return country(daemon.geoip, uint(bytes([int(n) & 255 for n in address.split(".")]))).lower()
+    return country(daemon.geoip, uint(packed)).lower()
 
 
 def _guards(control):
@@ -6512,9 +6513,8 @@ class Daemon:
         self.listening, self.services, self._logs = {}, {}, []
         self.open_logs(config)
         self._lock = self._take_folder()
-        network = ["TestingTorNetwork %d" % config["TestingTorNetwork"]]
-        network += ["DirAuthority " + text for text in config["DirAuthority"]]
-        self.tor = tor = AsyncTor(self.folder, network[1:] and network, self._progress)
+        network = ["DirAuthority " + text for text in config["DirAuthority"]]
+        self.tor = tor = AsyncTor(self.folder, network or None, self._progress)
         network = tor.directory.network
         network.testing = network.testing or config["TestingTorNetwork"]
         network.fallbacks = config["FallbackDir"] or network.fallbacks

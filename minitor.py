@@ -6156,19 +6156,21 @@ class Control:
             given = bytes.fromhex(text)
         elif re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
             given = re.sub(r"\\(.)", r"\1", text[1:-1]).encode("utf-8", "surrogateescape")
-        good = "NULL" in methods
-        if given is not None and "COOKIE" in methods:
-            if self.nonces:
-                kind = _SAFECOOKIE % b"controller-to-server"
-                good = good or consteq(given, hmac_sha256(kind, self.nonces))
-            else:
-                good = good or consteq(given, self.daemon.cookie)
-        if given is not None and not (self.nonces or good):
+        # As in tor's words, which controllers look for.
+        good, why = "NULL" in methods, "Authentication cookie did not match expected value."
+        if config["HashedControlPassword"]:
+            why = "Password did not match HashedControlPassword *or* authentication cookie."
+        if given is not None and self.nonces:
+            why = "Safe cookie response did not match expected value."
+            kind = _SAFECOOKIE % b"controller-to-server"
+            good |= consteq(given, hmac_sha256(kind, self.nonces))
+        elif given is not None:
+            good |= "COOKIE" in methods and consteq(given, self.daemon.cookie)
             for salt, digest in config["HashedControlPassword"]:
-                good = good or consteq(digest, hash_password(given, salt))
+                good |= consteq(digest, hash_password(given, salt))
         self.nonces = None
         if not good:
-            raise TorError("Authentication failed: wrong password or cookie", 515)
+            raise TorError("Authentication failed: %s" % why, 515)
         self.known = True
 
     # What it asks.

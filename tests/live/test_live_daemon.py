@@ -90,7 +90,10 @@ def test_circuit_ids_are_exported(daemon, client):
         def answer():
             for _ in range(3):
                 with server.accept()[0] as connection:
-                    heads.append(connection.recv(4096).split(b"\r\n")[0].decode())
+                    data = b""
+                    while not data.endswith(b"\r\n\r\n"):
+                        data += connection.recv(4096)
+                    heads.append(data.split(b"\r\n")[0].decode())
                     connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
 
         thread = threading.Thread(target=answer, daemon=True)

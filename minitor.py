@@ -5410,8 +5410,8 @@ def _is_modern(authorization):
 if not MICROPYTHON:
     import re
 
-# Options by type, as tor has them, with defaults; then those that change nothing here, and how
-# the names begin of those that only relays and authorities have.
+# Options by type, as tor has them, with defaults; Ignored: what changes nothing here, with what
+# minitor does anyway.  Then how the names begin that only relays and authorities have.
 _OPTIONS = {
     "Boolean": (
         "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
@@ -5419,11 +5419,11 @@ _OPTIONS = {
         "TruncateLogFile=0 UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
     ),
     "Integer": "__OwningControllerProcess=0",
-    "TimeInterval": "MaxCircuitDirtiness=600 NewCircuitPeriod=30",
+    "TimeInterval": "MaxCircuitDirtiness=600",
     "String": "SafeLogging=1 SyslogIdentityTag User",
     "Filename": (
         "ClientOnionAuthDir ControlPortWriteToFile CookieAuthFile DataDirectory "
-        "GeoIPFile=/usr/share/tor/geoip GeoIPv6File=/usr/share/tor/geoip6 PidFile"
+        "GeoIPFile=/usr/share/tor/geoip PidFile"
     ),
     "RouterList": "EntryNodes ExcludeExitNodes ExcludeNodes ExitNodes",
     "LineList": (
@@ -5436,9 +5436,10 @@ _OPTIONS = {
         "HiddenServiceNumIntroductionPoints HiddenServicePort HiddenServiceVersion"
     ),
     "Ignored": (
-        "AvoidDiskWrites CircuitBuildTimeout ClientOnly DisableDebuggerAttachment "
-        "EnforceDistinctSubnets HardwareAccel HeartbeatPeriod LearnCircuitBuildTimeout "
-        "LogTimeGranularity NumCPUs ShutdownWaitLength UseMicrodescriptors"
+        "AvoidDiskWrites CircuitBuildTimeout ClientOnly=1 DisableDebuggerAttachment "
+        "EnforceDistinctSubnets=1 GeoIPv6File HardwareAccel HeartbeatPeriod "
+        "LearnCircuitBuildTimeout=1 LogTimeGranularity NewCircuitPeriod NumCPUs "
+        "ShutdownWaitLength UseEntryGuards=1 UseMicrodescriptors=1"
     ),
 }
 _TYPES = {
@@ -5780,8 +5781,40 @@ _PARSERS = {
 _HIDDEN = "HiddenServiceOptions"
 
 
+def load_geoip(path):
+    """Return arrays of the first and last addresses, and countries; ConfigError."""
+    first, last, countries = array("I"), array("I"), []
+    try:
+        with open(path) as f:
+            for line in f:
+                parts = line.strip().split(",")
+                if len(parts) == 3 and line[0] != "#":
+                    first.append(int(parts[0]))
+                    last.append(int(parts[1]))
+                    countries.append(sys.intern(parts[2]))
+    except (OSError, OverflowError, ValueError) as e:
+        raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
+    return first, last, countries
+
+
+def country(geoip, address):
+    """The country, or "??", of an IPv4 address as a number."""
+    from bisect import bisect
+
+    first, last, countries = geoip
+    i = bisect(first, address) - 1
+    return countries[i] if i >= 0 and address <= last[i] else "??"
+
+
 class Config(dict):
     """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
+
+    _geoip = None
+
+    def country(self, address):
+        """The country, by GeoIPFile, of an IPv4 address as a number; ConfigError."""
+        self._geoip = self._geoip or load_geoip(self["GeoIPFile"])
+        return country(self._geoip, address)
 
 
 def _assign(lines, entries):
@@ -5793,7 +5826,7 @@ def _assign(lines, entries):
             name = option_name(key[len(mark) :])
         except ConfigError as e:
             raise ConfigError("%s: %s: %s" % (where, key, e))
-        kind = _TYPES[name.lower()][0]
+        kind, _, default = _TYPES[name.lower()]
         group = _HIDDEN if kind == "Dependent" else name
         many = kind in ("LineList", "Dependent")
         if mark == "/" or not text and not many:
@@ -5801,8 +5834,8 @@ def _assign(lines, entries):
         elif not text:
             log(WARN, "%s: %s has no value: skipped", where, name)
         else:
-            if kind == "Ignored" and not (name, text, where) in lines.get(group, ()):
-                log(INFO, "%s: %s changes nothing in minitor", where, name)
+            if kind == "Ignored" and text != default:
+                log(NOTICE, "%s: %s %s changes nothing in minitor", where, name, text)
             if not many and group in fresh:
                 log(WARN, "%s: %s is given more than once: the last one counts", where, name)
             if not many or mark != "+" and group not in fresh:
@@ -5842,8 +5875,6 @@ def _check(config):
 
     if config["MaxCircuitDirtiness"] < 10 or config["MaxCircuitDirtiness"] > 30 * 86400:
         refuse("MaxCircuitDirtiness", "not 10 seconds to 30 days")
-    if config["NewCircuitPeriod"] < 1:
-        refuse("NewCircuitPeriod", "less than a second")
     if config["SafeLogging"] not in ("0", "1", "relay"):
         refuse("SafeLogging", "neither 0 nor 1 nor relay")
     if config["DirAuthority"]:
@@ -5865,32 +5896,6 @@ def _check(config):
             raise ConfigError(text % (service.where, folder))
 
 
-# Where tor keeps countries by address: ranges, in order.
-def load_geoip(path):
-    """Return arrays of the first and last addresses, and countries; ConfigError."""
-    first, last, countries = array("I"), array("I"), []
-    try:
-        with open(path) as f:
-            for line in f:
-                parts = line.strip().split(",")
-                if len(parts) == 3 and line[0] != "#":
-                    first.append(int(parts[0]))
-                    last.append(int(parts[1]))
-                    countries.append(sys.intern(parts[2]))
-    except (OSError, OverflowError, ValueError) as e:
-        raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
-    return first, last, countries
-
-
-def country(geoip, address):
-    """The country, or "??", of an IPv4 address as a number."""
-    from bisect import bisect
-
-    first, last, countries = geoip
-    i = bisect(first, address) - 1
-    return countries[i] if i >= 0 and address <= last[i] else "??"
-
-
 class ChosenPaths(PathSelector):
     """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes."""
 
@@ -5902,10 +5907,9 @@ class ChosenPaths(PathSelector):
         config, lists = self.config, {}
         names = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
         sets = {name: config[name] for name in names if config[name]}
-        geoip = load_geoip(config["GeoIPFile"]) if [s for s in sets.values() if s[2]] else None
         relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
         for name, nodes in sets.items():
-            lists[name] = {r.index for r in relays if is_among(r, nodes, geoip)}
+            lists[name] = {r.index for r in relays if is_among(r, nodes, config)}
         never = lists.get("ExcludeNodes", set())
         self._within = {"g": lists.get("EntryNodes"), "e": lists.get("ExitNodes")}
         self._without = {"e": never | lists.get("ExcludeExitNodes", set())}
@@ -5922,14 +5926,14 @@ class ChosenPaths(PathSelector):
         return self.table.find(relay.rsa_id) in self._never
 
 
-def is_among(relay, nodes, geoip):
+def is_among(relay, nodes, config):
     """Tell whether `relay` is one of parse_nodes' `nodes`."""
     ids, networks, countries = nodes
     address = uint(bytes(map(int, relay.address.split("."))))
     return (
         relay.rsa_id in ids
         or any([address & mask == net for net, mask in networks])
-        or bool(countries) and country(geoip, address) in countries
+        or bool(countries) and config.country(address) in countries
     )
 
 
@@ -6366,12 +6370,10 @@ def _routers(control, which):
 
 
 def _country(control, address):
-    daemon = control.daemon
     packed = packed_address(address) or b""
     if len(packed) != 4:
         raise TorError("No country is known of " + address, 551)
-    daemon.geoip = daemon.geoip or load_geoip(daemon.config["GeoIPFile"])
-    return country(daemon.geoip, uint(packed)).lower()
+    return control.daemon.config.country(uint(packed)).lower()
 
 
 def _guards(control):
@@ -6504,7 +6506,8 @@ class ControlListener:
 class Daemon:
     """What a torrc, the file `torrc`, describes, running; `load`: makes its Config anew."""
 
-    phase, geoip, cookie = 'NOTICE BOOTSTRAP PROGRESS=0 TAG=starting SUMMARY="Starting"', None, None
+    running = False
+    phase, cookie = 'NOTICE BOOTSTRAP PROGRESS=0 TAG=starting SUMMARY="Starting"', None
 
     def __init__(self, config, load, torrc=None):
         self.config, self._load, self.torrc = config, load, torrc
@@ -6729,9 +6732,16 @@ class Daemon:
             if config.lines.get(name) != self.config.lines.get(name):
                 log(WARN, "%s cannot change while minitor runs: it stays as it was", name)
                 config[name] = self.config[name]
-        self.open_logs(config)
-        await self.open_listeners(config)
-        self.open_services(config)
+        try:
+            self.open_logs(config)
+            await self.open_listeners(config)
+            self.open_services(config)
+        except ConfigError:
+            if self.running:
+                self.open_logs(self.config)
+                await self.open_listeners(self.config)
+            raise
+        self.running = True
         self._tell_changes(config)
         nodes = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
         changed = [name for name in nodes if config[name] != self.config[name]]
@@ -6755,7 +6765,7 @@ class Daemon:
     async def reload(self):
         log(NOTICE, "Received reload signal (hup). Reloading config and resetting internal state.")
         try:
-            await self.use(self._load())
+            await self.use(self._load() if self.config["__ReloadTorrcOnSIGHUP"] else self.config)
         except TorError as e:
             log(ERR, "The configuration stays as it was: %s", e)
 
@@ -6802,8 +6812,7 @@ class Daemon:
         try:
             await self.use(config)
             if config["PidFile"]:
-                with open(config["PidFile"], "w") as f:
-                    f.write("%d\n" % os.getpid())
+                self._write_pid(config["PidFile"])
             ready()
             tasks += spawn(self._bootstrap()), spawn(self._measure())
             if config["__OwningControllerProcess"]:
@@ -6812,6 +6821,13 @@ class Daemon:
             log(NOTICE, "Catching signal TERM, exiting cleanly.")
         finally:
             await self._shut_down(tasks)
+
+    def _write_pid(self, path):
+        try:
+            with open(path, "w") as f:
+                f.write("%d\n" % os.getpid())
+        except OSError as e:
+            raise ConfigError("cannot write the PidFile %s: %s" % (path, e))
 
     async def _shut_down(self, tasks):
         watchers.remove(self._watch)
@@ -6833,6 +6849,20 @@ def set_service(service, wanted):
     service.ports, service.export = dict(wanted.ports), wanted.export
     service.intro_points, service.strict = wanted.intro_points, wanted.strict
     service.max_streams = wanted.max_streams or 65535
+
+
+def become(user):
+    """Go on as this user alone; ConfigError."""
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(user)
+        if os.getuid() != entry.pw_uid:
+            os.initgroups(user, entry.pw_gid)
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+    except (KeyError, OSError) as e:
+        raise ConfigError("cannot become the User %s: %s" % (user, e))
 
 
 def daemonize():
@@ -6905,7 +6935,7 @@ def run_daemon(argv):
     missing = {"--ignore-missing-torrc", "--allow-missing-torrc"} & commands.keys()
 
     def load():
-        sources = []
+        sources = [[("Log", "warn stdout", "")]] if {"--hush", "--quiet"} & commands.keys() else []
         for name, text in ((commands.get("--defaults-torrc"), None), (path, given)):
             if name and not (missing and name == path and not os.path.exists(name)):
                 sources.append(read_torrc(name, text))
@@ -6914,6 +6944,8 @@ def run_daemon(argv):
     config = load()
     if "--verify-config" in commands:
         return print("Configuration was valid") or 0
+    if config["User"]:
+        become(config["User"])
     ready = daemonize() if config["RunAsDaemon"] else lambda: None
     asyncio.run(Daemon(config, load, path).run(ready))
     return 0

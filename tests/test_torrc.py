@@ -131,7 +131,7 @@ def test_names_are_case_insensitive_and_may_be_shortened():
     ("SocksPort 9050 GroupWritable", "unix:PATH"), ("SocksPort 1.2.3.4", "1.2.3.4"),
     ("RunAsDaemon 2", "2"), ("RunAsDaemon yes", "yes"), ("SafeLogging 3", "SafeLogging"),
     ("MaxCircuitDirtiness 5", "10 seconds"), ("MaxCircuitDirtiness 5 parsecs", "interval"),
-    ("NewCircuitPeriod 0", "second"), ("Log loud stdout", "severity"), ("Log notice file", "sev"),
+    ("Log loud stdout", "severity"), ("Log notice file", "sev"),
     ("Log notice stdout x", "severity"), ("HiddenServicePort 80", "HiddenServiceDir"),
     ("HiddenServiceDir /x", "no HiddenServicePort"), ("EntryNodes somebody", "somebody"),
     ("HiddenServiceDir /x\nHiddenServicePort 80\nHiddenServiceDir /x\n", "twice"),

@@ -3307,6 +3307,8 @@ async def pump(stream, reader, writer):
 
     try:
         task = spawn(move(reader, stream))
+        if not MICROPYTHON:
+            await asyncio.sleep(0)  # what is cancelled before it begins is warned about
         await move(stream, writer)
         task.cancel()
     except MemoryError:
@@ -5209,11 +5211,11 @@ class Proxy:
         self._tasks.add(task)
         try:
             await self._serve(reader, writer)
-        except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+        except (OSError, EOFError, TorError, asyncio.TimeoutError, asyncio.CancelledError) as e:
             # Not their texts: no destination goes to a log.
-            log(INFO, "%s port: %s", self.kind, type(e).__name__)
+            log(INFO, "%s: %s", self.address, type(e).__name__)
         except Exception as e:
-            log(ERR, "bug: %s at the %s port", type(e).__name__, self.kind)
+            log(ERR, "bug: %s at %s", type(e).__name__, self.address)
             if _log[0] == DEBUG:
                 print_exception(e)
         finally:
@@ -5322,7 +5324,10 @@ class Proxy:
         circuit = stream.circuit
         keep = request.auth and "keepaliveisolatesocksauth" in self._to.on
         circuit.since = ticks_ms() if keep else circuit.since
-        stream.write(early[stream.early :])
+        try:
+            stream.write(early[stream.early :])
+        except TorError:
+            pass  # the answer is here already, and its end
         await pump(stream, reader, writer)
         circuit.since = ticks_ms() if keep else circuit.since
 

@@ -4602,7 +4602,7 @@ class AsyncTor:
                     choose = lambda: self.paths.exit_path(port)
                     self._exits.append(await self.circuit_to(choose=choose))
             except TorError as e:
-                log(INFO, "no circuit is ready for port %d: %s", port, e)
+                log(INFO, "no circuit could be built ahead: %s", e)
                 await asyncio.sleep(20)
 
     async def _exit(self, port):

@@ -4503,6 +4503,9 @@ class AsyncTor:
                     if not MICROPYTHON and times and len(circuit.path) == 3:
                         times.add(ticks_ms() - circuit.since, self.paths.param)
                         times = None
+                if not MICROPYTHON:
+                    hops = ["%s:%d" % (hop.address, hop.port) for hop in path]
+                    log(INFO, "%s is built: %s", circuit, ", ".join(hops))
                 return circuit
             except BaseException as e:
                 n = 0
@@ -4587,23 +4590,23 @@ class AsyncTor:
         tick = 0
         while True:
             await asyncio.sleep(1)
-            tick, t = tick + 1, ticks_ms()
-            self.wanted = {port: used for port, used in self.wanted.items() if t - used < 3600000}
+            tick, t, param = tick + 1, ticks_ms(), self.paths.param
+            ports = sorted([(used, port) for port, used in self.wanted.items()])[-8:]
+            self.wanted = {port: used for used, port in ports if t - used < 3600000}
+            learn = tick % param("cbttestfreq", 10, 1) == 0 and self.build_times.learning(param)
             for circuit in self._exits:
-                if t - circuit.since > 1800000 or len(clean()) > 10:
+                if t - circuit.since > 1800000 or learn and len(clean()) >= 10:
                     circuit.close()
             self._exits = clean()
-            due = [port for port in self.wanted if len(clean(port)) < 2][:1]
-            param = self.paths.param
-            if self.wanted and tick % param("cbttestfreq", 10, 1) == 0:
-                due += list(self.wanted)[: self.build_times.learning(param)]
-            try:
-                for port in due:
-                    choose = lambda: self.paths.exit_path(port)
+            due = [port for port in self.wanted if learn or len(clean(port)) < 2]
+            if due and len(self._exits) < 10:
+                try:
+                    choose = lambda: self.paths.exit_path(due[0])
                     self._exits.append(await self.circuit_to(choose=choose))
-            except TorError as e:
-                log(INFO, "no circuit could be built ahead: %s", e)
-                await asyncio.sleep(20)
+                except TorError as e:
+                    log(INFO, "no circuit could be built ahead: %s", e)
+                    self.wanted.pop(due[0], None)
+                    await asyncio.sleep(20)
 
     async def _exit(self, port):
         # A circuit that nobody used, to an exit for `port`.

@@ -3336,6 +3336,8 @@ async def pump(stream, reader, writer):
 
     try:
         task = spawn(move(reader, stream))
+        if not MICROPYTHON:
+            await asyncio.sleep(0)  # what is cancelled before it begins is warned about
         await move(stream, writer)
         task.cancel()
     except MemoryError:
@@ -4563,6 +4565,8 @@ class AsyncTor:
                         times = None
                 if not MICROPYTHON:
                     announce("BUILT", circuit)
+                    hops = ["%s:%d" % (hop.address, hop.port) for hop in path]
+                    log(INFO, "%s is built: %s", circuit, ", ".join(hops))
                 return circuit
             except BaseException as e:
                 n = 0
@@ -4647,23 +4651,23 @@ class AsyncTor:
         tick = 0
         while True:
             await asyncio.sleep(1)
-            tick, t = tick + 1, ticks_ms()
-            self.wanted = {port: used for port, used in self.wanted.items() if t - used < 3600000}
+            tick, t, param = tick + 1, ticks_ms(), self.paths.param
+            ports = sorted([(used, port) for port, used in self.wanted.items()])[-8:]
+            self.wanted = {port: used for used, port in ports if t - used < 3600000}
+            learn = tick % param("cbttestfreq", 10, 1) == 0 and self.build_times.learning(param)
             for circuit in self._exits:
-                if t - circuit.since > 1800000 or len(clean()) > 10:
+                if t - circuit.since > 1800000 or learn and len(clean()) >= 10:
                     circuit.close()
             self._exits = clean()
-            due = [port for port in self.wanted if len(clean(port)) < 2][:1]
-            param = self.paths.param
-            if self.wanted and tick % param("cbttestfreq", 10, 1) == 0:
-                due += list(self.wanted)[: self.build_times.learning(param)]
-            try:
-                for port in due:
-                    choose = lambda: self.paths.exit_path(port)
+            due = [port for port in self.wanted if learn or len(clean(port)) < 2]
+            if due and len(self._exits) < 10:
+                try:
+                    choose = lambda: self.paths.exit_path(due[0])
                     self._exits.append(await self.circuit_to(choose=choose))
-            except TorError as e:
-                log(INFO, "no circuit is ready for port %d: %s", port, e)
-                await asyncio.sleep(20)
+                except TorError as e:
+                    log(INFO, "no circuit could be built ahead: %s", e)
+                    self.wanted.pop(due[0], None)
+                    await asyncio.sleep(20)
 
     async def _exit(self, port):
         # A circuit that nobody used, to an exit for `port`.
@@ -5277,11 +5281,11 @@ class Proxy:
         self._tasks.add(task)
         try:
             await self._serve(reader, writer)
-        except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+        except (OSError, EOFError, TorError, asyncio.TimeoutError, asyncio.CancelledError) as e:
             # Not their texts: no destination goes to a log.
-            log(INFO, "%s port: %s", self.kind, type(e).__name__)
+            log(INFO, "%s: %s", self.address, type(e).__name__)
         except Exception as e:
-            log(ERR, "bug: %s at the %s port", type(e).__name__, self.kind)
+            log(ERR, "bug: %s at %s", type(e).__name__, self.address)
             if _log[0] == DEBUG:
                 print_exception(e)
         finally:
@@ -5390,7 +5394,10 @@ class Proxy:
         circuit = stream.circuit
         keep = request.auth and "keepaliveisolatesocksauth" in self._to.on
         circuit.since = ticks_ms() if keep else circuit.since
-        stream.write(early[stream.early :])
+        try:
+            stream.write(early[stream.early :])
+        except TorError:
+            pass  # the answer is here already, and its end
         await pump(stream, reader, writer)
         circuit.since = ticks_ms() if keep else circuit.since
 

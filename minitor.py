@@ -5594,39 +5594,42 @@ def _address(text, port=None):
     return place
 
 
-def parse_port(text):
-    """Return (where, flags) of a …Port line, for parse_listener; None for 0; ConfigError."""
-    match = re.fullmatch(r'unix:"((?:[^"\\]|\\.)*)"(.*)|([^\s"]+)(.*)', text, re.DOTALL)
+def _split_place(text):
+    # A first word, or unix:"…", and the rest.
+    match = re.match(r'unix:"((?:[^"\\]|\\.)*)"|[^\s"]+(?=\s|\Z)', text)
     if not match:
         raise ConfigError("a port, ADDRESS:PORT or unix:PATH is needed")
-    where, flags = match[3], match[4]
-    if match[1] is not None:
-        where, flags = "unix:" + unquote_c(match[1]), match[2]
+    where = match[0] if match[1] is None else "unix:" + unquote_c(match[1])
+    return where, text[match.end() :].strip()
+
+
+def parse_port(text):
+    """Return (where, flags) of a …Port line, for parse_listener; None for 0; ConfigError."""
+    where, flags = _split_place(text)
     if where == "0":
         return None
     if where[:5] == "unix:":
         where = "unix:" + _path(where[5:])
     parse_listener(where, flags)
-    return where, flags.strip()
+    return where, flags
 
 
 def parse_log(text):
     """Return (severities, "stdout", "stderr", "syslog" or "file", path) of a Log line."""
+    match = re.fullmatch(r"(?is)(.*?)(?:\b(stdout|stderr|syslog)|\bfile[ \t]+(.+))?", text)
+    levels = set()
     # Domains are not told apart: what one asks for, all give.
-    text = re.sub(r"\[[a-z_~*, \t]*\]", " ", text.lower() and text)
-    words, levels = text.split(None), set()
-    while words and words[0].lower() not in ("file", "stdout", "stderr", "syslog"):
-        low, _, high = words.pop(0).lower().partition("-")
+    for word in re.sub(r"\[[\w~*, \t]*\]", " ", match[1].lower()).split():
+        low, _, high = word.partition("-")
         try:
             low, high = _SEVERITIES.index(low), _SEVERITIES.index(high or "err")
         except ValueError:
-            raise ConfigError("a Log line is `severity[-severity] where`, not: " + text)
+            low = high = 9
         levels |= set(range(low, high + 1))
-    kind = words[0].lower() if words else "stdout"
-    path = re.split(r"(?i)\bfile[ \t]+", text, 1)[1:] if kind == "file" else words[2:]
-    if not levels or (kind == "file") != bool(path) or kind != "file" and len(words) > 1:
-        raise ConfigError("a Log line is `severity[-severity] where`, not: " + text)
-    return levels, kind, _path(path[0].strip()) if path else None
+    if not levels or 9 in levels:
+        raise ConfigError("not as `notice stdout` or `info-warn file /path`")
+    kind = "file" if match[3] else (match[2] or "stdout").lower()
+    return levels, kind, _path(match[3].strip()) if match[3] else None
 
 
 def parse_nodes(text):
@@ -5697,72 +5700,79 @@ def _plugin(text):
     return match[1].split(","), match[2], what
 
 
-def _service_target(text, port):
-    match = re.fullmatch(r'unix:(?:"((?:[^"\\]|\\.)*)"|(.+))', text)
-    if match:
-        return "unix:" + (match[2] if match[1] is None else unquote_c(match[1]))
-    if text.isdecimal() or not text:
-        return "127.0.0.1", _decimal(text, 1, 65535) if text else port
-    return _address(text, port if "." in text or ":" in text else None)
+def _service_port(text):
+    # (port, target as of create_onion_service).
+    number, _, text = text.partition(" ")
+    port = _decimal(number, 1, 65535)
+    where, rest = _split_place(text.strip() or number)
+    if rest:
+        raise ConfigError("more than a port and its target")
+    if where[:5] == "unix:":
+        return port, where
+    if where.isdecimal():
+        return port, ("127.0.0.1", _decimal(where, 1, 65535))
+    return port, _address(where, port if "." in where or ":" in where else None)
 
 
 def _boolean(text):
     return _decimal(text, 0, 1) == 1
 
 
-def parse_services(entries):
-    """Return {folder: Record} of HiddenService… lines [(option, text, where)]; ConfigError.
+def _only(wanted):
+    def check(text):
+        if text != wanted:
+            raise ConfigError("minitor has %s alone" % wanted)
+        return True
 
-    `ports`: {port: [target]}; `intro_points`; `max_streams`, 0: no limit; `strict`: a circuit
-    with one too many is closed; `export`: HiddenServiceExportCircuitID.
+    return check
+
+
+_OF_SERVICES = {
+    "HiddenServiceVersion": _only("3"),
+    "HiddenServiceAllowUnknownPorts": _only("0"),
+    "HiddenServiceDirGroupReadable": _only("0"),
+    "HiddenServiceExportCircuitID": _only("haproxy"),
+    "HiddenServiceMaxStreams": lambda text: _decimal(text, 0, 65535),
+    "HiddenServiceMaxStreamsCloseCircuit": _boolean,
+    "HiddenServiceNumIntroductionPoints": lambda text: _decimal(text, 3, 20),
+}
+
+
+def parse_services(entries):
+    """Return {folder: {option: value}} of HiddenService… lines [(option, text, where)].
+
+    HiddenServicePort: {port: [target]}.  ConfigError.
     """
     services, service = {}, None
-
-    def set_port(text):
-        number, _, target = text.partition(" ")
-        number = _decimal(number, 1, 65535)
-        target = _service_target(target.strip(), number)
-        service.ports.setdefault(number, []).append(target)
-
-    def same(wanted):
-        def check(text):
-            if text != wanted:
-                raise ConfigError("minitor has %s alone" % wanted)
-
-        return check
-
-    def put(name, parse):
-        return lambda text: setattr(service, name, parse(text))
-
-    setters = {
-        "HiddenServicePort": set_port,
-        "HiddenServiceVersion": same("3"),
-        "HiddenServiceAllowUnknownPorts": same("0"),
-        "HiddenServiceDirGroupReadable": same("0"),
-        "HiddenServiceMaxStreams": put("max_streams", lambda text: _decimal(text, 0, 65535)),
-        "HiddenServiceMaxStreamsCloseCircuit": put("strict", _boolean),
-        "HiddenServiceNumIntroductionPoints": put("intro_points", lambda t: _decimal(t, 3, 20)),
-        "HiddenServiceExportCircuitID": put("export", lambda text: same("haproxy")(text) or True),
-    }
     for name, text, where in entries:
         try:
             if name == "HiddenServiceDir":
                 folder = _path(text)
                 if folder in services:
                     raise ConfigError("it stands here twice")
-                services[folder] = service = Record()
-                service.ports, service.where, service.intro_points = {}, where, INTRO_POINTS
-                service.max_streams, service.strict, service.export = 0, False, False
+                services[folder] = service = {"HiddenServicePort": {}, "where": where}
             elif not service:
                 raise ConfigError("no HiddenServiceDir stands before")
+            elif name == "HiddenServicePort":
+                port, target = _service_port(text)
+                service[name].setdefault(port, []).append(target)
             else:
-                setters[name](text)
+                service[name] = _OF_SERVICES[name](text)
         except TorError as e:
             raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
     for folder, service in services.items():
-        if not service.ports:
-            raise ConfigError("%s: no HiddenServicePort for %s" % (service.where, folder))
+        if not service["HiddenServicePort"]:
+            raise ConfigError("%s: no HiddenServicePort for %s" % (service["where"], folder))
     return services
+
+
+def set_service(service, wanted):
+    """Give an OnionService what parse_services found."""
+    get, service.ports = wanted.get, wanted["HiddenServicePort"]
+    service.intro_points = get("HiddenServiceNumIntroductionPoints", INTRO_POINTS)
+    service.max_streams = get("HiddenServiceMaxStreams") or 65535
+    service.strict = get("HiddenServiceMaxStreamsCloseCircuit")
+    service.export = get("HiddenServiceExportCircuitID")
 
 
 def _path(text):
@@ -5900,7 +5910,7 @@ def _check(config):
             continue
         if [name for name in names if name[-5:] == ".auth"]:
             text = "%s: minitor cannot restrict %s to its authorized_clients yet"
-            raise ConfigError(text % (service.where, folder))
+            raise ConfigError(text % (service["where"], folder))
 
 
 class ChosenPaths(PathSelector):
@@ -6281,28 +6291,28 @@ class Control:
     # Onion services of its own.
 
     async def add_onion(self, text, data):
-        words, flags, streams, lines = parse_words(text), set(), 0, []
+        words, flags, lines = parse_words(text), set(), [("HiddenServiceDir", "/", "")]
         kind, _, blob = (words.pop(0)[1] if words else "").partition(":")
         for name, value in words:
             name = (name or "").lower()
-            if name == "port":
-                lines.append(("HiddenServicePort", value.replace(",", " ", 1), "Port"))
-            elif name == "maxstreams":
-                streams = _decimal(value, 0, 65535)
-            elif name == "flags":
+            if name == "flags":
                 flags |= set(value.lower().split(","))
+            elif name in ("port", "maxstreams"):
+                option = {"port": "HiddenServicePort"}.get(name, "HiddenServiceMaxStreams")
+                lines.append((option, value.replace(",", " ", 1), name))
             else:
                 raise TorError("Invalid argument, or none that minitor has: %s" % name, 513)
         if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
             raise TorError("Invalid flag, or one that minitor does not have yet", 512)
+        if "maxstreamsclosecircuit" in flags:
+            lines.append(("HiddenServiceMaxStreamsCloseCircuit", "1", "flag"))
         if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
             esk = ed25519_expand(urandom(32))
         elif kind == "ED25519-V3":
             esk = b64decode(blob.encode(), 64)
         else:
             raise TorError("Invalid key type", 513)
-        wanted = parse_services([("HiddenServiceDir", "/", "")] + lines)["/"]
-        wanted.max_streams, wanted.strict = streams, "maxstreamsclosecircuit" in flags
+        wanted = parse_services(lines)["/"]
         service = OnionService(self.tor, None, {}, (esk, ed25519_public(esk)))
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
@@ -6849,13 +6859,6 @@ class Daemon:
         # The lock goes with the process.
         for _, _, close in self._logs:
             close()
-
-
-def set_service(service, wanted):
-    """Give an OnionService what parse_services found."""
-    service.ports, service.export = dict(wanted.ports), wanted.export
-    service.intro_points, service.strict = wanted.intro_points, wanted.strict
-    service.max_streams = wanted.max_streams or 65535
 
 
 def become(user):

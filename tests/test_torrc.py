@@ -131,8 +131,8 @@ def test_names_are_case_insensitive_and_may_be_shortened():
     ("SocksPort 9050 GroupWritable", "unix:PATH"), ("SocksPort 1.2.3.4", "1.2.3.4"),
     ("RunAsDaemon 2", "2"), ("RunAsDaemon yes", "yes"), ("SafeLogging 3", "SafeLogging"),
     ("MaxCircuitDirtiness 5", "10 seconds"), ("MaxCircuitDirtiness 5 parsecs", "interval"),
-    ("Log loud stdout", "severity"), ("Log notice file", "sev"),
-    ("Log notice stdout x", "severity"), ("HiddenServicePort 80", "HiddenServiceDir"),
+    ("Log loud stdout", "notice std"), ("Log notice file", "Log"),
+    ("Log notice stdout x", "notice std"), ("HiddenServicePort 80", "HiddenServiceDir"),
     ("HiddenServiceDir /x", "no HiddenServicePort"), ("EntryNodes somebody", "somebody"),
     ("HiddenServiceDir /x\nHiddenServicePort 80\nHiddenServiceDir /x\n", "twice"),
     ("HiddenServiceDir /x\nHiddenServicePort 80-90", "torrc:2"),
@@ -215,11 +215,17 @@ def test_services():
         HiddenServiceExportCircuitID haproxy
     """)["HiddenServiceOptions"]
     a, b = config["/a"], config["/b"]
-    assert a.ports == {
+    assert a["HiddenServicePort"] == {
         80: [("127.0.0.1", 80)], 81: [("127.0.0.1", 8080), ("localhost", 8081)],
         82: [("::1", 5)], 83: [("1.2.3.4", 83)], 84: ["unix:/run/x"], 85: ["unix:/run/x y"]}
-    assert (a.max_streams, a.strict, a.intro_points, a.export) == (5, True, 3, False)
-    assert (b.max_streams, b.strict, b.intro_points, b.export) == (0, False, 4, True)
+    service = minitor.Record()
+    minitor.set_service(service, a)
+    assert service.ports == a["HiddenServicePort"]
+    assert (service.max_streams, service.strict, service.intro_points) == (5, True, 3)
+    assert not service.export
+    minitor.set_service(service, b)
+    assert (service.max_streams, service.intro_points) == (65535, 4)
+    assert service.export and not service.strict
 
 
 def test_later_sources_override_and_add():

@@ -24,7 +24,6 @@ Log info file \\
     %(folder)s/log
 PidFile %(folder)s/pid
 GeoIPFile %(folder)s/empty
-GeoIPv6File %(folder)s/empty
 HiddenServiceDir %(folder)s/proxied
 HiddenServicePort 82 unix:%(folder)s/haproxy
 HiddenServiceExportCircuitID haproxy

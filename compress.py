@@ -51,13 +51,14 @@ PRESETS = {
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start",
+        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start run_daemon",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
-        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start",
+        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
+        " run_daemon",
     ),
     "board": (
         True,

@@ -5454,6 +5454,7 @@ _TYPES = {
     for kind, words in _OPTIONS.items()
     for word in words.split()
 }
+_NODES = _OPTIONS["RouterList"].split()
 _ABBREVIATIONS = {"l": "log", "dirserver": "dirauthority"}
 _FOR_RELAYS = (
     "accel accounting alternate assume auth bandwidth bridge contactinfo consensusparams dirc "
@@ -5903,6 +5904,8 @@ def _check(config):
         refuse("UseBridges", "minitor cannot use bridges yet")
     if config["ClientOnionAuthDir"]:
         refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
+    if [nodes for name in _NODES if (nodes := config[name]) and nodes[2]]:
+        config.country(0)
     for folder, service in config[_HIDDEN].items():
         try:
             names = os.listdir(folder + "/authorized_clients")
@@ -5922,8 +5925,7 @@ class ChosenPaths(PathSelector):
 
     def update(self, table, consensus):
         config, lists = self.config, {}
-        names = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
-        sets = {name: config[name] for name in names if config[name]}
+        sets = {name: config[name] for name in _NODES if config[name]}
         relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
         for name, nodes in sets.items():
             lists[name] = {r.index for r in relays if is_among(r, nodes, config)}
@@ -6156,7 +6158,7 @@ class Control:
         self.asked, methods = True, self._methods()
         line = "AUTH METHODS=" + ",".join(methods)
         if "COOKIE" in methods:
-            line += " COOKIEFILE=" + quote_c(self.daemon.cookie_file())
+            line += " COOKIEFILE=" + quote_c(self.daemon.cookie_file)
         return ["PROTOCOLINFO 1", line, 'VERSION Tor="%s"' % TOR_VERSION, "OK"]
 
     async def authchallenge(self, text, data):
@@ -6595,8 +6597,7 @@ class Daemon:
             if stream:
                 stream.number, stream.target = subject.number, subject.target
             circuit = circuit_number(stream.circuit) if stream else 0
-            more = " REASON=DONE" if state == "CLOSED" else ""
-            more = " REASON=MISC" if state == "FAILED" else more
+            more = {"CLOSED": " REASON=DONE", "FAILED": " REASON=MISC"}.get(state, "")
             words = subject.number, state, circuit, subject.target, more
             self.event("STREAM", "%d %s %d %s%s" % words)
 
@@ -6607,15 +6608,12 @@ class Daemon:
             await asyncio.sleep(1)
             self.event("BW", "%d %d" % (traffic[0] - before[0], traffic[1] - before[1]))
 
-    def cookie_file(self):
-        return self.config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
-
-    def _make_cookie(self):
-        path = self.cookie_file()
+    def _make_cookie(self, config):
+        self.cookie_file = path = config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
         self.cookie = self.cookie or urandom(32)
         try:
             write_file(path, self.cookie)
-            if self.config["CookieAuthFileGroupReadable"]:
+            if config["CookieAuthFileGroupReadable"]:
                 os.chmod(path, 0o640)
         except OSError as e:
             raise ConfigError("cannot write the CookieAuthFile %s: %s" % (path, e))
@@ -6629,7 +6627,8 @@ class Daemon:
         elif name == "NEWNYM":
             self.tor.newnym()
         elif name == "DEBUG":
-            set_log(DEBUG, self._log)
+            self._logs = [(range(5), write, close) for _, write, close in self._logs]
+            self.set_severity()
         elif name == "DUMP":
             log(NOTICE, "%d links, %d circuits, %d bytes read, %d bytes written",
                 len(self.channels()), len(self.circuits()), *traffic)
@@ -6746,11 +6745,13 @@ class Daemon:
     async def use(self, config):
         """Take over a Config, or, ConfigError, keep the old one."""
         for name in _FIXED:
-            if config.lines.get(name) != self.config.lines.get(name):
+            if config[name] != self.config[name]:
                 log(WARN, "%s cannot change while minitor runs: it stays as it was", name)
                 config[name] = self.config[name]
         try:
             self.open_logs(config)
+            if config["CookieAuthentication"]:
+                self._make_cookie(config)
             await self.open_listeners(config)
             self.open_services(config)
         except ConfigError:
@@ -6760,11 +6761,8 @@ class Daemon:
             raise
         self.running = True
         self._tell_changes(config)
-        nodes = "EntryNodes ExitNodes ExcludeNodes ExcludeExitNodes".split()
-        changed = [name for name in nodes if config[name] != self.config[name]]
+        changed = [name for name in _NODES if config[name] != self.config[name]]
         self.config = config
-        if config["CookieAuthentication"]:
-            self._make_cookie()
         self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
@@ -6773,8 +6771,10 @@ class Daemon:
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines
-        for group in sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name)):
-            lines += ["650-%s=%s" % entry[:2] for entry in new.get(group, ())] or ["650-" + group]
+        for group in sorted(set(old) | set(new)):
+            before, after = [[e[:2] for e in both.get(group, ())] for both in (old, new)]
+            if before != after:
+                lines += ["650-%s=%s" % entry for entry in after] or ["650-" + group]
         for control in self.controls if lines else ():
             if "CONF_CHANGED" in control.events:
                 control.send("650-CONF_CHANGED", *lines, "650 OK")
@@ -6789,16 +6789,16 @@ class Daemon:
     async def _bootstrap(self):
         delay = 2
         while not self.ready.done():
-            held, self.tor.proxies = self.tor.proxies, []
             try:
-                await self.tor.start()
+                # As `start`, but what listens stays.
+                await self.tor._bootstrap()
                 break
             except (OSError, TorError) as e:
                 log(WARN, "Not connected to Tor: %s; trying again in %d s", e, delay)
-            finally:
-                self.tor.proxies += held
+                self.tor._channels.close()
             await asyncio.sleep(delay)
             delay = min(2 * delay, 300)
+        self.tor.ready = True
         self.ready.set()
         self.event("STATUS_CLIENT", "NOTICE ENOUGH_DIR_INFO")
         self.event("STATUS_CLIENT", "NOTICE CIRCUIT_ESTABLISHED")
@@ -6886,7 +6886,6 @@ def daemonize():
     os.setsid()
     if os.fork():
         os._exit(0)
-    os.chdir("/")
 
     def ready():
         null = os.open(os.devnull, os.O_RDWR)

@@ -1,7 +1,9 @@
 """The control port without a network: who may use it, tor's error codes, options."""
 
 import asyncio
+import os
 import random
+import socket
 
 import pytest
 
@@ -23,7 +25,7 @@ class Wire:
         return 0
 
     async def drain(self):
-        pass
+        await asyncio.sleep(0)
 
 
 class FakeDaemon(minitor.Daemon):
@@ -243,3 +245,32 @@ def test_garbage_ends_no_more_than_its_connection(talk):
     # A line, or data, without end.
     assert talk("", "GETINFO " + "x" * (1 << 17)) == [""]
     assert talk("", "+LOADCONF", "x" * 1000, known=False) == [""]
+
+
+def test_what_cannot_be_opened_changes_nothing(talk, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        found = talk("ControlSocket %s/c" % tmp_path, "SETCONF ControlPort=%d" % port,
+                     "GETCONF ControlPort", "GETINFO net/listeners/control")
+    assert found[0][:3] == "513" and str(port) in found[0]
+    assert found[1:] == ["250 ControlPort", '250-net/listeners/control="unix:%s/c"' % tmp_path,
+                         "250 OK"]
+
+
+def test_some_options_stay(talk, tmp_path, capsys):
+    found = talk("Log warn stdout", "SETCONF DataDirectory=/elsewhere", "GETINFO dormant")
+    assert found[0] == "250 OK" and "DataDirectory cannot change" in capsys.readouterr()[0]
+    assert talk.daemon.folder == str(tmp_path) and not os.path.exists("/elsewhere")
+
+
+def test_events_of_the_log(talk):
+    found = talk("", "SETEVENTS WARN NOTICE", "SIGNAL DUMP", "SIGNAL RELOAD", "GETINFO dormant")
+    assert found[:2] == ["250 OK", "250 OK"]
+    assert any(line.startswith("650 NOTICE 0 links, 0 circuits") for line in found)
+
+
+def test_signal_debug_reaches_the_logs(talk, capsys):
+    talk("", "SIGNAL DEBUG", "SETEVENTS", "SIGNAL DUMP", "GETINFO dormant", "GETINFO dormant")
+    assert "[notice] 0 links" in capsys.readouterr()[0]

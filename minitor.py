@@ -6088,7 +6088,7 @@ class Control:
 
     def event(self, name, text):
         if name in self.events:
-            self.send("650 %s %s" % (name, " ".join(text.split("\n"))))
+            self.send("650 %s %s" % (name, " ".join(text.splitlines())))
 
     async def serve(self):
         self.daemon.controls.append(self)
@@ -6122,12 +6122,16 @@ class Control:
                 raise TorError('Unrecognized command "%s"' % name, 510)
             lines = await _CONTROL[name](self, text, data) or ["OK"]
         except TorError as e:
-            return ["%d %s" % (e.reason if e.reason > 499 else 552, " ".join(str(e).split("\n")))]
+            code = e.reason if e.reason > 499 else 552
+            return ["%d %s" % (code, " ".join(str(e).splitlines()))]
         lines = ["250" + line if line[:1] == "+" else "250-" + line for line in lines]
         return lines[:-1] + [lines[-1].replace("-", " ", 1)]
 
     async def _line(self):
-        line = await self._reader.readline()
+        try:
+            line = await self._reader.readline()
+        except ValueError:
+            line = b""  # too long
         if not line.endswith(b"\n"):
             raise EOFError
         return line.decode("utf-8", "surrogateescape").rstrip("\r\n")
@@ -6283,12 +6287,68 @@ class Control:
             raise TorError('Unrecognized signal code "%s"' % text, 552)
         asyncio.get_running_loop().call_soon(self.daemon.signal, name)
 
+    # Circuits and streams.
+
+    def _circuit(self, number):
+        for circuit in self.daemon.circuits():
+            if str(circuit_number(circuit)) == number:
+                return circuit
+        raise TorError('Unknown circuit "%s"' % number, 552)
+
     async def closecircuit(self, text, data):
+        self._circuit(text.partition(" ")[0]).close("closed by a controller", 3)
+
+    async def closestream(self, text, data):
         number = text.partition(" ")[0]
-        found = [c for c in self.daemon.circuits() if str(circuit_number(c)) == number]
-        if not found:
-            raise TorError('Unknown circuit "%s"' % number, 552)
-        found[0].close("closed by a controller", 3)
+        for circuit in self.daemon.circuits():
+            for stream in list(circuit.streams.values()):
+                if str(getattr(stream, "number", 0)) == number != "0":
+                    return stream.send_end(1)
+        raise TorError('Unknown stream "%s"' % number, 552)
+
+    async def extendcircuit(self, text, data):
+        words, relays = [word for word in text.split() if "=" not in word], []
+        for name in words[1].split(",") if words[1:] else ():
+            relays.append(self._relay(name))
+        if not words or words[0] != "0" and not relays:
+            raise TorError("Missing argument to EXTENDCIRCUIT", 512)
+        if not self.tor.ready:
+            raise TorError("There is no directory yet", 551)
+        if words[0] == "0":
+            choose = lambda: relays or self.tor.paths.exit_path(443)
+            circuit = await self.tor.circuit_to(attempts=1, choose=choose)
+            spawn(close_idle(circuit))
+        else:
+            circuit = self._circuit(words[0])
+            for relay in relays:
+                await circuit.extend(relay, BUILD_SECONDS)
+            announce("BUILT", circuit)
+        return ["EXTENDED %d" % circuit_number(circuit)]
+
+    def _relay(self, name):
+        table, match = self.tor.directory.table, re.match(r"\$?([0-9a-fA-F]{40})(?![^~=])", name)
+        i = table.find(bytes.fromhex(match[1])) if match and table else -1
+        if i < 0 or not table.flags_of(i) & USABLE:
+            raise TorError('No such router "%s"' % name, 552)
+        return table.relay(i)
+
+    async def resolve(self, text, data):
+        back = text.lower().startswith("mode=reverse ")
+        names = text.split()[back:]
+
+        async def ask(name):
+            try:
+                found = await (self.tor.resolve_ptr if back else self.tor.resolve)(name)
+            except TorError:
+                found = ["<error>"]
+            end = iso_time(time.time() + 60, '"%Y-%m-%d %H:%M:%S"')
+            self.daemon.event("ADDRMAP", '%s %s %s EXPIRES=%s CACHED="NO"' % (
+                name, found[0], end, end))
+
+        for name in names:
+            if not self.tor.ready:
+                raise TorError("There is no directory yet", 551)
+            spawn(ask(name))
 
     # Onion services of its own.
 
@@ -6353,7 +6413,9 @@ _CONTROL = {
     "AUTHENTICATE": Control.authenticate, "GETINFO": Control.getinfo, "GETCONF": Control.getconf,
     "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "LOADCONF": Control.loadconf,
     "SAVECONF": Control.saveconf, "SETEVENTS": Control.setevents, "SIGNAL": Control.signal,
-    "CLOSECIRCUIT": Control.closecircuit, "ADD_ONION": Control.add_onion,
+    "CLOSECIRCUIT": Control.closecircuit,
+    "CLOSESTREAM": Control.closestream, "EXTENDCIRCUIT": Control.extendcircuit,
+    "RESOLVE": Control.resolve, "ADD_ONION": Control.add_onion,
     "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
     "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.nothing, "QUIT": Control.quit,
 }  # fmt: skip
@@ -6421,6 +6483,7 @@ def _time_of(name):
 
 _INFO = {
     "version": lambda c: TOR_VERSION,
+    "accounting/enabled": lambda c: "0",
     "config-file": lambda c: c.daemon.torrc or "",
     "config-defaults-file": lambda c: "",
     "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
@@ -6511,8 +6574,12 @@ class ControlListener:
     async def _serve(self, reader, writer):
         try:
             await Control(self._daemon, reader, writer).serve()
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError):
             pass  # it went away, or sent a line without end
+        except Exception as e:
+            log(ERR, "bug: %s at the control port: %s", type(e).__name__, e)
+            if _log[0] == DEBUG:
+                print_exception(e)
         finally:
             writer.close()
 

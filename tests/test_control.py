@@ -53,7 +53,7 @@ def talk(tmp_path, monkeypatch):
             reader.feed_eof()
             try:
                 await control.serve()
-            except (EOFError, ValueError):
+            except EOFError:
                 pass
             assert daemon.controls == []
             await daemon.tor.aclose()

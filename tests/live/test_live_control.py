@@ -1,6 +1,7 @@
 """Controllers as they are: stem, from PyPI, talks to minitor as to tor."""
 
 import queue
+import socket
 import subprocess
 import time
 
@@ -164,6 +165,39 @@ def test_circuits_and_streams(daemon, controller, target):
     # A new one is built before it is needed.
     built = next_event(found, lambda e: e.type == "CIRC" and e.status == "BUILT", 60)
     assert len(built.path) >= 3
+
+
+def test_circuits_of_a_controller(daemon, controller, target):
+    relays = [r.fingerprint for r in controller.get_network_statuses()
+              if "Guard" in r.flags][:3]
+    number = controller.new_circuit(relays, await_build=True)
+    assert [f for f, _ in controller.get_circuit(number).path] == relays
+    other = controller.new_circuit(relays[:2], await_build=True)
+    assert controller.extend_circuit(other, relays[2:], await_build=True) == other
+    assert [f for f, _ in controller.get_circuit(other).path] == relays
+    for bad in ("A" * 40, "nickname"):
+        with pytest.raises(stem.InvalidRequest):
+            controller.new_circuit([bad])
+    for number in (number, other):
+        controller.close_circuit(number)
+    # A stream that waits for more.
+    found = events(controller, EventType.STREAM, EventType.ADDRMAP)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        curl = subprocess.Popen(
+            ["curl", "-sS", "--socks5-hostname", "127.0.0.1:%d" % daemon.socks,
+             "http://127.0.0.1:%d/" % server.getsockname()[1]], stderr=subprocess.DEVNULL)
+        with server.accept()[0]:
+            stream = next_event(found, lambda e: e.type == "STREAM" and e.status == "SUCCEEDED")
+            assert [s.id for s in controller.get_streams()] == [stream.id]
+            controller.close_stream(stream.id)
+            assert curl.wait(10) != 0
+    with pytest.raises(stem.InvalidArguments):
+        controller.close_stream("7777777")
+    assert controller.msg("RESOLVE relay.test").is_ok()
+    mapped = next_event(found, lambda e: e.type == "ADDRMAP")
+    assert (mapped.hostname, mapped.destination) == ("relay.test", "127.0.0.1")
 
 
 def test_configuration(daemon, controller):

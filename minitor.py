@@ -4205,7 +4205,8 @@ class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
     # As HiddenService… in a torrc.
-    intro_points, max_streams, strict, export = INTRO_POINTS, _MAX_STREAMS, False, False
+    intro_points, max_streams = INTRO_POINTS, _MAX_STREAMS
+    strict = export = False
 
     def __init__(self, tor, key_dir, ports, key=None):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}

@@ -4205,10 +4205,10 @@ class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
     # As HiddenService… in a torrc.
-    intro_points, max_streams = INTRO_POINTS, _MAX_STREAMS
-    strict = export = False
+    intro_points = INTRO_POINTS
+    max_streams, strict, export = _MAX_STREAMS, False, False
 
-    def __init__(self, tor, key_dir, ports, key=None):
+    def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
             if isinstance(target, int):
@@ -4217,7 +4217,9 @@ class OnionService:
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
-        self._esk, self.key = key or load_service_key(key_dir)
+        # Not in a folder: the keys themselves.
+        given = not MICROPYTHON and isinstance(key_dir, tuple)
+        self._esk, self.key = key_dir if given else load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4246,7 +4248,8 @@ class OnionService:
             self._tasks = [task for task in self._tasks if not task.done()]
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
-                while len([i for i in self.intros if not self._over(i)]) < self.intro_points:
+                most = INTRO_POINTS if MICROPYTHON else self.intro_points
+                while len([i for i in self.intros if not self._over(i)]) < most:
                     self._add_intro()
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
@@ -4301,8 +4304,9 @@ class OnionService:
         waited, updates, state, due = 0, None, None, {}
         while True:
             await asyncio.sleep(1)
-            ready = sorted([i for i in self.intros if i.ready], key=self._over)[: self.intro_points]
-            waited = waited + 1 if len(ready) < self.intro_points else 0
+            most = INTRO_POINTS if MICROPYTHON else self.intro_points
+            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:most]
+            waited = waited + 1 if len(ready) < most else 0
             if not ready or 0 < waited < 30:
                 continue
             if state != set(ready):
@@ -4345,7 +4349,7 @@ class OnionService:
             return
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
-        with spool("%s/descriptor" % self.key_dir) as file:
+        with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
             make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
@@ -4401,7 +4405,8 @@ class OnionService:
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
-        if self._short() or len(circuit.streams) > self.max_streams:
+        most = _MAX_STREAMS if MICROPYTHON else self.max_streams
+        if self._short() or len(circuit.streams) > most:
             log(INFO, "a stream is refused: too many, or out of memory")
             if not MICROPYTHON and self.strict:
                 return circuit.close()
@@ -4515,7 +4520,8 @@ class AsyncTor:
             # What is dear there: a link to the guard alone stays.
             self._channels.close()
         file = self.data_dir + "/guards.json"
-        self.paths = directory.paths = self.selector(directory.table, directory.consensus, file)
+        select = PathSelector if MICROPYTHON else self.selector
+        self.paths = directory.paths = select(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
@@ -6376,7 +6382,7 @@ class Control:
         else:
             raise TorError("Invalid key type", 513)
         wanted = parse_services(lines)["/"]
-        service = OnionService(self.tor, None, {}, (esk, ed25519_public(esk)))
+        service = OnionService(self.tor, (esk, ed25519_public(esk)), {})
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
         set_service(service, wanted)

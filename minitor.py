@@ -66,7 +66,10 @@ else:
 
     def announce(*what):
         for watch in watchers:
-            watch(*what)
+            try:
+                watch(*what)
+            except Exception as e:
+                log(ERR, "bug: %s as %s was told: %s", type(e).__name__, what[0], e)
 
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
@@ -6555,11 +6558,14 @@ _LISTENERS = {
 _ADDRESS_TEXT = re.compile(r"\b[a-z2-7]{56}\.onion\b") if not MICROPYTHON else None
 
 
-class ControlListener:
-    """A port for controllers, as a Proxy is for programs."""
+_OWN_SOCKET = "/minitor_control"
 
-    def __init__(self, daemon, where, flags):
-        self._daemon, self._to = daemon, parse_listener(where, flags)
+
+class ControlListener:
+    """A port for controllers, as a Proxy is for programs; `known`: who come need no password."""
+
+    def __init__(self, daemon, where, flags="", known=False):
+        self._daemon, self._to, self._known = daemon, parse_listener(where, flags), known
         try:
             self._socket, self.address = _bind(self._to)
         except OSError as e:
@@ -6568,7 +6574,7 @@ class ControlListener:
         open_to_all = self._to.path and "worldwritable" in self._to.on
         if not self._to.path and not is_loopback(self._to.host):
             log(WARN, "%s: others can reach this control port", self.address)
-        if not (self._to.path and not open_to_all or config["CookieAuthentication"]
+        if not (known or self._to.path and not open_to_all or config["CookieAuthentication"]
                 or config["HashedControlPassword"]):
             log(WARN, "%s: whoever reaches this control port controls minitor: set "
                 "CookieAuthentication or HashedControlPassword", self.address)
@@ -6580,7 +6586,9 @@ class ControlListener:
 
     async def _serve(self, reader, writer):
         try:
-            await Control(self._daemon, reader, writer).serve()
+            control = Control(self._daemon, reader, writer)
+            control.known = self._known
+            await control.serve()
         except (OSError, EOFError):
             pass  # it went away, or sent a line without end
         except Exception as e:
@@ -6599,7 +6607,7 @@ class ControlListener:
 class Daemon:
     """What a torrc, the file `torrc`, describes, running; `load`: makes its Config anew."""
 
-    running = False
+    running, _own = False, None
     phase, cookie = 'NOTICE BOOTSTRAP PROGRESS=0 TAG=starting SUMMARY="Starting"', None
 
     def __init__(self, config, load, torrc=None):
@@ -6904,6 +6912,12 @@ class Daemon:
             await self.use(config)
             if config["PidFile"]:
                 self._write_pid(config["PidFile"])
+            try:
+                # For --stop and the like: in a folder that only the owner reaches.
+                own = ControlListener(self, "unix:" + self.folder + _OWN_SOCKET, "", True)
+                self._own = await own.start()
+            except ConfigError as e:
+                log(WARN, "--status, --newnym and --stop will not reach this one: %s", e)
             ready()
             tasks += spawn(self._bootstrap()), spawn(self._measure())
             if config["__OwningControllerProcess"]:
@@ -6924,7 +6938,7 @@ class Daemon:
         watchers.remove(self._watch)
         for task in tasks:
             task.cancel()
-        for server in self.listening.values():
+        for server in list(self.listening.values()) + [self._own] * bool(self._own):
             server.close()
         await self.tor.aclose()
         for path in (self.config["PidFile"], self.config["ControlPortWriteToFile"]):
@@ -6975,8 +6989,30 @@ def daemonize():
 _COMMANDS = {
     "-f": 1, "--torrc-file": 1, "--defaults-torrc": 1, "--hash-password": 1, "--verify-config": 0,
     "--list-torrc-options": 0, "--ignore-missing-torrc": 0, "--allow-missing-torrc": 0,
-    "--quiet": 0, "--hush": 0,
+    "--quiet": 0, "--hush": 0, "--stop": 0, "--newnym": 0, "--status": 0,
 }
+_REQUESTS = {
+    "--stop": "SIGNAL SHUTDOWN",
+    "--newnym": "SIGNAL NEWNYM",
+    "--status": (
+        "GETINFO version process/pid uptime status/bootstrap-phase net/listeners/socks "
+        "net/listeners/httptunnel net/listeners/control traffic/read traffic/written"
+    ),
+}
+
+
+def ask_running(folder, request):
+    """Return the lines with which the daemon in a DataDirectory answers; ConfigError."""
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(15)
+            s.connect(folder + _OWN_SOCKET)
+            s.sendall(request.encode() + b"\r\nQUIT\r\n")
+            with s.makefile() as f:
+                # After SHUTDOWN: until it is gone.
+                return [line[4:].strip() for line in f if line[3:4] == "-"]
+    except OSError as e:
+        raise ConfigError("no minitor answers in the DataDirectory %s: %s" % (folder, e))
 
 
 def parse_arguments(argv):
@@ -7027,6 +7063,9 @@ def run_daemon(argv):
     config = load()
     if "--verify-config" in commands:
         return print("Configuration was valid") or 0
+    for command in _REQUESTS.keys() & commands.keys():
+        folder = config["DataDirectory"] or folders(None, None)[0]
+        return print(*ask_running(folder, _REQUESTS[command]), sep="\n") or 0
     if config["User"]:
         become(config["User"])
     ready = daemonize() if config["RunAsDaemon"] else lambda: None
@@ -7157,7 +7196,9 @@ def main(argv=None):
         except TorError as e:
             print("minitor:", e, file=sys.stderr)
             return 1
-    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
+    parser = argparse.ArgumentParser("minitor", allow_abbrev=False, epilog=(
+        "As tor: -f torrc, options of a torrc (--SocksPort 9050), --verify-config, "
+        "--hash-password; and --status, --newnym, --stop for one that runs."))
     parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--serve", nargs="?", const="", metavar="WHAT",

@@ -185,7 +185,16 @@ def test_background(tornet, tmp_path):
         with Program([MINITOR, "-f", "torrc"], cwd=tmp_path) as second:
             assert second.wait(20) == 1
             assert "another process uses the DataDirectory" in second.err
-    finally:
+        ask = lambda what: Program([MINITOR, what, "-f", "torrc"], cwd=tmp_path)
+        with ask("--status") as asked, ask("--newnym") as told:
+            assert asked.wait(20) == told.wait(20) == 0, asked.err + told.err
+            assert "process/pid=%d\n" % pid in asked.out and "PROGRESS=100" in asked.out
+        with ask("--stop") as asked:
+            assert asked.wait(20) == 0, asked.err
+        assert not (tmp_path / "pid").exists()
+        wait_for(lambda: not os.path.exists("/proc/%d" % pid), 15, "the end of the process")
+    except BaseException:
         os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: not (tmp_path / "pid").exists(), 15, "the end")
-    wait_for(lambda: not os.path.exists("/proc/%d" % pid), 15, "the end of the process")
+        raise
+    with ask("--status") as asked:
+        assert asked.wait(20) == 1 and "no minitor answers" in asked.err

@@ -6006,7 +6006,7 @@ _EVENTS = (
     "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER "
     "STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
 ).split()
-_LEVELS = "DEBUG INFO NOTICE WARN ERR".split()
+_LEVELS = [name.upper() for name in _SEVERITIES]
 _SIGNALS = {
     "RELOAD": "RELOAD", "HUP": "RELOAD", "SHUTDOWN": "SHUTDOWN", "INT": "SHUTDOWN",
     "HALT": "HALT", "TERM": "HALT", "DUMP": "DUMP", "USR1": "DUMP", "DEBUG": "DEBUG",
@@ -6494,6 +6494,7 @@ def _time_of(name):
 _INFO = {
     "version": lambda c: TOR_VERSION,
     "accounting/enabled": lambda c: "0",
+    "address-mappings/": lambda c, kind: "",  # none are kept
     "config-file": lambda c: c.daemon.torrc or "",
     "config-defaults-file": lambda c: "",
     "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
@@ -7069,7 +7070,7 @@ def run_daemon(argv):
     if config["User"]:
         become(config["User"])
     ready = daemonize() if config["RunAsDaemon"] else lambda: None
-    asyncio.run(Daemon(config, load, path).run(ready))
+    asyncio.run(Daemon(config, load, path if given is None else None).run(ready))
     return 0
 
 

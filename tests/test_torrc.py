@@ -1,5 +1,6 @@
 """torrc: tor's syntax, the options that minitor has, and what is refused."""
 
+import io
 import os
 import random
 import shutil
@@ -268,6 +269,19 @@ def test_verify_config(tmp_path, capsys):
     assert minitor.main(["-f", str(tmp_path / "no"), "--verify-config"]) == 1
     assert minitor.main(
         ["-f", str(tmp_path / "no"), "--ignore-missing-torrc", "--verify-config"]) == 0
+
+
+def test_torrc_from_standard_input(monkeypatch, capsys):
+    for text, status in (("SocksPort 0", 0), ("SocksPort x", 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert minitor.main(["-f", "-", "--verify-config"]) == status
+    assert "-:1: SocksPort x" in capsys.readouterr()[1]
+
+
+def test_a_user_that_is_not_there(tmp_path, capsys):
+    argv = ["--User", "nobody-of-that-name", "--DataDirectory", str(tmp_path / "data")]
+    assert minitor.main(argv) == 1
+    assert "nobody-of-that-name" in capsys.readouterr()[1] and not (tmp_path / "data").exists()
 
 
 def test_hash_password(capsys):

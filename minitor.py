@@ -5005,15 +5005,18 @@ def _parse_socks5(r, answer, no_auth):
     return "version %d, command %d or address type %d is not supported" % (version, command, kind)
 
 
+_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
+_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
+
+
 def _http(status, text, *fields, body=b""):
-    server = "minitor " + __version__
-    fields += "Tor-Capabilities: ", "Via: tor/1.0 tor-network (%s)" % server, "", ""
+    # Via goes with what a server said, or would have.
+    who = "Server: tor/1.0" if body or _ALLOW in fields else "Via: tor/1.0 tor-network"
+    fields += "Tor-Capabilities: ", "%s (minitor %s)" % (who, __version__), "", ""
     return ("HTTP/1.0 %d " % status + "\r\n".join((text,) + fields)).encode() + body
 
 
-_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
 _NO_HTTP = _http(501, "SOCKS only", _HTML, body=_PAGE % b"This is a SOCKS proxy, no HTTP proxy")
-_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
 
 
 def parse_http(data, no_auth=False):
@@ -5060,7 +5063,8 @@ def proxy_error(request, error, extended):
     if isinstance(error, OnionError):
         status, code = 503, error.reason if extended and error.reason else 4
     elif isinstance(error, AddressError):
-        status, code = 400, 0xF6 if extended and is_onion(request.host) else 1
+        onion = is_onion(request.host) and request.command == SOCKS_CONNECT
+        status, code = 400, 0xF6 if extended and onion else 1
     elif isinstance(error, TorTimeout):
         status, code = 504, 6
     if request.version != "HTTP":

@@ -2149,7 +2149,8 @@ def parse_resolved(body, names=False):
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
         if names:
-            found += [value.decode()] * (kind == 0 and value.isascii())
+            if kind == 0 and value.isascii():
+                found.append(value.decode())
         elif kind == 4:
             found.append(".".join(map(str, value)))
         elif kind == 6:

@@ -4107,6 +4107,9 @@ async def _introduce(tor, descriptor, intro):
         return circuits.pop(0)
     except asyncio.TimeoutError:
         raise OnionError("nothing came from the rendezvous point", 0xF3)
+    except CircuitError as e:
+        # The introduction point's silence.
+        raise OnionError(str(e), 0xF7) if e.reason == 10 else e
     finally:
         for circuit in circuits:
             circuit.close()

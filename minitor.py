@@ -2159,7 +2159,8 @@ def parse_resolved(body, names=False):
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
         if names:
-            found += [value.decode()] * (kind == 0 and value.isascii())
+            if kind == 0 and value.isascii():
+                found.append(value.decode())
         elif kind == 4:
             found.append(".".join(map(str, value)))
         elif kind == 6:
@@ -4150,6 +4151,9 @@ async def _introduce(tor, descriptor, intro):
         return circuits.pop(0)
     except asyncio.TimeoutError:
         raise OnionError("nothing came from the rendezvous point", 0xF3)
+    except CircuitError as e:
+        # The introduction point's silence.
+        raise OnionError(str(e), 0xF7) if e.reason == 10 else e
     finally:
         for circuit in circuits:
             circuit.close()
@@ -5082,15 +5086,18 @@ def _parse_socks5(r, answer, no_auth):
     return "version %d, command %d or address type %d is not supported" % (version, command, kind)
 
 
+_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
+_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
+
+
 def _http(status, text, *fields, body=b""):
-    server = "minitor " + __version__
-    fields += "Tor-Capabilities: ", "Via: tor/1.0 tor-network (%s)" % server, "", ""
+    # Via goes with what a server said, or would have.
+    who = "Server: tor/1.0" if body or _ALLOW in fields else "Via: tor/1.0 tor-network"
+    fields += "Tor-Capabilities: ", "%s (minitor %s)" % (who, __version__), "", ""
     return ("HTTP/1.0 %d " % status + "\r\n".join((text,) + fields)).encode() + body
 
 
-_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
 _NO_HTTP = _http(501, "SOCKS only", _HTML, body=_PAGE % b"This is a SOCKS proxy, no HTTP proxy")
-_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
 
 
 def parse_http(data, no_auth=False):
@@ -5137,7 +5144,8 @@ def proxy_error(request, error, extended):
     if isinstance(error, OnionError):
         status, code = 503, error.reason if extended and error.reason else 4
     elif isinstance(error, AddressError):
-        status, code = 400, 0xF6 if extended and is_onion(request.host) else 1
+        onion = is_onion(request.host) and request.command == SOCKS_CONNECT
+        status, code = 400, 0xF6 if extended and onion else 1
     elif isinstance(error, TorTimeout):
         status, code = 504, 6
     if request.version != "HTTP":
@@ -5433,7 +5441,7 @@ _OPTIONS = {
     "Boolean": (
         "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
         "CookieAuthFileGroupReadable=0 RunAsDaemon=0 StrictNodes=0 TestingTorNetwork=0 "
-        "TruncateLogFile=0 UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
+        "UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
     ),
     "Integer": "__OwningControllerProcess=0",
     "TimeInterval": "MaxCircuitDirtiness=600",

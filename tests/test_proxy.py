@@ -178,6 +178,8 @@ def test_errors_as_the_client_sees_them(error, codes, status):
     request = minitor.parse_socks(b"\5\1\0" + name5(ONION))[1]
     assert minitor.proxy_error(request, error, False)[1] == plain
     assert minitor.proxy_error(request, error, True)[1] == extended
+    request = minitor.parse_socks(b"\5\1\0" + name5(ONION, 0, 0xF0))[1]
+    assert minitor.proxy_error(request, minitor.AddressError("no IP address"), True)[1] == 1
     request = minitor.parse_socks(request4(b"x"))[1]
     assert minitor.proxy_error(request, error, True) == b"\0\x5b" + bytes(6)
     request = minitor.parse_http(connect("x:1"))[1]
@@ -343,6 +345,7 @@ def test_a_stream_by_http():
         writer.write(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = await reader.read()
         assert b"Allow: OPTIONS, CONNECT" in answer and b"Tor-Capabilities:" in answer
+        assert b"\r\nServer: tor/1.0 (minitor" in answer
         tor.error = minitor.StreamError("x", 4)
         answer, reader, writer = await ask(dial, connect("x.y:443"), 12)
         assert answer == b"HTTP/1.0 503" and b"end/EXITPOLICY\r\n" in await reader.read()

@@ -357,10 +357,12 @@ def test_client_meets_service():
 
 @pytest.mark.parametrize(
     "answer,error", [(b"\0\1\0", minitor.ProtocolError), (b"", minitor.ProtocolError),
-                     (minitor.CircuitError("gone"), minitor.CircuitError)]
+                     (minitor.CircuitError("gone"), minitor.CircuitError),
+                     (minitor.CircuitError("silent", 10), minitor.OnionError)]
 )
 def test_client_is_refused(answer, error):
     result, rend, introducing = meet(answer)
+    assert result.reason == 0xF7 * (error is minitor.OnionError)
     assert isinstance(result, error) and rend.closed and introducing.closed and not rend.keys
 
 

@@ -225,7 +225,7 @@ def test_many_at_once_among_bad_ones(proxy, service, target):
         for writer in stalled + done[200:]:
             writer.close()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 120))
     assert proxy.running
 
 
@@ -256,7 +256,7 @@ def test_half_closed(proxy):
 def test_the_first_stream_does_not_wait(tor, target):
     """Circuits are there before anyone asks; and one that was used is not shared with another."""
     inner = tor._tor
-    wait_for(lambda: len(inner._exits) >= 2, 20, "circuits ahead")
+    wait_for(lambda: len(inner._exits) >= 2, 60, "circuits ahead")
     ready = list(inner._exits)
     at = "127.0.0.1:%d" % port_of(tor.proxy)
     for user in ("one", "two", "one"):

@@ -5463,6 +5463,7 @@ _OPTIONS = {
     "Ignored": (
         "AvoidDiskWrites CircuitBuildTimeout ClientOnly=1 DisableDebuggerAttachment "
         "EnforceDistinctSubnets=1 GeoIPv6File HardwareAccel HeartbeatPeriod "
+        "HiddenServiceNonAnonymousMode=0 HiddenServiceSingleHopMode=0 "
         "LearnCircuitBuildTimeout=1 LogTimeGranularity NewCircuitPeriod NumCPUs "
         "ShutdownWaitLength UseEntryGuards=1 UseMicrodescriptors=1"
     ),

@@ -230,7 +230,8 @@ def test_onion_of_a_controller(daemon, controller, client, target):
         {80: target.port}, await_publication=True, timeout=60)
     assert service.private_key_type == "ED25519-V3"
     url = "http://%s.onion/" % service.service_id
-    assert curl_ok(client, url) == HELLO
+    # Published means: at one directory.
+    assert retry(lambda: curl_ok(client, url, user="first", seconds=20), 60) == HELLO
     assert controller.list_ephemeral_hidden_services() == [service.service_id]
     assert controller.remove_ephemeral_hidden_service(service.service_id)
     assert not controller.remove_ephemeral_hidden_service(service.service_id)
@@ -239,7 +240,7 @@ def test_onion_of_a_controller(daemon, controller, client, target):
         await_publication=True, timeout=60)
     assert again.service_id == service.service_id
     assert controller.list_ephemeral_hidden_services(detached=True) == [service.service_id]
-    assert retry(lambda: curl_ok(client, url, user="again", seconds=20), 40) == HELLO
+    assert retry(lambda: curl_ok(client, url, user="again", seconds=20), 60) == HELLO
     assert controller.remove_ephemeral_hidden_service(again.service_id)
 
 

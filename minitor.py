@@ -5894,6 +5894,8 @@ def configure(*sources):
             try:
                 value = parse(text)
             except TorError as e:
+                # It may be the password itself.
+                text = "…" if "Password" in name else text
                 raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
             if kind != "LineList":
                 config[name] = value

@@ -153,6 +153,12 @@ def test_what_is_wrong_is_refused_with_its_line(text, what):
     assert what in str(caught.value) and "torrc:" in str(caught.value)
 
 
+def test_an_error_shows_no_password():
+    with pytest.raises(minitor.ConfigError) as caught:
+        configure("HashedControlPassword my-secret")
+    assert "my-secret" not in str(caught.value)
+
+
 def test_a_service_that_admits_some_clients_is_refused(tmp_path):
     # As long as minitor would let in everybody.
     folder = tmp_path / "authorized_clients"

@@ -475,10 +475,12 @@ def test_resolving():
 
 
 @pytest.mark.parametrize("flags,apart", [
-    ("", {"group", "auth"}), ("NoIsolateSOCKSAuth", {"group"}),
-    ("IsolateDestPort", {"group", "auth", "port"}), ("IsolateDestAddr", {"group", "auth", "host"}),
-    ("IsolateClientProtocol", {"group", "auth", "version"}),
-    ("SessionGroup=1", {"auth"}), ("NoIsolateSOCKSAuth SessionGroup=1 NoIsolateClientAddr", set()),
+    ("", {"group", "auth", "client"}), ("NoIsolateSOCKSAuth", {"group", "client"}),
+    ("IsolateDestPort", {"group", "auth", "client", "port"}),
+    ("IsolateDestAddr", {"group", "auth", "client", "host"}),
+    ("IsolateClientProtocol NoIsolateClientAddr", {"group", "auth", "version"}),
+    ("SessionGroup=1", {"auth", "client"}),
+    ("NoIsolateSOCKSAuth SessionGroup=1 NoIsolateClientAddr", set()),
 ])
 def test_what_shares_circuits(flags, apart):
     async def use(tor, proxy, dial):
@@ -487,8 +489,9 @@ def test_what_shares_circuits(flags, apart):
         starts = {"same": base, "port": b"\5\1\0" + name5("x", 81), "host": b"\5\1\0" + name5("y"),
                   "auth": HELLO5 + auth5(b"u", b"") + name5("x"), "version": request4(b"x")}
 
-        async def key(start, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async def key(start, port, source="127.0.0.1"):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, local_addr=(source, 0))
             writer.write(start)
             await reader.readexactly(8)
             writer.close()
@@ -498,6 +501,7 @@ def test_what_shares_circuits(flags, apart):
         first = await key(base, ports[0])
         found = {name for name, start in starts.items() if await key(start, ports[0]) != first}
         found |= {"group"} if await key(base, ports[1]) != first else set()
+        found |= {"client"} if await key(base, ports[0], "127.0.0.2") != first else set()
         assert found == apart
         other.close()
 

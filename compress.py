@@ -409,7 +409,8 @@ def cut(tree, paths):
     wanted = [find(tree, path) for path in paths]
     for c, s in parts(tree):
         if isinstance(s, FUNCTIONS) and (c and c.name, s.name) in wanted:
-            s.body = ast.parse("raise ConfigError(%r %% %r)" % (LACKS, s.name)).body
+            name = c.name if s.name == "__init__" else s.name
+            s.body = ast.parse("raise ConfigError(%r %% %r)" % (LACKS, name)).body
 
 
 class Shake:

@@ -255,7 +255,8 @@ class NameServer:
             data = b"\5seven\4test\0"
         # A response, recursion available, of the first question alone; 3 is "no such name".
         head = query[:2] + bytes([0x81, 0x80 if known else 0x83, 0, 1, 0, bool(data), 0, 0, 0, 0])
-        record = b"\xc0\x0c\0%c\0\1\0\0\0\x3c\0%c" % (kind, len(data)) + data if data else b""
+        record = b"\xc0\x0c\0%c\0\1\0\0\0\x3c\0%c" % (kind, len(data)) + data
+        record = record if data else b""
         return head + query[12:end] + record
 
     def stop(self):

@@ -210,7 +210,8 @@ def test_many_at_once_among_bad_ones(proxy, service, target):
     async def bad(i):
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.socks)
         whole = socks5(*hosts[i % 2])
-        writer.write((os.urandom(600), whole[: i % len(whole)], whole, b"GET / HTTP/1.0\r\n")[i % 4])
+        starts = os.urandom(600), whole[: i % len(whole)], whole, b"GET / HTTP/1.0\r\n"
+        writer.write(starts[i % 4])
         if i % 3 == 0:
             await asyncio.sleep(0.01 * (i % 7))
             writer.transport.abort()
@@ -220,7 +221,8 @@ def test_many_at_once_among_bad_ones(proxy, service, target):
 
     async def main():
         stalled = [await bad(i) for i in range(60)]
-        done = await asyncio.gather(*[good(i) for i in range(200)], *[bad(i) for i in range(60, 90)])
+        more = [bad(i) for i in range(60, 90)]
+        done = await asyncio.gather(*[good(i) for i in range(200)], *more)
         assert all(done[:200])
         for writer in stalled + done[200:]:
             writer.close()
@@ -260,7 +262,8 @@ def test_the_first_stream_does_not_wait(tor, target):
     ready = list(inner._exits)
     at = "127.0.0.1:%d" % port_of(tor.proxy)
     for user in ("one", "two", "one"):
-        assert curl("-x", "socks5h://%s:x@%s" % (user, at), "http://web.test:%d/" % target.port) == HELLO
+        url = "http://web.test:%d/" % target.port
+        assert curl("-x", "socks5h://%s:x@%s" % (user, at), url) == HELLO
     used = [promise.value for promise in inner._shared.values()]
     assert len(used) == 2 and all(circuit in ready for circuit in used)
 

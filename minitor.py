@@ -7015,16 +7015,20 @@ _REQUESTS = {
 
 def ask_running(folder, request):
     """Return the lines with which the daemon in a DataDirectory answers; ConfigError."""
+    lines, stops = [], request == _REQUESTS["--stop"]
     try:
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(15)
             s.connect(folder + _OWN_SOCKET)
-            s.sendall(request.encode() + b"\r\nQUIT\r\n")
+            # Who is told to stop hangs up when all is done.
+            s.sendall((request + "\r\n" + "QUIT\r\n" * (not stops)).encode())
             with s.makefile() as f:
-                # After SHUTDOWN: until it is gone.
-                return [line[4:].strip() for line in f if line[3:4] == "-"]
+                for line in f:
+                    lines.append(line.strip())
     except OSError as e:
-        raise ConfigError("no minitor answers in the DataDirectory %s: %s" % (folder, e))
+        if not (stops and lines):
+            raise ConfigError("no minitor answers in the DataDirectory %s: %s" % (folder, e))
+    return [line[4:] for line in lines if line[3:4] == "-"]
 
 
 def parse_arguments(argv):

@@ -138,8 +138,14 @@ class Process:
     def control(self):
         """Open a control connection (a Control)."""
         path = os.path.join(self.dir, "control")
-        _wait(lambda: os.path.exists(path), 20, "control socket of " + self.dir, self.process)
-        return Control(path)
+
+        def connect():
+            try:
+                return Control(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return None  # not there, or bound and not yet listening
+
+        return _wait(connect, 20, "control socket of " + self.dir, self.process)
 
     def bootstrapped(self):
         return "Bootstrapped 100%" in self.log()
@@ -165,7 +171,11 @@ class Control:
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(30)
-        self.socket.connect(path)
+        try:
+            self.socket.connect(path)
+        except OSError:
+            self.socket.close()
+            raise
         self.file = self.socket.makefile("rb")
         self.events = collections.deque()
         self.command("AUTHENTICATE")

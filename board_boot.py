@@ -23,11 +23,7 @@ import time
 SETTINGS = {"ssid": str, "password": str, "app": str, "port": 80, "ntp_host": "pool.ntp.org"}
 SETTINGS.update({"watchdog_seconds": 120, "data_dir": "minitor", "network": "", "heap_budget": 0})
 REJOIN, NTP_TRIES, FIRST_PAUSE, LONGEST_PAUSE, STEADY = 30, 5, 5, 600, 600
-
-
-class SettingsError(Exception):
-    pass
-
+SettingsError = type("SettingsError", (Exception,), {})
 
 def load_settings(path):
     """Return the settings in the JSON file `path` as a dict; SettingsError."""
@@ -54,12 +50,11 @@ def load(name):
     return __import__(name)  # the caller collects the rest, which this stack still holds
 
 
-async def tend(wlan, watchdog, settings):
+async def tend(wlan, feed, settings):
     """Feed the watchdog; join the WiFi, and join it again whenever it is lost."""
     joined, seconds = False, 0
     while True:
-        if watchdog:
-            watchdog.feed()
+        feed()
         if wlan.isconnected() != joined:
             joined, seconds = not joined, 0
             print("WiFi: joined as " + wlan.ifconfig()[0] if joined else "WiFi: lost")
@@ -80,10 +75,9 @@ async def set_clock(host):
     """Set the clock by NTP; after some tries, one that is plausible (after a reset) will do."""
     ntptime.host, tries, error = host, 0, True
     while error:
-        tries += 1
+        tries, error = tries + 1, None
         try:
             ntptime.settime()
-            error = None
         except (OSError, IndexError) as e:  # IndexError: the name has no address
             error = e if tries < NTP_TRIES else None
         if not 2026 <= time.gmtime()[0] < 2100:
@@ -93,13 +87,13 @@ async def set_clock(host):
             await asyncio.sleep(min(2 * tries, 60))
 
 
-async def serve(settings, wlan, minitor, app, up):
+async def serve(settings, wlan, minitor, app, up, progress):
     """Start Tor and the service, append the time to `up`, and run the application's `main`."""
     while not wlan.isconnected():
         await asyncio.sleep(1)
     await set_clock(settings["ntp_host"])
-    more = settings["network"] or None, lambda *step: print("Bootstrapped %d%% (%s): %s" % step)
-    async with minitor.AsyncTor(settings["data_dir"], *more, settings["heap_budget"]) as tor:
+    more = settings["network"] or None, progress, settings["heap_budget"]
+    async with minitor.AsyncTor(settings["data_dir"], *more) as tor:
         if hasattr(app, "handler"):
             service = await tor.create_onion_service(settings["port"], app.handler)
             print("This board is at %s, port %d" % (service.address, settings["port"]))
@@ -110,6 +104,12 @@ async def serve(settings, wlan, minitor, app, up):
 
 async def boot():
     over, up = asyncio.Event(), []
+
+    def progress(*step):
+        print("Bootstrapped %d%% (%s): %s" % step)
+        if step[1] == "clock_skew":
+            machine.RTC().datetime((2000, 1, 1, 5, 0, 0, 0, 0))  # now only NTP will do
+            over.set()
 
     async def guard(work):
         try:
@@ -127,8 +127,8 @@ async def boot():
         gc.collect()
         gc.collect()
         seconds = settings["watchdog_seconds"]
-        watchdog = seconds and machine.WDT(timeout=1000 * seconds)
-        works = [tend(wlan, watchdog, settings), serve(settings, wlan, minitor, app, up)]
+        feed = machine.WDT(timeout=1000 * seconds).feed if seconds else lambda: None
+        works = [tend(wlan, feed, settings), serve(settings, wlan, minitor, app, up, progress)]
         works += [app.always()] if hasattr(app, "always") else []
         tasks = [asyncio.create_task(guard(work)) for work in works]
         await over.wait()

@@ -589,27 +589,51 @@ def explain(line, table):
 # it calls stays loaded as long; a later one just for each call.  Native code stays in the main
 # module: it is never freed.
 OVERLAYS = (
+    # What waits for a network: beginning and end; links; uploads.
+    "AsyncTor.start AsyncTor._bootstrap AsyncTor.aclose AsyncTor.create_onion_service"
+    " OnionService.start OnionService.close",
+    "tls_connect Channel._handshake",
+    "OnionService._publish hsdir_request",
     # Once.
-    "OnionService.__init__ load_network Directory.__init__ load_service_key"
+    "AsyncTor.__init__ OnionService.__init__ load_network Directory.__init__ load_service_key"
     " check_target",
     "rsa_public_key rsa_verify",
-    # The directory: requests; what stays while it is fetched; consensus; microdescriptors.
+    # The directory: requests; what stays while it is fetched, and used; relays of a consensus;
+    # what stands around them; microdescriptors; tables.
     "directory_request _Identity _Splitter b64decode",
-    "place Directory.bootstrap Directory._fill Directory._ask Directory._report"
-    " Directory._next_time PathSelector.__init__ PathSelector.update PathSelector.percent"
-    " new_table load_table FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable._slots"
-    " FlashTable.finish FlashTable.save FlashTable._pending FlashTable.missing",
-    "Directory._consensus_from Consensus.__init__ Consensus.check_times ConsensusParser"
-    " FlashTable.add FlashTable._kept",
+    "place Directory._renew Directory._ask Directory._circuit Directory._report"
+    " Directory._consensus_from FlashTable._slots FLAG_WORDS _versions",
+    "Directory.bootstrap Directory._fill PathSelector.percent FlashTable.missing"
+    " FlashTable._pending FlashTable.save",
+    "Directory._unverified ConsensusParser FlashTable.add FlashTable._kept",
+    "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
+    " Consensus.verify document CertParser clock_error Directory._judge_clock",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
+    "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
+    " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
     " ed25519_blind_secret _BASE sha512 _Sha512 parse_certs check_ed_cert establish_intro"
-    " onion_address OnionService._add_intro",
-    "make_descriptor revision_counter descriptor_place",
+    " onion_address OnionService._new_intro",
+    "make_descriptor revision_counter descriptor_place OnionService._new_periods"
+    " FlashTable.identities",
+    "make_room",
+    # Circuits: building them; paths; introductions.
+    "x25519 x25519_keypair",
+    "AsyncTor.circuit_to AsyncTor._begun Channels.get Circuit.extend ntor hkdf_sha256 hmac_sha256"
+    " fast_finish",
+    "PathSelector.pick PathSelector._draw PathSelector.guard PathSelector.failed"
+    " PathSelector.succeeded PathSelector.onion_path PathSelector._path PathSelector._layer_two"
+    " PathSelector._until PathSelector._save PathSelector.primary PathSelector._order distinct"
+    " FlashTable.same_family _Relays.subnets _Relays.relay",
+    "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )
+# From the first to before the second of these, memory is collected all the time.
+BUSY = 3, 15
+# What lives on, though but one of them uses it.
+RESIDENT = {"_noting"}
 # What takes long to compute is there as a value.
-VALUES = "_D _ROOT _BASE _Sha512._start _Sha512._k".split()
+VALUES = "_D _ROOT _BASE _ROUNDS _LANES _Sha512._start".split()
 OVERLAY = "minitor%d"
 # A function there is called by a number: its place in `args`, and the overlay's.  Before it
 # stand the build's number and the overlays that this one needs.
@@ -625,7 +649,7 @@ def _often(n):
 
 def _hold(i):
     if not _users[i]:
-        _often(28)
+        _often(28 if FIRST <= i < LAST else 4)
         try:
             _held[i] = __import__(OVERLAY % i).args
             if _held[i][0] != TAG:
@@ -635,8 +659,17 @@ def _hold(i):
                 if not _users[j]:
                     sys.modules.pop(OVERLAY % j, None)
             raise
-    for j in _held[i][1]:
-        _hold(j)
+    n = 0
+    try:
+        for j in _held[i][1]:
+            _hold(j)
+            n += 1
+    except BaseException:
+        for j in _held[i][1]:
+            if n:
+                _drop(j)
+                n -= 1
+        raise
     _users[i] += 1
 
 def _drop(i):
@@ -646,7 +679,7 @@ def _drop(i):
     if not _users[i]:
         _held[i] = ()
         del sys.modules[OVERLAY % i]
-        _often(28 if any(_users) else 4)
+        _often(28 if any(_users[FIRST:LAST]) else 4)
 
 def _far(n, *args, **named):
     _hold(n % COUNT)
@@ -694,8 +727,9 @@ class Part:
         self.names = {n.id for n in walked if isinstance(n, ast.Name)}
         self.attributes = {n.attr for n in walked if isinstance(n, ast.Attribute)}
         calls = [n for n in walked if isinstance(n, ast.Call)]
-        self.spawned = [n.func for call in calls if getattr(call.func, "id", "") == "spawn"
-                        for n in call.args if isinstance(n, ast.Call)]
+        self.spawned = [n for call in calls if getattr(call.func, "id", "") == "spawn"
+                        for work in call.args if isinstance(work, ast.Call)
+                        for n in [work.func] + work.args]
         decorated = [n for n in walked if getattr(n, "decorator_list", None)]
         # An empty list, say, is there to be filled: it must not be made anew.
         filled = [n for n in walked if not getattr(n, "elts", getattr(n, "keys", True))]
@@ -737,6 +771,7 @@ def place(all_parts, stay, texts):
     tasks = {n.attr if isinstance(n, ast.Attribute) else n.id for part in all_parts
              for n in part.spawned if isinstance(n, (ast.Attribute, ast.Name))}
     methods = [part for part in all_parts if part.owner]
+    tasks |= RESIDENT
     bound_names = [part.node.name for part in methods]
     moved = True
     while moved:
@@ -889,6 +924,7 @@ def separate(tree, stay, stale):
             body.insert(body.index(p.owner) + 1, p.node)
     if any(exports):
         values = {"COUNT": len(OVERLAYS), "OVERLAY": OVERLAY, "TAG": tag}
+        values["FIRST"], values["LAST"] = BUSY
         values["STALE"] = "E%d %%d" % stale
         machinery = Fold(values).visit(ast.parse(FAR)).body
         for s in machinery:

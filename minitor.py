@@ -44,7 +44,7 @@ if MICROPYTHON:
         _admission[0] = 96 << 10
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
-    ticks_ms, ticks_diff = time.ticks_ms, time.ticks_diff
+    ticks_ms, ticks_diff, Turn = time.ticks_ms, time.ticks_diff, asyncio.Lock
     print_exception = sys.print_exception
 
     def consteq(a, b):  # In constant time.
@@ -59,6 +59,13 @@ else:
     from hmac import compare_digest as consteq
     from operator import sub as ticks_diff
     from types import SimpleNamespace
+
+    class Turn:  # There is memory for all at once.
+        async def __aenter__(self):
+            pass
+
+        async def __aexit__(self, *_):
+            pass
 
     _admission, FAILURES = [0, None], Exception
     # What controllers are told of: `watch(event, subject, …)` for each.
@@ -116,6 +123,13 @@ def crowded():
             return False
         log(NOTICE, "%d bytes are in use: nothing new begins", gc.mem_alloc())
     return True
+
+
+def fits(n):
+    """Tell whether `n` bytes more keep memory in its budget."""
+    if MICROPYTHON:
+        gc.collect()
+    return not MICROPYTHON or gc.mem_alloc() + n <= _admission[0]
 
 
 def private_dir(path):
@@ -252,19 +266,23 @@ async def lasting(work, wanted):
         await asyncio.sleep(10)
 
 
+def _noting(seen):
+    def note(der, depth):
+        # `der` is memory that is gone afterwards.
+        if depth == 0:
+            seen[0] = sha256(der)
+        return 0
+
+    return note
+
+
 async def tls_connect(address, port, seconds):
-    """Reader, writer, and a function for the certificate's SHA-256, once data was read."""
+    """Reader, writer, and a list: the certificate's SHA-256, once data was read."""
     # CERTS proves the relay's identity (tor-spec 4.2).
+    seen = [b""]
     if MICROPYTHON:
-        context, seen, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), [b""], {}
-
-        def note(der, depth):
-            # `der` is memory that is gone afterwards.
-            if depth == 0:
-                seen[0] = sha256(der)
-            return 0
-
-        context.verify_mode, context.verify_callback = tls.CERT_OPTIONAL, note
+        context, limit = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT), {}
+        context.verify_mode, context.verify_callback = tls.CERT_OPTIONAL, _noting(seen)
     else:
         context, limit = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), {"limit": 1 << 18}
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -274,8 +292,8 @@ async def tls_connect(address, port, seconds):
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
-        seen = [sha256(writer.get_extra_info("ssl_object").getpeercert(True))]
-    return reader, writer, lambda: seen[0]
+        seen[0] = sha256(writer.get_extra_info("ssl_object").getpeercert(True))
+    return reader, writer, seen
 
 
 async def hang_up(writer):
@@ -343,8 +361,14 @@ class TorTimeout(TorError):
     """Something took longer than it may."""
 
 
+class MemoryShort(CircuitError):
+    """A circuit was closed for want of memory here."""
+
+
 # Where there is no memory for another one.
-NO_MEMORY = CircuitError("out of memory", 5)
+NO_MEMORY = MemoryShort("out of memory", 5)
+# What no relay is to blame for.
+SHORT = MemoryError, MemoryShort
 
 
 # === 3. Bytes ===
@@ -434,6 +458,8 @@ def _lanes():
         yield 8 * x
 
 
+_ROUNDS = pack("<80Q", *_roots(409, 3))
+_LANES = bytes(_lanes())
 _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 
 
@@ -441,8 +467,6 @@ _BITS = b"\x01\x1a^p\x1f!yU\x0e\x0c5&?O]SRH\x16fyX!t\0"  # FIPS 202 3.2.5
 if MICROPYTHON and NARROW:
     # Message schedule; key stream.  For `p[0] ^= x` viper makes thrice the code.
     _SCRATCH = bytearray(640)
-    _ROUNDS = pack("<80Q", *_roots(409, 3))
-    _LANES = bytes(_lanes())
 
     @micropython.viper
     def _xor(target, at, source, start, n):
@@ -472,9 +496,9 @@ if MICROPYTHON and NARROW:
             t[i] = t[i] ^ s[i]
 
     @micropython.viper
-    def _counters(counter, stream, n):
-        c, t, i = ptr32(counter), ptr32(stream), int(n)
-        last = ptr8(counter)
+    def _counters(counter, at, stream, n):
+        last = ptr8(int(ptr8(counter)) + int(at))
+        c, t, i = ptr32(int(last)), ptr32(stream), int(n)
         while i > 0:
             t[0] = c[0]
             t[1] = c[1]
@@ -567,11 +591,11 @@ if MICROPYTHON and NARROW:
             n -= 1
 
     @micropython.viper
-    def _sha512(state):
+    def _sha512(state, rounds):
         _sha512_schedule(state)
         p = ptr32(int(ptr32(state)) + 64)
         q = ptr32(_SCRATCH)
-        k = ptr32(_ROUNDS)
+        k = ptr32(rounds)
         n = 80
         while n:
             x, y = uint(p[8]), uint(p[9])
@@ -678,17 +702,17 @@ if MICROPYTHON and NARROW:
 else:
     # On 64 bits viper's integers are longer.
     _SCRATCH = bytearray(528)
-    _ROUNDS = list(_roots(409, 3))
 
     def _xor(target, at, source, start, n):
         x = uint(target[at : at + n]) ^ uint(source[start : start + n])
         target[at : at + n] = x.to_bytes(n, "big")
 
-    def _counters(counter, stream, n):
+    def _counters(counter, at, stream, n):
         for i in range(0, n, 16):
-            stream[i : i + 16] = counter[:16]
+            block = stream[i : i + 16] = counter[at : at + 16]
             if n - i > 15:
-                counter[:16] = (uint(counter[:16]) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+                block = (uint(block) + 1 & (1 << 128) - 1).to_bytes(16, "big")
+                counter[at : at + 16] = block
 
     def _sha1(state, mask=0xFFFFFFFF):
         w, start = list(unpack_from(">16I", state, 20)), unpack_from("<5I", state)
@@ -709,7 +733,7 @@ else:
         pack_into("<5I", state, 0, *w)
         _xor(state, 20, state, 20, 64)
 
-    def _sha512(state, mask=_MASK):
+    def _sha512(state, rounds, mask=_MASK):
         def turns(x, i, j, k):
             x |= x << 64
             return (x >> i ^ x >> j ^ x >> k) & mask
@@ -719,7 +743,7 @@ else:
             x = turns(w[-15], 1, 8, 71) + turns(w[-2], 19, 61, 70)
             w.append(w[-16] + w[-7] + x & mask)
         a, b, c, d, e, f, g, h = start
-        for k, w in zip(_ROUNDS, w):
+        for k, w in zip(unpack("<80Q", rounds), w):
             x = turns(e, 14, 18, 41) + (g ^ e & (f ^ g)) + h + k + w
             y = turns(a, 28, 34, 39) + (a & b | c & (a | b)) + x
             a, b, c, d, e, f, g, h = y & mask, a, b, c, (d + x) & mask, e, f, g
@@ -817,7 +841,9 @@ class _Sha1(_Hash):
 class _Sha512(_Hash):
     _size, _at, _format = 128, 64, "8Q"
     _start = pack("<8Q128x", *_roots(19, 2))
-    _absorb = staticmethod(_sha512)
+
+    def _absorb(self, state):
+        _sha512(state, _ROUNDS)
 
 
 class _Sha3(_Hash):
@@ -941,36 +967,49 @@ class AesCtrPortable:
 if MICROPYTHON:
     # Whoever encrypts keeps its cipher object, 313 bytes, until others came: a circuit's cells make
     # no garbage, and few of many circuits have such objects.
-    _recent, _RECENT = [], 4
+    _recent, _RECENT = [], 5
     _STREAM = memoryview(_SCRATCH)[:528]
 
-    class AesCtrCryptolib:
-        def __init__(self, key, iv=bytes(16)):
-            # The counter, how much of its block is used, and the key.
-            self._state, self._aes = bytearray(iv) + b"\0" + key, None
+    def forget_ciphers(most=0):
+        while len(_recent) > most:
+            old = _recent.pop(0)
+            old._out = old._in = None
 
-        def apply(self, data, start, n):
+    class AesCtrCryptolib:
+        """Two in one: with `back` it is another cipher, of the key `back`."""
+
+        def __init__(self, key, iv=bytes(16), back=b""):
+            # Counters, how much of their blocks is used, keys: in one piece of memory.
+            self._state = bytearray(iv) + bytes(18) + key + (back or key)
+            self._out = self._in = None
+
+        def apply(self, data, start, n, back=0):
             """Encrypt data[start : start + n] where it stands."""
-            if not self._aes:
-                self._aes = aes(self._state[17:], 1)
+            state, cipher = self._state, self._in if back else self._out
+            if not cipher:
+                size = len(state) // 2 - 17
+                key = 34 + size * back
+                cipher = aes(state[key : key + size], 1)
+                if back:
+                    self._in = cipher
+                else:
+                    self._out = cipher
                 _recent.append(self)
-                if len(_recent) > _RECENT:
-                    _recent.pop(0)._aes = None
+                forget_ciphers(_RECENT)
             while n:
-                at = self._state[16]
+                at = state[32 + back]
                 count = min(n, 528 - at)
-                _counters(self._state, _SCRATCH, at + count)
-                self._aes.encrypt(_STREAM, _STREAM)
+                _counters(state, 16 * back, _SCRATCH, at + count)
+                cipher.encrypt(_STREAM, _STREAM)
                 _xor(data, start, _SCRATCH, at, count)
-                self._state[16] = at + count & 15
+                state[32 + back] = at + count & 15
                 start += count
                 n -= count
 
         def crypt(self, data):
-            # What can change does so in place.
-            out = bytearray(data) if isinstance(data, bytes) else data
+            out = bytearray(data)
             self.apply(out, 0, len(out))
-            return out if out is data else bytes(out)
+            return bytes(out)
 
 
 class AesCtrOpenssl:
@@ -1273,32 +1312,11 @@ def parse_time(text):
     return ((day * 24 + hour) * 60 + minute) * 60 + decimal(text[17:19], 0, 60)
 
 
-def parse_authority_certs(text, identities):
-    """Return {(identity, signing key digest): (key, expires)} of `identities` (dir-spec 3.1)."""
-    found, mark, end = {}, b"dir-key-certificate-version 3\n", b"\ndir-key-certification\n"
-    names = b"identity-key", b"signing-key", b"key-crosscert", b"key-certification"
-    for one in text.split(mark)[1:]:
-        # Without a copy of it.
-        h = Sha1(mark)
-        h.update(memoryview(one)[: one.find(end) + len(end)])
-        item, digest = document(one), h.digest()
-        identity, signing, crosscert, signature = [item(b"dir-" + n)[1] for n in names]
-        fingerprint = sha1(identity)
-        if fingerprint in identities:
-            key = rsa_public_key(signing)
-            good = rsa_verify(rsa_public_key(identity), digest, signature)
-            good = good and rsa_verify(key, fingerprint, crosscert)
-            require(good, "an authority certificate has a bad signature")
-            expires = item(b"dir-key-expires")[0]
-            found[fingerprint, sha1(signing)] = key, parse_time(expires)
-    return found
-
-
 # Relays' flags and protocol versions, as bits; all that are listed are running.
 FLAG_WORDS = (
     "BadExit Exit Fast Guard HSDir MiddleOnly NoEdConsensus Stable V2Dir "
     "FlowCtrl=1 HSDir=2 HSIntro=4 HSRend=2 Relay=2"
-).split()
+).split(" ")
 BADEXIT, EXIT, FAST, GUARD, HSDIR, MIDDLEONLY, NOEDCONSENSUS = 1, 2, 4, 8, 16, 32, 64
 STABLE, V2DIR, FLOWCTRL1, HSDIR2, HSINTRO4 = 128, 256, 512, 1024, 2048
 # KNOWN: the microdescriptor is there.
@@ -1331,9 +1349,22 @@ def _versions(text):
                 yield "%s=%d" % (name, version)
 
 
-def _integers(text):
+# How the parameters begin that a board asks for; there are 40 others.
+_PARAMS = "ci gu hs mi us va"
+
+
+def _integers(text, kept):
+    # A board keeps what it asks for.
     words = [word.split("=") for word in text.decode().split()]
-    return {name: int(value) for name, value in words}
+    return {name: int(n) for name, n in words if not MICROPYTHON or name[:2] in kept}
+
+
+def clock_error(ahead):
+    """A ClockError: by how many seconds this machine's clock is ahead, or (negative) behind."""
+    hours = (abs(ahead) + 1800) // 3600
+    much = "%d hours" % hours if hours < 96 else "%d days" % (hours // 24)
+    text = "about %s ahead" if ahead > 0 else "at least %s behind"
+    return ClockError("the clock of this machine is %s: set it, as by NTP" % text % much)
 
 
 class Consensus:
@@ -1348,9 +1379,10 @@ class Consensus:
         good = kind == (b"3 microdesc", b"consensus") and int(text(b"consensus-method")) >= 28
         good = good and self.valid_after < self.fresh_until <= self.valid_until
         require(good, "this is no consensus of the microdescriptor flavour")
-        self.params = _integers(text(b"params"))
-        self.bandwidth_weights = _integers(text(b"bandwidth-weights"))
-        self.required = set(_versions(text(b"required-client-protocols")))
+        self.params = _integers(text(b"params"), _PARAMS)
+        self.bandwidth_weights = _integers(text(b"bandwidth-weights"), "Wg Wm We")
+        required = set(_versions(text(b"required-client-protocols")))
+        self.lacking = sorted(required - set(_versions(_SUPPORTED)))
         srvs = map(text, (b"shared-rand-previous-value", b"shared-rand-current-value"))
         self.srv_previous, self.srv_current = [s and b64decode(s.split(b" ")[-1], 32) for s in srvs]
 
@@ -1374,14 +1406,14 @@ class Consensus:
 
     def check_times(self, when):
         """Raise DirectoryError, ClockError or ConfigError unless good at `when` (+- 1 day)."""
-        hours = (when - self.valid_after) // 3600
+        age = when - self.valid_after
         if when > self.valid_until + 86400:
-            raise DirectoryError("the consensus is %d hours old (or the clock is ahead)" % hours)
-        if hours < -24:
-            raise ClockError("the clock of this machine is %d hours behind: set it" % -hours)
-        lacking = sorted(self.required - set(_versions(_SUPPORTED)))
-        if lacking and self.valid_after >= _RELEASED:
-            raise ConfigError("get a newer minitor: the network requires " + " ".join(lacking))
+            text = "the consensus is %d hours old (or the clock is ahead)"
+            raise DirectoryError(text % (age // 3600))
+        if age < -86400:
+            raise clock_error(age)
+        if self.lacking and self.valid_after >= _RELEASED:
+            raise ConfigError("get a newer minitor: the network requires " + " ".join(self.lacking))
 
 
 class _Splitter:
@@ -1400,18 +1432,109 @@ class _Splitter:
         require(len(self._rest) <= 32768, "a part of a document is too long")
 
 
+class CertParser(_Splitter):
+    """Parses authority certificates (dir-spec 3.1) of `identities` into the dict `certs`.
+
+    {(identity, digest of the signing key): (signing key, when it expires)}
+    """
+
+    _mark = b"\n"
+
+    def __init__(self, certs, identities):
+        super().__init__(certs)
+        self._identities = identities
+
+    def _entry(self, line):
+        if line == b"dir-key-certificate-version 3":
+            self._hash, self._items, self._body = Sha1(), {}, None
+        if not self._hash:
+            return
+        if b"dir-key-certification" not in self._items:
+            self._hash.update(line + b"\n")
+        if line.startswith(b"-----BEGIN "):
+            self._body = b""
+        elif line.startswith(b"-----"):
+            self._items[self._name], self._body = b64decode(self._body or b""), None
+            if self._name == b"dir-key-certification":
+                self._judge()
+        elif self._body is None:
+            self._name, _, arguments = line.partition(b" ")
+            require(self._name not in self._items, "an authority certificate has two of a kind")
+            self._items[self._name] = arguments
+        else:
+            self._body += line
+
+    def _judge(self):
+        item = lambda name: self._items.get(b"dir-" + name, b"")
+        digest, self._hash = self._hash.digest(), None
+        identity, signing = item(b"identity-key"), item(b"signing-key")
+        fingerprint = sha1(identity)
+        if fingerprint in self._identities:
+            key = rsa_public_key(signing)
+            good = rsa_verify(rsa_public_key(identity), digest, item(b"key-certification"))
+            good = good and rsa_verify(key, fingerprint, item(b"key-crosscert"))
+            require(good, "an authority certificate has a bad signature")
+            self._sink[fingerprint, sha1(signing)] = key, parse_time(item(b"key-expires"))
+
+
+_SIGNATURE = b"\ndirectory-signature "
+# What a Consensus is made of, beside its footer.
+_HEAD = (
+    b" network-status-version vote-status consensus-method valid-after fresh-until valid-until "
+    b"params required-client-protocols shared-rand-previous-value shared-rand-current-value "
+)
+
+
 class ConsensusParser(_Splitter):
     """Parses a consensus for `sink`: RelayTable.add."""
 
-    _mark = b"\nr "
+    _mark, _head, _signatures = b"\nr ", None, None
+
+    def feed(self, data):
+        if self._head is None:
+            data = self._begin(data)
+        super().feed(data)
+        signed, found, rest = self._rest.partition(_SIGNATURE)
+        if found:
+            self._rest, footer, self._weights = signed.partition(b"\ndirectory-footer\n")
+            require(footer and self._head, "the consensus is truncated")
+            super().feed(self._mark)
+            self._hash.update(footer[1:] + self._weights + _SIGNATURE)
+            self._mark, self._signatures, self._rest = _SIGNATURE, {}, b""
+            self.feed(rest)
+
+    def _begin(self, data):
+        # Line by line, what stands before the relays.
+        data, at = self._rest + data, 0
+        self._hash, self._rest = self._hash or hashlib.sha256(), b""
+        while (end := data.find(b"\n", at) + 1) > 0:
+            if data[at : at + 2] == b"r ":
+                self._head = b"\n".join(self._bits.values()) + b"\n"
+                self._bits.clear()
+                return data[at + 2 :]
+            line, at = data[at:end], end
+            self._hash.update(line)
+            keyword = line.split(b" ")[0].strip()
+            good = keyword not in self._bits and keyword != b"directory-signature"
+            require(good, "a document is malformed")
+            if b" %s " % keyword in _HEAD:
+                self._bits[keyword] = line[:-1]
+        self._rest = data[at:]
+        return b""
+
+    def _signature(self, text):
+        arguments, body = document(_SIGNATURE + text)(b"directory-signature")
+        # Without a name it is SHA-1.
+        if arguments.startswith(b"sha256 "):
+            identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
+            self._signatures[identity, key] = body
 
     def _entry(self, text):
-        require(b"\ndirectory-signature " not in text, "a document is malformed")
-        if not self._hash:
-            self._head, self._hash = text, hashlib.sha256(text)
-            return
-        text = self._mark + text
-        self._hash.update(text)
+        if self._signatures is not None:
+            return self._signature(text)
+        require(_SIGNATURE not in text, "a document is malformed")
+        text = b"\nr " + text
+        self._hash.update(text[1:] + b"\n")
         get = {line[:2]: line[2:] for line in text.split(b"\n")}.get
         if not get(b"m "):
             return
@@ -1420,32 +1543,29 @@ class ConsensusParser(_Splitter):
         high, low = (get(b"a ", b"").partition(b"[")[2] + b"::").split(b":")[:2]
         net6 = int(b"0" + high, 16) << 16 | int(b"0" + low, 16)
         weight = int(get(b"w ", b"").partition(b"Bandwidth=")[2].split(b" ")[0] or 0)
-        words = get(b"s ", b"") + get(b"pr", b"")
+        flags = self._flags(get(b"s ", b"")) | self._flags(get(b"pr", b""))
+        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
+        self._sink(*keys, address, int(fields[5]), net6, flags, weight)
+
+    def _flags(self, words):
+        # A few lines are those of nearly all relays.
         if words not in self._bits:
+            if len(self._bits) > (15 if MICROPYTHON else 255):
+                self._bits.clear()
             found = set(_versions(words))
             self._bits[words] = sum([1 << i for i, word in enumerate(FLAG_WORDS) if word in found])
-        keys = b64decode(fields[1], 20), b64decode(get(b"m "), 32)
-        self._sink(*keys, address, int(fields[5]), net6, self._bits[words], weight)
+        return self._bits[words]
 
     def finish(self):
         """The Consensus, with `digest`, and `signatures` by (identity, key digest)."""
-        signed, mark, signatures = self._rest.partition(b"\ndirectory-signature ")
-        self._rest, footer, weights = signed.partition(b"\ndirectory-footer\n")
-        good = footer and self._hash and signatures[-1:] == b"\n"
+        good = self._signatures is not None and self._rest[-1:] == b"\n"
         require(good, "the consensus is truncated")
-        self.feed(self._mark)
-        self._hash.update(footer + weights + mark)
+        self.feed(_SIGNATURE)
         try:
-            c = Consensus(self._head.partition(b"\ndir-source ")[0] + b"\n" + weights)
-            c.digest, c.signatures = self._hash.digest(), {}
-            for signature in signatures.split(mark):
-                arguments, body = document(mark + signature)(b"directory-signature")
-                # Without a name it is SHA-1.
-                if arguments.startswith(b"sha256 "):
-                    identity, key = map(binascii.unhexlify, arguments.split(b" ")[1:3])
-                    c.signatures[identity, key] = body
+            c = Consensus(self._head + self._weights)
         except ValueError:
             raise ProtocolError("a document is malformed")
+        c.digest, c.signatures = self._hash.digest(), self._signatures
         return c
 
 
@@ -1462,7 +1582,7 @@ class MicrodescParser(_Splitter):
         super().feed(data)
         # A family line can have 128 KB.
         cut = self._rest.rfind(b" $")
-        if cut > 2048:
+        if cut > 256:
             self._entry(self._rest[:cut], b"")
             self._rest = self._rest[cut:]
 
@@ -1507,11 +1627,13 @@ class MicrodescParser(_Splitter):
 _RECORD, _SIZE = ">20s4sHI70s16s", 116
 # Bytes of distinct policies and families, fewer than 65536: what is beyond is none.
 _MAX_BESIDE = 4 << 20
-_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode()
+_LAYOUT = repr((_RECORD, FLAG_WORDS, sys.byteorder)).encode("ascii")
 
 
 class Record:
     """A descriptor; or a relay: `address` (text), `port`, `rsa_id`, `ed_id`, `ntor_key`, …"""
+
+    private = False
 
 
 def _tagged(r, size):
@@ -1525,13 +1647,13 @@ def parse_link_specifiers(r, ntor_key):
     t.specifiers, t.ntor_key = r.data[start : r.at], ntor_key
     # Relays take the first address.
     found, ids = dict(reversed(pairs)), [kind for kind, _ in pairs if kind in (2, 3)]
-    place, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
-    good = list(map(len, (place, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
+    where, t.rsa_id, t.ed_id = [found.get(kind, b"") for kind in (0, 2, 3)]
+    good = list(map(len, (where, t.rsa_id, t.ed_id, ids))) == [6, 20, 32, 2]
     # EXTEND2 has room for 498, 88 of them for the rest.
     require(good and len(t.specifiers) <= 410, "unusable link specifiers")
-    t.address, t.port = ".".join(map(str, place[:4])), uint(place[4:])
+    t.address, t.port = ".".join(map(str, where[:4])), uint(where[4:])
     # RFC 6890.
-    a, b = place[:2]
+    a, b = where[:2]
     t.private = a in (0, 10, 127) or a > 223 or (a, b) in ((169, 254), (192, 168))
     t.private |= (a, b >> 6) == (100, 1) or (a, b >> 4) == (172, 1)
     return t
@@ -1556,16 +1678,21 @@ class _Relays:
     use_family_lists, use_family_ids, whole, short = True, True, False, False
 
     def relay(self, i):
-        parts = self._field(i, 20, 6), self.rsa_id(i), self.ed_id(i)
-        r = Reader(b"\3\0\6%s\2\x14%s\3\x20%s" % parts)
-        r = parse_link_specifiers(r, self._field(i, 62, 32))
-        r.index, r.flags, r.private = i, self.flags_of(i), False
+        r, where = Record(), self._field(i, 20, 6)
+        r.rsa_id, r.ed_id, r.ntor_key = self.rsa_id(i), self.ed_id(i), self._field(i, 62, 32)
+        r.specifiers = b"\3\0\6%s\2\x14%s\3\x20%s" % (where, r.rsa_id, r.ed_id)
+        r.address, r.port = ".".join(map(str, where[:4])), uint(where[4:])
+        r.index, r.flags = i, self.flags_of(i)
         return r
 
     def rsa_id(self, i):
         return self._field(i, 0, 20)
 
     def ed_id(self, i):
+        return self._field(i, 30, 32)
+
+    def digest(self, i):
+        """Of the microdescriptor, while it is not there."""
         return self._field(i, 30, 32)
 
     def subnets(self, i):
@@ -1646,15 +1773,8 @@ class RelayTable(_Relays):
             yield i, self.ed_id(i)
 
     def missing(self, most=65535):
-        """Yield the microdescriptors to fetch, `most` at once: {digest: index}."""
-        wanted = {}
-        for i, _, _ in self.rows(KNOWN, 0):
-            wanted[self._field(i, 30, 32)] = i
-            if len(wanted) == most:
-                yield wanted
-                wanted = {}
-        if wanted:
-            yield wanted
+        """Yield the relays whose microdescriptors are to be fetched: lists of `most` indexes."""
+        yield from _pieces([i for i, _, _ in self.rows(KNOWN, 0)], most)
 
     def set_microdesc(self, i, keys, beside):
         self.flags[i] |= KNOWN
@@ -1720,7 +1840,7 @@ class FlashTable(_Relays):
         self._path, self._salt = path + ".d/", sha256(_LAYOUT + network_id)
         self._n = self.shards = 0
         self._rows, self._first, self._found = array("H", bytes(10 * _ROWS)), -1, {}
-        # The records of one shard: no large piece of memory.
+        # The records of one shard by fours: neither large pieces of memory nor many.
         self._usable, self._records, self._loaded, self._dirty = bytearray(), None, -1, 0
         self._old = self._hot = self._new = None
         self._forced, self._failed = True, False
@@ -1903,14 +2023,15 @@ class FlashTable(_Relays):
     def find(self, rsa_id):
         # A few relays are looked up again and again.
         if rsa_id not in self._found:
-            if len(self._found) > 15:
+            if len(self._found) > 7:
                 self._found.clear()
             self._found[rsa_id] = _Relays.find(self, rsa_id)
         return self._found[rsa_id]
 
     def _field(self, i, at, size):
         if i // 40 == self._loaded:
-            return self._records[i % 40][at : at + size]
+            at += i % 4 * _SLOT
+            return bytes(self._records[i % 40 // 4][at : at + size])
         return self._read(i // 40, 21 + i % 40 * _SLOT + at, size)
 
     def _read(self, n, at, size):
@@ -1921,13 +2042,18 @@ class FlashTable(_Relays):
     def _load(self, n):
         if n != self._loaded:
             self._flush()
-            self._records, self._loaded = None, -1
+            self._loaded = -1
+            if not self._records:
+                sizes = [min(4, _SLOTS - i) * _SLOT for i in range(0, _SLOTS, 4)]
+                self._records = [bytearray(size) for size in sizes]
             try:
                 with open(self._path + str(n), "rb") as f:
                     f.seek(21)
-                    self._records = [f.read(_SLOT) for _ in range(_SLOTS)]
+                    for four in self._records:
+                        f.readinto(four)
             except OSError:
-                self._records = [bytes(_SLOT)] * _SLOTS
+                for four in self._records:
+                    four[:] = bytes(len(four))
             self._loaded = n
 
     def _flush(self):
@@ -1948,22 +2074,23 @@ class FlashTable(_Relays):
         # Set the record of a relay whose microdescriptor is not there, or that has none.
         self._load(i // 40)
         bit = 1 << (i & 7)
-        self._records[i % 40] = fields + bytes(_SLOT - len(fields))
+        at, four = i % 4 * _SLOT, self._records[i % 40 // 4]
+        four[at : at + _SLOT] = fields + bytes(_SLOT - len(fields))
         self._usable[i >> 3] = self._usable[i >> 3] & ~bit | usable * bit
         self._dirty = 1
 
     def _pending(self):
-        # Put the new ones into their shards; yield {digest: slot} of each shard.
-        wanted = {}
+        # Put the new ones into their shards; yield the slots of each shard.
+        wanted = []
         with open(self._path + "new", "rb") as f:
             while fields := f.read(64):
                 i = fields[0] | fields[1] << 8
                 if wanted and i // 40 != self._loaded:
                     yield wanted
-                    wanted = {}
+                    wanted = []
                 if not self.flags_of(i):
                     self._place(i, fields[2:])
-                    wanted[fields[32:]] = i
+                    wanted.append(i)
         if wanted:
             yield wanted
         self._flush()
@@ -1971,17 +2098,16 @@ class FlashTable(_Relays):
 
     def missing(self, most=0):
         """As RelayTable's, but shard by shard."""
-        wanted = {}
+        wanted = []
         if self._new:
             return (yield from self._pending())
         for i, _, _ in self.rows(USABLE, 0):
             if wanted and i // 40 != self._loaded:
                 yield wanted
-                wanted = {}
+                wanted = []
             self._load(i // 40)
-            digest = self._field(i, 30, 32)
-            if any(digest):
-                wanted[digest] = i
+            if any(self.digest(i)):
+                wanted.append(i)
         if wanted:
             yield wanted
 
@@ -2092,8 +2218,11 @@ def cell(circ_id, command, body=b""):
     return pack(">IB", circ_id, command) + body + bytes(509 - len(body))
 
 
-def parse_certs(body, tls_digest, rsa_id, ed_id, when):
-    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay; return its Ed25519 identity."""
+def parse_certs(body, tls_digest, rsa_id, ed_id):
+    """Verify CERTS (tor-spec 4.2, cert-spec 2.3) of a relay but for the time.
+
+    Return its Ed25519 identity, and when the first certificate expires.
+    """
     pairs = _tagged(Reader(body, "CERTS"), 2)
     certs = dict(pairs)
     good = len(certs) == len(pairs) and {2, 4, 5, 7}.issubset(certs)
@@ -2101,16 +2230,16 @@ def parse_certs(body, tls_digest, rsa_id, ed_id, when):
     # Of the X.509 certificate only the key (1024 bits) counts: the cross-certificate proves it.
     at, cross = certs[2].find(b"0\x81\x89\2\x81\x81\0"), certs[7]
     key, r = certs[2][at : at + 140], Reader(cross, "CERTS")
-    identity, expires, signature = r.take(32), r.uint(4) * 3600, r.take(r.uint(1))
+    identity, expires, signature = r.take(32), r.uint(4), r.take(r.uint(1))
     good = sha1(key) == rsa_id and ed_id in (None, identity)
     require(good, "CERTS: not the relay expected")
     digest = sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + cross[:36])
-    good = expires >= when and not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
-    require(good, "CERTS: the RSA cross-certificate is expired or wrong")
-    key = check_ed_cert(certs[4], 4, identity, when)
-    good = check_ed_cert(certs[5], 5, key, when) == tls_digest
+    good = not r.left() and rsa_verify(rsa_public_key(key), digest, signature)
+    require(good, "CERTS: the RSA cross-certificate is wrong")
+    key = check_ed_cert(certs[4], 4, identity, 0)
+    good = check_ed_cert(certs[5], 5, key, 0) == tls_digest
     require(good, "CERTS: for another TLS certificate")
-    return identity
+    return identity, 3600 * min([expires] + [uint(certs[kind][2:6]) for kind in (4, 5)])
 
 
 _NTOR = b"ntor-curve25519-sha256-1"
@@ -2482,10 +2611,11 @@ traffic = [0, 0]
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
-    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds.
+    `opened`: Promise of itself; `closed`: why it is gone; `skew`: its clock minus ours, in seconds;
+    `expired`: its certificates are, by ours.
     """
 
-    closed, _lacks = None, 0
+    closed, expired, skew, _lacks = None, False, 0, 0
 
     def __init__(self, address, port, rsa_id, ed_id, seconds):
         self.address, self.port, self.rsa_id, self.ed_id = address, port, rsa_id, ed_id
@@ -2502,24 +2632,32 @@ class Channel:
     async def _run(self, seconds):
         try:
             reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
-            self._tasks.append(spawn(self._read(reader)))
+            read = self._read_cells if MICROPYTHON else self._read_batches
+            self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
             # Or what is closed would stay in memory.
             reader = writer = None
             self.send(pack(">HBHHH", 0, VERSIONS, 4, 4, 5))
             await self.opened.wait(seconds)
+        except MemoryError as e:
+            # Not the relay's fault.
+            self.opened.set(error=e)
+            self.close("out of memory")
         except Exception as e:
             self.close("cannot be reached: ", str(e) or "no answer within %d s" % seconds)
         while not self.closed:
             await asyncio.sleep(1 if MICROPYTHON else 5)
             idle = ticks_diff(ticks_ms(), self._used) // 1000
-            if idle > 180 and not self.circuits:
-                self.close("idle")
-            elif idle > 240:
-                try:
+            try:
+                if MICROPYTHON:
+                    # For what memory was too short then.
+                    self._resume()
+                if idle > 180 and not self.circuits:
+                    self.close("idle")
+                elif idle > 240:
                     self.send(cell(0, PADDING))
-                except MemoryError:
-                    pass
+            except MemoryError:
+                pass
         # Even if the peer reads nothing.
         await asyncio.sleep(2)
         for task in self._tasks:
@@ -2540,13 +2678,17 @@ class Channel:
         if self._lacks % 4 == 0:
             relieve(self.circuits.values())
 
+    def _resume(self):
+        for circuit in list(self.circuits.values()):
+            circuit.resume()
+
     async def _write(self, writer):
         full, size = False, 0
         try:
             while self._queue or not self.closed:
                 try:
-                    for circuit in list(self.circuits.values()) * full:
-                        circuit.resume()
+                    if full:
+                        self._resume()
                     idle, full = not self._queue, False
                     waiting = self._wake.wait() if idle else writer.drain()
                     if MICROPYTHON and not idle:
@@ -2574,14 +2716,14 @@ class Channel:
             await hang_up(writer)
             self._tasks.clear()
 
-    async def _read(self, reader):
+    async def _read_batches(self, reader):
         # In VERSIONS the circuit ID is two bytes shorter.
         data, rest, self._at = b"", b"\0\0", 0
         while not self.closed:
             try:
-                self._cells(rest)
+                self._cells(rest, len(rest))
                 rest, self._at = rest[self._at :], 0
-                data = data or await reader.read(1028 if MICROPYTHON else 1 << 18)
+                data = data or await reader.read(1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
                 if not MICROPYTHON:
@@ -2594,9 +2736,31 @@ class Channel:
             except Exception as e:
                 self.close("the link broke: ", e)
 
-    def _cells(self, data):
+    async def _read_cells(self, reader):
+        # One by one, where each is decrypted: for want of memory none is lost.
+        data, have, self._at = bytearray(514), 2, 0
+        while not self.closed:
+            try:
+                self._cells(data, have)
+                rest = data[self._at : have]
+                if len(data) > 514 or have == 514 == len(rest):
+                    # Only those before NETINFO, and VPADDING, are longer.
+                    data = rest + bytes(514)
+                else:
+                    data[: len(rest)] = rest
+                have, self._at = len(rest), 0
+                n = await reader.readinto(memoryview(data)[have:])
+                if n == 0:
+                    raise OSError("the relay closed it")
+                have += n or 0
+            except MemoryError:
+                self._relieve()
+                await asyncio.sleep(0)
+            except Exception as e:
+                self.close("the link broke: ", e)
+
+    def _cells(self, data, end):
         # Dispatch whole cells, relay cells in a row for a circuit together; `_at`: how far.
-        end = len(data)
         while end - (at := self._at) >= 7:
             head, command, body, size = data[at : at + 5], data[at + 4], at + 5, 509
             require(command == VERSIONS or VERSIONS not in self._due, "no VERSIONS came first")
@@ -2608,18 +2772,18 @@ class Channel:
             self._at = at = body + size
             circuit = self.circuits.get(uint(head[:4]))
             if self._due or command in (VERSIONS, CERTS, NETINFO):
-                self._handshake(command, data[body:at])
+                self._handshake(command, bytes(data[body:at]))
             elif circuit:
                 many = command == RELAY and not MICROPYTHON
                 while many and at + 514 <= end and data[at : at + 5] == head:
                     self._at = at = at + 514
                 try:
-                    body = data[body:at]
+                    body = (memoryview if MICROPYTHON else bytes)(data)[body:at]
                     if many:
                         body = b"".join([body[n : n + 509] for n in range(0, len(body), 514)])
                     circuit.receive(body, command)
                 except MemoryError:
-                    circuit.close("out of memory", 5)
+                    circuit.starve()
 
     def _handshake(self, command, body):
         # Clients do not answer AUTH_CHALLENGE.
@@ -2632,13 +2796,15 @@ class Channel:
             self._pads = b"\0\5" in offered
             require(self._pads or b"\0\4" in offered, "no link protocol in common")
         elif command == CERTS:
-            parse_certs(body, self._certificate(), self.rsa_id, self.ed_id, now())
+            expires = parse_certs(body, self._certificate[0], self.rsa_id, self.ed_id)[1]
+            self.expired = expires < now()
         else:
             timestamp = uint(body[:4])
             self.skew = timestamp - now() if timestamp else 0
+            require(not self.expired, "its certificates have expired, or the clock is ahead")
             # No time, and no address of ours (tor-spec 4.5).  Its own may be a name.
-            place = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
-            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(place)))
+            where = [int(n) & 255 for n in self.address.encode().split(b".") if n.isdigit()]
+            self.send(cell(0, NETINFO, b"\0\0\0\0\4\4" + bytes(where)))
             if self._pads:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
@@ -2666,31 +2832,31 @@ class Channel:
 
 
 class Channels:
-    _open = {}
+    open = {}  # By RSA identity.
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """The relay's one open Channel, or a new one; ChannelError."""
-        self._open = {r: c for r, c in self._open.items() if not c.closed}
-        if rsa_id not in self._open:
-            self._open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
-        return await self._open[rsa_id].opened.wait()
+        self.open = {r: c for r, c in self.open.items() if not c.closed}
+        if rsa_id not in self.open:
+            self.open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+        return await self.open[rsa_id].opened.wait()
 
     def close(self):
-        for channel in self._open.values():
+        for channel in self.open.values():
             channel.close()
 
 
 # === 11. Circuits and streams ===
 # Relay encryption, extending, flow control, streams, teardown (tor-spec 5 to 7).
 
-# Cells that are encrypted in one go; no more than a SENDME is for.
-BATCH = 2 if MICROPYTHON else 31
+# Cells that are encrypted in one go; no more than a SENDME of congestion control is for.
+BATCH = 1 if MICROPYTHON else 31
 CIRCUIT_WINDOW, STREAM_WINDOW, STREAM_INCREMENT = 1000, 500, 50
 # With congestion control XOFF stops streams.
 NO_LIMIT, XOFF_LIMIT = float("inf"), 500 * 498
 # So much unread, a stream sends no SENDME; so much unsent, `drain` waits; so much is written at
-# once, on a board what fills BATCH cells.
-READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 976) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
+# once, on a board what fills a cell.
+READ_AHEAD, WRITE_AHEAD, PIECE = (4096, 0, 478) if MICROPYTHON else (1 << 18, 1 << 17, 1 << 16)
 # So much unread, the stream ends.
 MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 
@@ -2698,28 +2864,40 @@ MOST_UNREAD = 32768 if MICROPYTHON else 16 * XOFF_LIMIT
 _TAG = bytearray(4)
 
 
-class Layer:
-    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it."""
+class Layer(AesCtrCryptolib if MICROPYTHON else object):
+    """Relay encryption with a hop (tor-spec 5.2); `keys`: Df, Db, Kf, Kb; `service`: we are it.
+
+    `digests`: out, in.  On a board apply(cell, 5, 509) encrypts, with back=1 it decrypts.
+    """
 
     def __init__(self, keys, onion=False, service=False):
         digest, form = (Sha3_256, "32s32s32s32s") if onion else (Sha1, "20s20s16s16s")
         Df, Db, Kf, Kb = unpack_from(form, keys)
         if service:
             Df, Db, Kf, Kb = Db, Df, Kb, Kf
-        self.out_digest, self.out_cipher = digest(Df), AesCtr(Kf)
-        self.in_digest, self.in_cipher = digest(Db), AesCtr(Kb)
+        self.digests = digest(Df), digest(Db)
+        if MICROPYTHON:
+            AesCtrCryptolib.__init__(self, Kf, back=Kb)
+        else:
+            self.out_cipher, self.in_cipher = AesCtr(Kf), AesCtr(Kb)
+
+    def not_last(self):
+        # Messages go to the last hop.  A board ends a circuit whatever another one says.
+        self.digests = None, None if MICROPYTHON else self.digests[1]
 
     def seal(self, data, at):
         """Write the tag of the relay message data[at : at + 509]."""
-        self.out_digest.update(data, at, 509)
-        self.out_digest.stamp(data, at + 5)
+        digest = self.digests[0]
+        digest.update(data, at, 509)
+        digest.stamp(data, at + 5)
 
     def opens(self, data, at):
         """Tell whether the tag of data[at : at + 509] is right."""
         for i in range(at + 5, at + 9):
             _TAG[i & 3], data[i] = data[i], 0
-        self.in_digest.update(data, at, 509)
-        self.in_digest.stamp(data, at + 5)
+        digest = self.digests[1]
+        digest.update(data, at, 509)
+        digest.stamp(data, at + 5)
         good = True
         for i in range(at + 5, at + 9):
             good = good and data[i] == _TAG[i & 3]
@@ -2727,10 +2905,10 @@ class Layer:
 
     def sent(self, body):
         """Tell whether this hop sent the decrypted cell; count it then."""
-        trial = self.in_digest.copy()
+        trial = self.digests[1].copy()
         trial.update(bytes(body[:5]) + bytes(4) + bytes(body[9:]))
         if trial.digest()[:4] == body[5:9]:
-            self.in_digest = trial
+            self.digests = None, trial
             return True
 
 
@@ -2857,22 +3035,26 @@ class Stream:
         try:
             self._flush()
         except MemoryError:
-            self.send_end(END_RESOURCELIMIT)
+            pass  # the channel tries again
 
     def _flush(self):
         circuit, room = self.circuit, self.circuit.channel.room
-        while self.outgoing:
+        while whole := self.outgoing:
             count = min(BATCH, room(), circuit.window - circuit.inflight, self._package)
             if count <= 0:
                 break
             # Random bytes in the first cell: nobody can foretell the SENDME's tag (7.4).
-            end = min(len(self.outgoing), DATA_MAX * count - 20)
+            end = min(len(whole), DATA_MAX * count - 20)
             starts = range(-20, end, DATA_MAX)
-            pieces = [self.outgoing[max(at, 0) : at + DATA_MAX] for at in starts]
-            self.outgoing = self.outgoing[end:]
+            pieces = [whole[max(at, 0) : at + DATA_MAX] for at in starts]
+            self.outgoing = whole[end:]
+            try:
+                self._send(DATA, *pieces)
+            except MemoryError:
+                self.outgoing = whole
+                raise
             self._package -= len(pieces)
             self.moved = ticks_ms()
-            self._send(DATA, *pieces)
         self._changed.set()
         if self._closing and not self.outgoing:
             self.send_end(END_DONE if circuit.on_begin else 1)
@@ -2990,19 +3172,23 @@ class Stream:
 
 
 class Circuit:
-    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: Promise of `closed`.
+    """`path`: relays, the nearest first; `kh`: KH of the last; `closing`: None, or a Promise of
+    `closed`.
 
     `on_control`: {command: function(body)}; `on_begin`: coroutine function(stream, port).
     """
 
-    on_begin = kh = vegas = closed = None
-    inflight, _deliver, _increment = 0, CIRCUIT_WINDOW, 100
+    on_begin = kh = vegas = closed = closing = _last_id = None
+    inflight, window, _deliver, _increment = 0, CIRCUIT_WINDOW, CIRCUIT_WINDOW, 100
+    # (tag, time) of cells that are due a SENDME.
+    _due = ()
 
     def __init__(self, channel, window=CIRCUIT_WINDOW):
-        self.channel, self.closing, self.window = channel, Promise(), window
-        self.path, self.streams, self._layers, self.on_control, self._expected = [], {}, [], {}, {}
-        # `_due`: (tag, time) of cells that are due a SENDME.
-        self._last_id, self._due = randbelow(65536), []
+        self.channel, self.path, self._layers = channel, [], []
+        self.streams, self.on_control, self._expected = {}, {}, {}
+        # What few circuits need is set where they do.
+        if window != CIRCUIT_WINDOW:
+            self.window = window
         if channel.closed:
             raise channel.closed
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
@@ -3041,13 +3227,13 @@ class Circuit:
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
         self._add(Layer(keys, True, service))
+        self.kh = None
         if vegas:
             self.vegas, self._increment, self.window = vegas, vegas.increment, vegas.cwnd
 
     def _add(self, layer):
         if self._layers:
-            # Messages go to the last hop.
-            self._layers[-1].out_digest = None
+            self._layers[-1].not_last()
         self._layers.append(layer)
 
     def expect(self, command):
@@ -3077,7 +3263,7 @@ class Circuit:
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
-        stream_id = self._last_id
+        stream_id = randbelow(65536) if self._last_id is None else self._last_id
         while (stream_id := stream_id % 65535 + 1) in self.streams:
             pass
         self._last_id, stream = stream_id, Stream(self, stream_id)
@@ -3102,15 +3288,16 @@ class Circuit:
         try:
             self._send(command, stream_id, pieces)
         except MemoryError:
-            # The relays may count other bytes now.
-            raise self.close("out of memory", 5)
+            if MICROPYTHON and command == DATA:
+                raise
+            raise self.starve()
 
     def _send(self, command, stream_id, pieces):
         # Up to eight may be early (tor-spec 5.6); no path is so long.
         kind = RELAY_EARLY if command == EXTEND2 else RELAY
         if MICROPYTHON:
-            return self._send_cells(kind, command, stream_id, pieces)
-        digest, cells = self._layers[-1].out_digest, []
+            return self._send_cell(kind, command, stream_id, *pieces)
+        digest, cells = self._layers[-1].digests[0], []
         for data in pieces:
             size = len(data)
             if size < DATA_MAX:
@@ -3122,32 +3309,34 @@ class Circuit:
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
-                    self._due.append((tag[:20], ticks_ms()))
+                    self._due += ((tag[:20], ticks_ms()),)
         data = b"".join(cells)
         for layer in reversed(self._layers):
             data = layer.out_cipher.crypt(data)
         head = pack(">IB", self.circ_id, kind)
         self.channel.send(head.join([b""] + _pieces(data, 509)))
 
-    def _send_cells(self, kind, command, stream_id, pieces):
-        # On a board, which seldom has much memory in one piece.
-        layer = self._layers[-1]
-        for data in pieces:
-            n, made = len(data), bytearray(514)
-            pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
-            made[16 : 16 + n] = data
-            if n < DATA_MAX - 4:
-                made[20 + n :] = urandom(DATA_MAX - 4 - n)
+    def _send_cell(self, kind, command, stream_id, data):
+        # On a board, which seldom has much memory in one piece.  For want of it nothing is sent.
+        n, made, layer = len(data), bytearray(514), self._layers[-1]
+        pack_into(">IBBHHIH", made, 0, self.circ_id, kind, command, 0, stream_id, 0, n)
+        made[16 : 16 + n] = data
+        if n < DATA_MAX - 4:
+            made[20 + n :] = urandom(DATA_MAX - 4 - n)
+        try:
             layer.seal(made, 5)
             if command == DATA:
                 self.inflight += 1
                 if self.inflight % self._increment == 0:
-                    self._due.append((layer.out_digest.digest()[:20], ticks_ms()))
+                    self._due += ((layer.digests[0].digest()[:20], ticks_ms()),)
             i = len(self._layers)
             while i:
                 i -= 1
-                self._layers[i].out_cipher.apply(made, 5, 509)
+                self._layers[i].apply(made, 5, 509)
             self.channel.send(made)
+        except MemoryError:
+            # The relays would count other bytes now.
+            raise self.close("out of memory", 5)
 
     def resume(self):
         for stream in list(self.streams.values()):
@@ -3162,31 +3351,26 @@ class Circuit:
             elif command == DESTROY:
                 self.close("destroyed: " + reason_text(DESTROY_REASONS, data[0]), data[0], False)
             elif command in (CREATED2, CREATED_FAST):
-                self._message(command, 0, data)
+                self._message(command, 0, bytes(data))
         except ProtocolError as e:
             self.close(str(e), 1)
         except MemoryError:
-            self.close("out of memory", 5)
+            self.starve()
         except CircuitError:
             pass  # closed while it answered
 
     def _decrypt(self, data):
         require(self._layers, "a relay cell before the first hop")
-        if MICROPYTHON and isinstance(data, bytes):
-            data = bytearray(data)
-        for i in range(len(self._layers) - 1):
-            layer, at = self._layers[i], 0
-            data = layer.in_cipher.crypt(data)
-            while at < len(data):
-                if data[at + 1] == 0 == data[at + 2] and layer.sent(data[at : at + 509]):
-                    self._unasked(data[at], data[at + 11])
-                    # The layers behind never saw it: their key streams go on without.
-                    data = bytearray(data[:at]) + data[at + 509 :]
-                else:
-                    at += 509
         layer, touched = self._layers[-1], set()
-        digest, data = layer.in_digest, layer.in_cipher.crypt(data)
-        view = memoryview(data if MICROPYTHON else bytearray(data))
+        if MICROPYTHON:
+            view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
+            for hop in self._layers:
+                hop.apply(view, 0, len(view), 1)
+        else:
+            for hop in self._layers[:-1]:
+                data = self._from_hop(hop, hop.in_cipher.crypt(data))
+            view = memoryview(bytearray(layer.in_cipher.crypt(data)))
+        digest = layer.digests[1]
         for at in range(0, len(view), 509):
             if MICROPYTHON:
                 command, recognised = view[at], view[at + 1] | view[at + 2]
@@ -3218,6 +3402,18 @@ class Circuit:
         for stream in touched:
             stream.arrived()
 
+    def _from_hop(self, hop, data):
+        # Take out what this hop, not the last, sent.
+        at = 0
+        while at < len(data):
+            if data[at + 1] == 0 == data[at + 2] and hop.sent(data[at : at + 509]):
+                self._unasked(data[at], data[at + 11])
+                # The layers behind never saw it: their key streams go on without.
+                data = data[:at] + data[at + 509 :]
+            else:
+                at += 509
+        return data
+
     def _unasked(self, command, reason):
         if command == TRUNCATED:
             raise ProtocolError("truncated: " + reason_text(DESTROY_REASONS, reason))
@@ -3242,7 +3438,7 @@ class Circuit:
             # Version 1, and the tag (tor-spec 7.3).
             good = self._due and data[:1] == b"\1" and consteq(self._due[0][0], data[3:23])
             require(good, "a SENDME that was not due")
-            rtt = ticks_diff(ticks_ms(), self._due.pop(0)[1])
+            rtt, self._due = ticks_diff(ticks_ms(), self._due[0][1]), self._due[1:]
             if self.vegas:
                 self.window = self.vegas.acked(self.inflight, rtt)
             self.inflight -= self._increment
@@ -3254,22 +3450,28 @@ class Circuit:
         else:
             self._unasked(command, data[0] if data else 0)
 
-    def close(self, text="closed here", reason=0, tell=True):
+    def starve(self):
+        return self.close("out of memory", 5, True, MemoryShort)
+
+    def close(self, text="closed here", reason=0, tell=True, kind=CircuitError):
         """Return the first CircuitError of it (tor-spec 5.4)."""
         if not self.closed:
             # Memory may be short: first what frees some.
             self.closed = ended = NO_MEMORY
             self._layers = []
+            if MICROPYTHON:
+                forget_ciphers()
             self.channel.circuits.pop(self.circ_id, None)
             try:
-                self.closed = CircuitError("%s: %s" % (self, text), reason)
+                self.closed = kind("%s: %s" % (self, text), reason)
                 log(INFO, "%s", self.closed)
                 ended = StreamError(str(self.closed), 8)
                 if tell:  # no reason, as tor
                     self.channel.send(cell(self.circ_id, DESTROY))
             except MemoryError:
                 pass
-            self.closing.set(self.closed)
+            if self.closing:
+                self.closing.set(self.closed)
             for promise in self._expected.values():
                 promise.set(error=self.closed)
             while self.streams:
@@ -3277,6 +3479,10 @@ class Circuit:
             if not MICROPYTHON:
                 announce("CIRC", self)
         return self.closed
+
+
+# Below the budget, for overlays and what they work on.
+_ROOM = 24 << 10
 
 
 def relieve(circuits, still=0):
@@ -3297,9 +3503,19 @@ def relieve(circuits, still=0):
             victim.send_end(END_RESOURCELIMIT)
         elif other and not still:
             log(NOTICE, "out of memory: a circuit ends")
-            other.close("out of memory", 5)
+            other.starve()
     except MemoryError:
         pass
+
+
+def make_room(channels):
+    """On a board, before what takes much memory: end idle circuits of a service's clients."""
+    idle = [c for channel in channels for c in channel.circuits.values()
+            if c.on_begin and not c.streams]
+    # Those first that were used last longest ago.
+    idle.sort(key=lambda c: ticks_diff(c.since, ticks_ms()))
+    while idle and not fits(_ROOM):
+        idle.pop(0).close()
 
 
 BUILD_SECONDS = 20
@@ -3316,6 +3532,7 @@ def is_dirty(circuit):
 
 async def close_idle(circuit):
     """Wait for the end of `circuit`; close it once it is dirty and carries no stream."""
+    circuit.closing = circuit.closing or Promise()
     while not circuit.closed:
         try:
             await circuit.closing.wait(30)
@@ -3328,8 +3545,10 @@ async def pump(stream, reader, writer):
     """Move bytes between a Tor stream and a local connection until one ends."""
 
     async def move(source, sink):
+        # Faster out of Tor than cells come in.
+        size = PIECE if sink is stream else 2 * PIECE
         try:
-            while data := await source.read(PIECE):
+            while data := await source.read(size):
                 sink.write(data)
                 await sink.drain()
         except MemoryError:
@@ -3408,7 +3627,7 @@ class PathSelector:
         self.updates += 1
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._totals = {}
-        self._weights = dict(consensus.bandwidth_weights, Wge=0)
+        self._weights = consensus.bandwidth_weights
         if not self._file:
             return
         self.sample = [g for g in self.sample if g.until > now()]
@@ -3433,6 +3652,7 @@ class PathSelector:
     def _factors(self, position):
         # Only ratios count (dir-spec 3.8.3).
         w = [self._weights.get("W" + position + kind, -1) for kind in "mged"]
+        w[2] = 0 if position == "g" else w[2]
         w = zip((0, GUARD, EXIT, GUARD | EXIT), w if min(w) >= 0 else (1, 1, 1, 1))
         return dict(w)
 
@@ -3488,8 +3708,8 @@ class PathSelector:
             flags &= GUARD | EXIT | USABLE
             weights[flags] = weights.get(flags, 0) + weight
             counts[flags] = counts.get(flags, 0) + 1
-        for place, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
-            factors, have, total = self._factors(place), 0, 0
+        for position, need in (("g", GUARD), ("m", 0), ("e", EXIT)):
+            factors, have, total = self._factors(position), 0, 0
             for flags, weight in weights.items():
                 if flags & need == need:
                     weight = weight * factors[flags & ~USABLE] or counts[flags]
@@ -3804,32 +4024,49 @@ _MAX_PIECE = 4 << 20
 _FETCH_SECONDS = 600 if MICROPYTHON else 120
 
 
-async def http_request(stream, path, limit, sink=None, body=None):
-    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
-
-    With `sink`, a function, it may come compressed, and goes there piece by piece.
-    """
+async def _send_request(stream, path, sink, body):
     method, fields, size = "GET", "", 0
     if body:
         method, size = "POST", body.seek(0, 2)
         fields = "Content-Length: %d\r\n" % size
     if sink:
         fields += "Accept-Encoding: %s\r\n" % ", ".join(_DECODERS)
-    stream.write(("%s %s HTTP/1.0\r\n%s\r\n" % (method, path, fields)).encode())
+    text = method + " "
+    for piece in [path] if isinstance(path, str) else path:
+        if len(text) > 100:
+            stream.write(text.encode())
+            text = ""
+            await stream.drain()
+        text += piece
+    stream.write(("%s HTTP/1.0\r\n%s\r\n" % (text, fields)).encode())
     for at in range(0, size, PIECE):
         await stream.drain()
         body.seek(at)  # others may read it, too
         stream.write(body.read(PIECE))
     await stream.drain()
-    try:
-        lines = (await stream.readuntil(b"\r\n\r\n", 8192)).decode().lower().split("\r\n")
-        status = int(lines[0].split(" ")[1])
-        fields = dict([line.split(": ", 1) for line in lines[1:-2]])
-        make = _DECODERS[fields.get("content-encoding", "identity")]
-    except (ValueError, KeyError, IndexError, EOFError):
-        raise ProtocolError("the directory's answer is no HTTP")
+
+
+def _answer_head(head):
+    # A decoder's class, and Content-Length or None.
+    lines = head.decode().lower().split("\r\n")
+    status, fields = int(lines[0].split(" ")[1]), dict([s.split(": ", 1) for s in lines[1:-2]])
     if status != 200:
         raise DirectoryError("the directory answered with status %d" % status)
+    return _DECODERS[fields.get("content-encoding", "identity")], fields.get("content-length")
+
+
+async def http_request(stream, path, limit, sink=None, body=None):
+    """GET, or POST the file `body`; return the answer, of at most `limit` bytes; TorErrors.
+
+    With `sink`, a function, it may come compressed, and goes there piece by piece.  `path`: a
+    text, or an iterable of its pieces.
+    """
+    # In functions of their own, as they leave much behind.
+    await _send_request(stream, path, sink, body)
+    try:
+        make, length = _answer_head(await stream.readuntil(b"\r\n\r\n", 8192))
+    except (ValueError, KeyError, IndexError, EOFError):
+        raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
     while data := await stream.read(65536):
         size += len(data)
@@ -3845,8 +4082,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
             (sink or pieces.append)(piece)
             # One more may follow.
             data, decoder = decoder.unused_data, None if decoder.eof else decoder
-    good = not decoder and fields.get("content-length") in (None, str(size))
-    require(good, "the directory's answer is cut off")
+    require(not decoder and length in (None, str(size)), "the directory's answer is cut off")
     return b"".join(pieces)
 
 
@@ -3861,10 +4097,22 @@ async def directory_request(circuit, *request, seconds=None):
 
 
 _BATCH, _WORKERS, _LOOK = (37, 1, 8) if MICROPYTHON else (92, 3, 1)
-# For the first directory; between looks at the clock.
-_CONNECT_SECONDS, _PAUSE_SECONDS = 15 if MICROPYTHON else 5, 5
-# Of each kind: directory guards, then mirrors, then authorities.
+# By what a digest is found; a number takes no memory.
+_short = (lambda digest: uint(digest[:4]) >> 3) if MICROPYTHON else bytes
+# For the first directory; between looks at the clock; until what bootstrap left out is fetched, as
+# a board has no memory for that while it publishes.
+_CONNECT_SECONDS, _PAUSE_SECONDS, _LATER = 15 if MICROPYTHON else 5, 5, 60 if MICROPYTHON else 0
+# Of each kind: directory guards, then mirrors, then authorities; after any of these errors.
 _TRIES = 4
+_ITS_FAULT = ChannelError, CircuitError, DirectoryError, MemoryError, ProtocolError, StreamError
+
+
+def _microdescs_path(table, relays):
+    # In pieces that a cell has room for.
+    start = "/tor/micro/d/"
+    for ten in _pieces(relays, 10):
+        yield start + "-".join([b64encode(table.digest(i)) for i in ten])
+        start = "-"
 
 
 class Directory:
@@ -3874,7 +4122,10 @@ class Directory:
         self.network, self._channels, self._progress = network, channels, progress
         self._path = data_dir + "/relays"
         self.table = self.consensus = self.paths = None
-        self._certs, self._percent, self._failures = {}, 0, 0
+        # `_near`: over the link of its circuits alone, as another is dear.
+        self._certs, self._percent, self._failures, self._near = {}, 0, 0, MICROPYTHON
+        # Who needs much memory, to refresh or to publish.
+        self.turn = Turn()
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -3901,25 +4152,35 @@ class Directory:
     async def refresh(self):
         """Keep the directory fresh, for ever (dir-spec 5.1)."""
         delay = 0
+        await asyncio.sleep(_LATER)
         while True:
             try:
-                await self._fill(self.table, self.consensus, 101)
+                async with self.turn:
+                    await self._fill(self.table, self.consensus, 101)
                 when = 0 if self.table.short else self._next_time()
                 await asyncio.sleep(_PAUSE_SECONDS)
-                # The clock may be set, or the machine sleep.
-                while now() < when:
+                # The clock may be set, or the machine sleep.  A board with clients waits for an
+                # hour that is better, while the consensus is good.
+                while now() < when or now() < self.consensus.valid_until and not fits(_ROOM):
                     await asyncio.sleep(_PAUSE_SECONDS)
-                table, consensus = await self._ask(self._consensus_from)
-                if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
-                    raise DirectoryError("there is no newer consensus")
-                await self._fill(table, consensus)
-                if table.short:
-                    raise DirectoryError("there is no room for all relays")
+                async with self.turn:
+                    await self._renew()
                 delay = 0
             except (MemoryError, OSError, TorError) as e:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
+                # Others are asked by turns.
+                self._near = MICROPYTHON and (isinstance(e, SHORT) or not self._near)
                 delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
                 await asyncio.sleep(delay + randbelow(delay))
+
+    async def _renew(self):
+        table, consensus = await self._ask(self._consensus_from)
+        if consensus.valid_after <= self.consensus.valid_after and not self.table.short:
+            raise DirectoryError("there is no newer consensus")
+        await self._fill(table, consensus)
+        self._near = MICROPYTHON
+        if table.short:
+            raise DirectoryError("there is no room for all relays")
 
     def _next_time(self):
         # As tor's update_consensus_networkstatus_fetch_time_impl.
@@ -3932,7 +4193,7 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority.
         network, paths, failures = self.network, self.paths, self._failures
         if paths and failures < _TRIES:
-            relay = paths.guard(kind="dir-guards", use=3)
+            relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
@@ -3943,9 +4204,12 @@ class Directory:
         try:
             circuit = Circuit(await self._channels.get(*where, seconds=seconds))
             await circuit.extend(None, seconds)
-        except TorError:
-            if paths:
+        except TorError as e:
+            if paths and not isinstance(e, SHORT):
                 paths.failed(where[2])
+            channel = self._channels.open.get(where[2])
+            if channel and channel.expired:
+                self._judge_clock(channel)
             raise
         if paths:
             paths.succeeded(where[2])
@@ -3953,18 +4217,33 @@ class Directory:
             announce("BUILT", circuit)
         return circuit
 
+    def _judge_clock(self, channel):
+        # Something is too old: whose clock is wrong?  Authorities alone are believed.
+        known = [place(entry)[2] for entry in self.network.authorities]
+        if channel.rsa_id in known and abs(channel.skew) >= 3600:
+            raise clock_error(-channel.skew)
+
     async def _ask(self, use, *args):
         # What `use(circuit, *args)` returns with the first directory that serves.
         self._failures = 0
-        while self._failures < 3 * _TRIES:
+        tries = _TRIES if self._near and self.paths else 3 * _TRIES
+        while self._failures < tries:
             circuit = None
             try:
+                if MICROPYTHON:
+                    make_room(self._channels.open.values())
                 circuit = await self._circuit()
                 return await use(circuit, *args)
-            except (ChannelError, CircuitError, DirectoryError, ProtocolError, StreamError) as e:
+            except _ITS_FAULT as e:
+                if self.paths and isinstance(e, SHORT):
+                    raise
                 error = e
                 self._failures += 1
                 log(INFO, "Leaving the directory of %s: %s", circuit or "a relay", e)
+            except ClockError as e:
+                if self._progress:
+                    self._progress(self._percent, "clock_skew", str(e))
+                raise
             except OSError as e:
                 raise DirectoryError("the relays cannot be written to %s: %s" % (self._path, e))
             finally:
@@ -3975,7 +4254,12 @@ class Directory:
         raise DirectoryError("no directory gave what can be used: %s" % error)
 
     async def _consensus_from(self, circuit):
-        # A new RelayTable and its Consensus, verified.
+        # A new RelayTable and its Consensus.
+        table, consensus = await self._unverified(circuit)
+        await self._verify(consensus, circuit)
+        return table, consensus
+
+    async def _unverified(self, circuit):
         identities = self.network.identities
         table = new_table(self._path, self.network.id, self.table)
         parser = ConsensusParser(table.add)
@@ -3987,16 +4271,19 @@ class Directory:
         # What the parser holds is not needed any more.
         consensus, parser = parser.finish(), None
         table.finish(consensus, self.table)
+        return table, consensus
+
+    async def _verify(self, consensus, circuit):
+        identities = self.network.identities
         # The certificates are judged by the consensus's time, and that by the clock.
         missing = consensus.missing_certs(self._certs, identities)
-        # Nine have 20 KB: too much for a board at once.
-        for some in _pieces(missing, 1 if MICROPYTHON else 99):
+        if missing:
             self._report(40, "loading_keys", "Loading authority key certs")
-            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in some]
+            pairs = ["%s-%s" % (i.hex(), k.hex()) for i, k in missing]
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
-                text = await directory_request(circuit, path, 1 << 17)
-                self._certs.update(parse_authority_certs(text, identities))
+                sink = CertParser(self._certs, identities).feed
+                await directory_request(circuit, path, 1 << 17, sink)
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
@@ -4007,22 +4294,21 @@ class Directory:
         try:
             consensus.check_times(now())
         except DirectoryError:
-            # Whose clock is wrong?  Authorities alone are believed, and asked next.
-            self._failures, ahead = max(self._failures, 2 * _TRIES), -circuit.channel.skew // 60
-            known = [place(entry)[2] for entry in self.network.authorities]
-            if circuit.channel.rsa_id in known and abs(ahead) >= 60:
-                raise ClockError("the clock of this machine is wrong by %+d minutes" % ahead)
+            self._failures = max(self._failures, 2 * _TRIES)  # they are asked next
+            self._judge_clock(circuit.channel)
             raise
-        return table, consensus
 
     async def _fill(self, table, consensus, until=0):
         # Fetch microdescriptors for `until` percent of paths; use the table.
         changed = table is not self.table
+        if MICROPYTHON:
+            # It is on flash.
+            consensus.head = b""
         table.use_family_lists = consensus.param("use-family-lists", 1, 0, 1)
         table.use_family_ids = consensus.param("use-family-ids", 1, 0, 1)
         weights = PathSelector(table, consensus, None)
         least = consensus.param("min_paths_for_circs_pct", 60, 25, 95)
-        until = until or (101 if table.whole else least)
+        until, why = until or (101 if table.whole else least), ""
         for _ in range(3):
             if weights.percent() >= until or not next(table.missing(), 0):
                 break
@@ -4032,32 +4318,38 @@ class Directory:
             try:
                 await asyncio.gather(*[self._ask(*args) for _ in range(_WORKERS)])
             except DirectoryError as e:
-                log(INFO, "%s", e)
+                why = ": %s" % e
                 break
         if weights.percent() < least:
-            raise DirectoryError("too few microdescriptors came")
+            raise DirectoryError("too few microdescriptors came" + why)
         if changed:
             table.save(self._path, self.network.id, consensus)
+        if MICROPYTHON:
+            consensus.head = b""  # it is on flash
         self.table, self.consensus = table, consensus
         if changed and self.paths:
             self.paths.update(table, consensus)
         self._report(75, "enough_dirinfo", "Loaded enough directory info to build circuits")
 
     async def _microdescs_from(self, circuit, weights, until, queue):
-        def sink(digest, *found):
-            if digest in wanted:
-                weights.table.set_microdesc(wanted.pop(digest), *found)
+        table = weights.table
 
-        for n, wanted in enumerate(queue):
+        def sink(digest, *found):
+            i = wanted.pop(_short(digest), -1)
+            if i >= 0 and table.digest(i) == digest:
+                table.set_microdesc(i, *found)
+
+        for n, some in enumerate(queue):
             if n % _LOOK == 0:
                 percent = weights.percent()
                 if percent >= until:
                     return
                 done = 50 + 24 * percent // until
                 self._report(done, "loading_descriptors", "Loading relay descriptors")
-            for digests in _pieces(list(wanted), _BATCH):
-                path = "/tor/micro/d/" + "-".join([b64encode(digest) for digest in digests])
+            for batch in _pieces(some, _BATCH):
+                wanted = {_short(table.digest(i)): i for i in batch}
                 parser = MicrodescParser(sink)
+                path = _microdescs_path(table, batch)
                 await directory_request(circuit, path, 8 << 20, parser.feed)
                 parser.finish()
 
@@ -4069,14 +4361,19 @@ _REND_SECONDS = 40
 _MAX_DESCRIPTORS = 8 if MICROPYTHON else 256
 
 
+# When a directory that has none wants a descriptor, in seconds since whatever.
+OVERDUE = -1 << 29
+
+
 def descriptor_place(tor, key, n):
-    """Start, blinding parameter and key, subcredential, directories' identities."""
+    """Start, blinding parameter and key, subcredential, {directory's identity: OVERDUE}."""
     table, consensus = tor.directory.table, tor.directory.consensus
     period = time_periods(consensus, tor.directory.network.testing)[n]
     param = blinding_param(key, period)
     blinded = ed25519_blind_public(key, param)
     ring = hsdir_ring(table, consensus, blinded, period, "fetch" if n > 1 else "store")
-    return period[3], param, blinded, subcredential(key, blinded), [table.rsa_id(i) for i in ring]
+    ring = {table.rsa_id(i): OVERDUE for i in ring}
+    return period[3], param, blinded, subcredential(key, blinded), ring
 
 
 async def hsdir_request(tor, rsa_id, path, body=None):
@@ -4182,9 +4479,13 @@ async def meet(tor, key):
 
 INTRO_POINTS = 3
 # Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
-_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 14, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
+_RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 11, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
+# Introductions that are answered at once.
+_ANSWERS = 1 if MICROPYTHON else 1024
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
+# Of a rendezvous cookie so many bytes are kept, to know it again.
+_COOKIE = 4 if MICROPYTHON else 20
 # Past the budget, a stream that holds memory ends after so long without a byte.
 STILL_MS = 30000
 
@@ -4231,120 +4532,168 @@ class OnionService:
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
+        self._answers = 0
 
     async def start(self):
-        wanted, works = lambda: self in self.tor.services, (self._keep_intros, self._keep_published)
-        self._tasks = [spawn(lasting(work, wanted)) for work in works]
+        self._tasks.append(spawn(lasting(self._keep_intros, self._wanted)))
+        self._tasks.append(spawn(lasting(self._keep_published, self._wanted)))
         await self._published.wait()
+
+    def _wanted(self):
+        return self in self.tor.services
 
     async def close(self):
         """Take the service down."""
         self.tor.services = [s for s in self.tor.services if s is not self]
         for task in self._tasks:
             task.cancel()
-        for circuit in self.circuits:
+        for circuit in self.circuits + [i.circuit for i in self.intros if i.circuit]:
             circuit.close()
         self._published.set(error=OnionError("the service was closed"))
 
     def _over(self, intro):
-        gone = self.tor.directory.table.find(intro.rsa_id) < 0
-        return gone or now() > intro.until or intro.left <= 0
+        return now() > intro.until or intro.left <= 0
+
+    def _tidy(self):
+        self._tasks = [task for task in self._tasks if not task.done()]
+        for circuit in self.circuits:
+            if is_dirty(circuit) and not circuit.streams:
+                circuit.close()
+        self.circuits = [circuit for circuit in self.circuits if not circuit.closed]
 
     async def _keep_intros(self):
+        updates, paths, directory = None, self.tor.paths, self.tor.directory
         while True:
-            self._tasks = [task for task in self._tasks if not task.done()]
+            self._tidy()
             self._tokens = min(self._tokens + self.rate, 8 * self.rate)
             try:
+                for intro in list(self.intros):
+                    if updates != paths.updates and directory.table.find(intro.rsa_id) < 0:
+                        intro.until = 0
+                    self._keep_intro(intro)
+                updates = paths.updates
                 most = INTRO_POINTS if MICROPYTHON else self.intro_points
                 while len([i for i in self.intros if not self._over(i)]) < most:
-                    self._add_intro()
+                    self.intros.append(self._new_intro())
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
                 await asyncio.sleep(10)
             await asyncio.sleep(1)
 
-    def _add_intro(self):
-        table, pick = self.tor.directory.table, self.tor.paths.pick
+    def _new_intro(self):
+        table, intro = self.tor.directory.table, Record()
         used = [table.find(i.rsa_id) for i in self.intros]
         apart = lambda i: all([j < 0 or distinct(table, i, j) for j in used])
-        intro = table.relay(pick("intro", apart, STABLE))
-        intro.esk, intro.ready, intro.cookies = ed25519_expand(urandom(32)), False, set()
+        relay = table.relay(self.tor.paths.pick("intro", apart, STABLE))
+        # What a circuit and the descriptor need, no more.
+        intro.rsa_id, intro.ntor_key, intro.specifiers = (
+            relay.rsa_id, relay.ntor_key, relay.specifiers)
+        intro.esk = ed25519_expand(urandom(32))
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
         intro.until = now() + 64800 + randbelow(21600)
         intro.left = _INTRODUCTIONS + randbelow(_INTRODUCTIONS)
-        self.intros.append(intro)
-        try:
-            self._tasks.append(spawn(self._keep_intro(intro)))
-        except MemoryError:
-            self.intros.remove(intro)
-            raise
+        # `begun`: how many circuits were.  `cookies`: those used, their beginnings.
+        intro.circuit, intro.busy, intro.begun, intro.cookies = None, False, 0, bytearray()
+        return intro
 
-    async def _keep_intro(self, intro):
-        circuit = None
+    def _keep_intro(self, intro):
+        # Begin a circuit, where there is none.
+        circuit, over = intro.circuit, self._over(intro)
+        # It stays until the descriptor names another.
+        good = circuit and not circuit.closed and (intro in self._shown or not over)
+        if good or intro.busy:
+            return
+        if circuit:
+            intro.circuit = None
+            circuit.close()
+        # As tor: again three times, but not eleven circuits in five minutes.
+        if over or intro.begun > 3:
+            self.intros.remove(intro)
+        elif not 0 <= now() - self._launched[0] < 300:
+            self._launched, task = self._launched[1:] + [now()], spawn(self._establish(intro))
+            intro.busy, intro.begun = True, intro.begun + 1
+            self._tasks.append(task)
+
+    async def _establish(self, intro):
+        circuit, start = None, now()
         try:
-            # As tor: again three times, but not eleven circuits in five minutes.
-            for _ in range(4):
-                while 0 <= now() - self._launched[0] < 300:
-                    await asyncio.sleep(1)
-                self._launched = self._launched[1:] + [now()]
-                circuit = await self.tor.circuit_to(intro)
-                circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
-                body = establish_intro(intro, circuit.kh)
-                await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
-                intro.ready = True
-                # It stays until the descriptor names another.
-                while not circuit.closed and (intro in self._shown or not self._over(intro)):
-                    await asyncio.sleep(1)
-                intro.ready = False
-                if self._over(intro):
-                    break
+            circuit = await self.tor.circuit_to(intro)
+            circuit.on_control[INTRODUCE2] = lambda body: self._introduced(intro, body)
+            body = establish_intro(intro, circuit.kh)
+            await circuit.ask(ESTABLISH_INTRO, body, INTRO_ESTABLISHED, BUILD_SECONDS)
+            intro.circuit, circuit = circuit, None
         except (MemoryError, TorError) as e:
             log(INFO, "introduction point lost: %s", e)
+            if self.tor.paths.online < start:
+                # Nobody answered: it was not this one, and costs the network nothing.
+                self._launched, intro.begun = [0] + self._launched[:-1], intro.begun - 1
+            elif not isinstance(e, SHORT):
+                self.intros.remove(intro)
+            await asyncio.sleep(5)
         finally:
-            self.intros.remove(intro)
+            intro.busy = False
             if circuit:
                 circuit.close()
 
     async def _keep_published(self):
-        # `due`: when directories want a descriptor of `state`.
-        waited, updates, state, due = 0, None, None, {}
+        waited, updates, state = 0, None, None
         while True:
             await asyncio.sleep(1)
             most = INTRO_POINTS if MICROPYTHON else self.intro_points
-            ready = sorted([i for i in self.intros if i.ready], key=self._over)[:most]
+            ready = sorted([i for i in self.intros if i.circuit], key=self._over)[:most]
             waited = waited + 1 if len(ready) < most else 0
             if not ready or 0 < waited < 30:
                 continue
-            if state != set(ready):
-                state, due = set(ready), {}
             try:
                 if updates != self.tor.paths.updates:
-                    self._periods = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+                    self._periods = self._new_periods()
                     updates = self.tor.paths.updates
+                if state != set(ready):
+                    state = set(ready)
+                    for period in self._periods:
+                        period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
-                    await self._publish(ready, due, *period)
+                    t, ring = now() - period[0], period[4]
+                    if [due for due in ring.values() if due < t]:
+                        async with self.tor.directory.turn:
+                            await self._publish(ready, t, *period)
             except (MemoryError, OSError, TorError) as e:
                 log(WARN, "no descriptor could be made: %s: %s", type(e).__name__, e)
                 await asyncio.sleep(20)
-            if [t for t in due.values() if t > now() + 20]:
+                continue
+            # Clients look for one of both.
+            good = [[t for t in p[4].values() if t > now() + 20 - p[0]] for p in self._periods]
+            if all(good):
                 self._shown = state
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
                 await asyncio.sleep(20)
 
-    async def _publish(self, intros, due, start, param, blinded, subcred, ring):
-        t, tor = now(), self.tor
-        todo = [rsa_id for rsa_id in ring if due.get(blinded + rsa_id, 0) < t]
-        due.update({blinded + rsa_id: t + 20 for rsa_id in todo})
+    def _new_periods(self):
+        # Who has the descriptor of a period need not get it again.
+        found = [descriptor_place(self.tor, self.key, n) for n in (0, 1)]
+        for start, _, blinded, _, ring in found:
+            for before in [p for p in self._periods if p[2] == blinded]:
+                shift = before[0] - start
+                ring.update({d: before[4][d] + shift for d in ring if d in before[4]})
+        return found
+
+    async def _publish(self, intros, t, start, param, blinded, subcred, ring):
+        # `ring`: when directories want the descriptor, in seconds since `start`, as `t` is.
+        tor = self.tor
+        if MICROPYTHON:
+            make_room(tor._channels.open.values())
+        todo = [rsa_id for rsa_id in ring if ring[rsa_id] < t]
+        ring.update({rsa_id: t + 20 for rsa_id in todo})
 
         async def upload(rsa_id):
             if not MICROPYTHON:
                 announce("HS_DESC", self.key, "UPLOAD", rsa_id, blinded)
             try:
                 await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
-                due[blinded + rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                ring[rsa_id] = t + 3600 + randbelow(3600)  # as tor
                 if not MICROPYTHON:
                     announce("HS_DESC", self.key, "UPLOADED", rsa_id)
             except (MemoryError, TorError) as e:
@@ -4352,22 +4701,22 @@ class OnionService:
                 if not MICROPYTHON:
                     announce("HS_DESC", self.key, "FAILED", rsa_id, blinded, "UPLOAD_REJECTED")
 
-        if not todo:
-            return
         esk = ed25519_blind_secret(self._esk, param)
-        revision, flow = revision_counter(esk, t - start), sendme_increment(tor.paths.param)
+        revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, t, flow)
+            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
     def _introduced(self, intro, body):
-        full = self._short() or len(self._tasks) >= _MAX_TASKS
+        self._tidy()
+        full = self._short() or len(self._tasks) + len(self.circuits) >= _MAX_TASKS
         idle = [c for c in self.circuits if full and not c.streams]
         if not self._tokens or intro.left < -_INTRODUCTIONS or full and not idle:
             return log(INFO, "an introduction is dropped: too many, or out of memory")
         if full:
             idle[0].close()
+            self._tidy()
         self._tokens -= 1
         try:
             self._tasks.append(spawn(self._answer(intro, body)))
@@ -4381,12 +4730,15 @@ class OnionService:
     async def _answer(self, intro, body):
         # Meet the client of INTRODUCE2 (3.3, 4).
         circuit, param = None, self.tor.paths.param
+        while self._answers >= _ANSWERS:
+            await asyncio.sleep(0.1)
+        self._answers += 1
         try:
             subcreds = [period[3] for period in self._periods]
             target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = any([cookie in i.cookies for i in self.intros])
+            used = any([cookie[:_COOKIE] in i.cookies for i in self.intros])
             require(not used, "its rendezvous cookie was used before")
-            intro.cookies.add(cookie)
+            intro.cookies += cookie[:_COOKIE]
             intro.left -= 1
             attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
             circuit = await self.tor.circuit_to(target, attempts)
@@ -4394,14 +4746,12 @@ class OnionService:
             circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
             circuit.on_begin = self._begin
             self.circuits.append(circuit)
-            await close_idle(circuit)
         except (MemoryError, TorError) as e:
             log(INFO, "an introduction came to nothing: %s", e)
-        finally:
             if circuit:
                 circuit.close()
-                if circuit in self.circuits:
-                    self.circuits.remove(circuit)
+        finally:
+            self._answers -= 1
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)
@@ -4485,7 +4835,8 @@ def packed_address(text):
 
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
-    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary).
+    Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
+    the tag "clock_skew" tells of each ClockError, also later.
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 
@@ -4531,11 +4882,15 @@ class AsyncTor:
         self.paths = directory.paths = select(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
-        works = [directory.refresh] + [self._keep_spares] * (SPARES > 0)
+        self._tasks.append(spawn(lasting(directory.refresh, self._wanted)))
+        if SPARES:
+            self._tasks.append(spawn(lasting(self._keep_spares, self._wanted)))
         if not MICROPYTHON:
-            works.append(self._keep_exits)
-        self._tasks = [spawn(lasting(work, lambda: self._tasks)) for work in works]
+            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
         directory._report(100, "done", "Done")
+
+    def _wanted(self):
+        return self._tasks
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
@@ -4581,20 +4936,25 @@ class AsyncTor:
                     announce("BUILT", circuit)
                     hops = ["%s:%d" % (hop.address, hop.port) for hop in path]
                     log(INFO, "%s is built: %s", circuit, ", ".join(hops))
+                if MICROPYTHON and target:
+                    circuit.path = [target]
                 return circuit
             except BaseException as e:
                 n = 0
                 if circuit:
                     n = len(circuit.path)
                     circuit.close()
-                if not isinstance(e, (ChannelError, CircuitError)):
+                error, kind = e, CircuitError
+                if isinstance(e, SHORT):
+                    kind = MemoryShort
+                    await asyncio.sleep(1)
+                elif not isinstance(e, (ChannelError, CircuitError)):
                     raise
-                if n < len(path):
+                elif n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
                 if not MICROPYTHON and times and n:
                     times.add(ticks_ms() - circuit.since, self.paths.param, False)
-                error = e
-        raise CircuitError("no circuit could be built: %s" % error)
+        raise kind("no circuit could be built: %s" % error)
 
     async def _soon(self, target, attempts, choose):
         # As circuit_to; when one is late, another is begun beside it.  Late ones are built all
@@ -6656,7 +7016,7 @@ class Daemon:
             control.event(name, text)
 
     def channels(self):
-        return [c for c in list(self.tor._channels._open.values()) if not c.closed]
+        return [c for c in list(self.tor._channels.open.values()) if not c.closed]
 
     def circuits(self):
         return [circuit for c in self.channels() for circuit in list(c.circuits.values())]

@@ -35,6 +35,17 @@ def b64(data):
     return base64.b64encode(data).decode().rstrip("=")
 
 
+def read_certs(text, identities, size=1 << 20):
+    """Return what minitor takes of authority certificates, fed in pieces of `size` bytes."""
+    import minitor
+
+    certs = {}
+    parser = minitor.CertParser(certs, identities)
+    for at in range(0, len(text), size):
+        parser.feed(text[at : at + size])
+    return certs
+
+
 def stamp(seconds):
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 

@@ -194,6 +194,29 @@ def test_a_relay_that_does_not_prove_its_identity_is_refused(relay, change, mess
         connect(relay)
 
 
+def test_expired_certificates_are_judged_once_the_relay_said_its_time(relay):
+    """Whose clock is wrong may be clear then; such a link is not used."""
+    relay.clock = -60 * HOUR
+    relay.certs[5] = ed_cert(5, 3, relay.tls_digest, relay.signing, time.time() - 20 * HOUR)
+    channels = []
+
+    async def main():
+        server = await asyncio.start_server(relay.serve, "127.0.0.1", 0, ssl=relay.context)
+        place = "127.0.0.1", server.sockets[0].getsockname()[1], relay.rsa_id
+        links = minitor.Channels()
+        try:
+            with pytest.raises(minitor.ChannelError, match="expired, or the clock is ahead"):
+                await links.get(*place)
+        finally:
+            server.close()
+        channels.append(links.open[relay.rsa_id])
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert channels[0].expired and -61 * HOUR < channels[0].skew < -59 * HOUR
+    # Nothing more was said to it.
+    assert len(relay.seen) == 9
+
+
 DER = serialization.Encoding.DER
 
 

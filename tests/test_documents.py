@@ -12,7 +12,7 @@ import types
 import pytest
 
 import minitor
-from fakenet import FakeNet, FakeRelay, RsaKey
+from fakenet import FakeNet, FakeRelay, RsaKey, read_certs
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "real"
 ERRORS = (minitor.ProtocolError, minitor.DirectoryError, minitor.ClockError)
@@ -36,7 +36,7 @@ def parse(net, text, size=1 << 20, table=None):
 
 
 def certs_of(net):
-    return minitor.parse_authority_certs(net.certs(), net.identities)
+    return read_certs(net.certs(), net.identities)
 
 
 # ── Ed25519 certificates ──
@@ -112,29 +112,30 @@ def test_crosscert():
     certified = ed_cert(b"i" * 32, signing, when + 86400, [(4, 0, identity)])
     link = ed_cert(seed, b"d" * 32, when + 86400, kind=5, key_type=3)
 
-    def parse(cross, by=key, at=when):
+    def parse(cross, by=key):
         body = b"\4"
         for kind, cert in ((2, by.der), (4, certified), (5, link), (7, cross)):
             body += struct.pack(">BH", kind, len(cert)) + cert
-        return minitor.parse_certs(body, b"d" * 32, minitor.sha1(by.der), None, at)
+        return minitor.parse_certs(body, b"d" * 32, minitor.sha1(by.der), None)
 
-    def crosscert(ed_id):
-        signed = ed_id + struct.pack(">I", when // 3600 + 2)
+    def crosscert(ed_id, hours=2):
+        signed = ed_id + struct.pack(">I", when // 3600 + hours)
         digest = hashlib.sha256(b"Tor TLS RSA/Ed25519 cross-certificate" + signed).digest()
         return signed + bytes([128]) + key.sign(digest)
 
     data = crosscert(identity)
-    assert parse(data) == identity
-    for bad, by, at, error in (
-        (data, key, when + 10800, "expired"),
-        (data, other, when, "wrong"),
-        (data + b"x", key, when, "wrong"),
-        (data[:-1], key, when, "truncated"),
-        (b"x" + data[1:], key, when, "wrong"),
-        (crosscert(signing), key, when, "another key"),
+    # With the time at which the first expires: the caller judges that.
+    assert parse(data) == (identity, when // 3600 * 3600 + 7200)
+    assert when + 82800 < parse(crosscert(identity, 48))[1] <= when + 86400
+    for bad, by, error in (
+        (data, other, "wrong"),
+        (data + b"x", key, "wrong"),
+        (data[:-1], key, "truncated"),
+        (b"x" + data[1:], key, "wrong"),
+        (crosscert(signing), key, "another key"),
     ):
         with pytest.raises(minitor.ProtocolError, match=error):
-            parse(bad, by, at)
+            parse(bad, by)
 
 
 # ── Meta-format, authority certificates ──
@@ -152,9 +153,11 @@ def test_parse_time():
 def test_authority_certs(net):
     certs = certs_of(net)
     assert set(certs) == {(a.id, a.signing.digest) for a in net.authorities}
-    assert minitor.parse_authority_certs(net.certs(), set()) == {}
+    for size in (1, 61, 498):
+        assert read_certs(net.certs(), net.identities, size) == certs
+    assert read_certs(net.certs(), set()) == {}
     one = net.authorities[0]
-    assert list(minitor.parse_authority_certs(net.certs(), {one.id})) == [
+    assert list(read_certs(net.certs(), {one.id})) == [
         (one.id, one.signing.digest)
     ]
 
@@ -173,7 +176,7 @@ def test_authority_certs_refused(net):
         b"\n".join(lines[:5] + [lines[5].swapcase()] + lines[6:]),
     ):
         with pytest.raises(minitor.ProtocolError):
-            assert minitor.parse_authority_certs(bad, net.identities) == {}
+            assert read_certs(bad, net.identities) == {}
             raise minitor.ProtocolError("passed over")
 
 
@@ -190,7 +193,7 @@ def test_consensus(net, size):
     assert c.params == {"circwindow": 1000, "hsdir_interval": 1440}
     assert c.srv_previous == c.srv_current == bytes(range(32))
     assert c.bandwidth_weights == {"Wbd": 0, "Wbe": 0, "Wgg": 10000}
-    assert c.required == {"Cons=2", "Desc=2", "Link=4", "Microdesc=2", "Relay=2"}
+    assert c.lacking == []
     for fake in net.relays:
         relay = table.relay(table.find(fake.rsa_id))
         assert (relay.rsa_id, relay.address, relay.port) == (fake.rsa_id, fake.address, 9001)
@@ -264,7 +267,7 @@ def test_two_keys_of_one_authority_count_once(net):
     twin.name, twin.identity, twin.signing, twin.id = "twin", one.identity, other.signing, one.id
     twin.cert = twin.certify(int(time.time()) + 100000)
     consensus = parse(net, net.consensus(signers=[one, twin]))[1]
-    certs = minitor.parse_authority_certs(net.certs() + twin.cert, net.identities)
+    certs = read_certs(net.certs() + twin.cert, net.identities)
     assert len(certs) == 4 and len(consensus.signatures) == 2
     with pytest.raises(minitor.DirectoryError, match="1 of 3"):
         consensus.verify(certs, net.identities)
@@ -400,10 +403,14 @@ def test_bounds(net):
     with pytest.raises(minitor.ProtocolError, match="too long"):
         for _ in range(100):
             parser.feed(b"x" * 1000)
+    # Of lines before the relays nothing is kept but what a Consensus has, once.
     parser = minitor.ConsensusParser(minitor.RelayTable().add)
-    with pytest.raises(minitor.ProtocolError):
-        for _ in range(3000):
-            parser.feed(b"contact me\n")
+    for _ in range(3000):
+        parser.feed(b"contact me\n")
+    assert not parser._rest and not parser._bits
+    parser.feed(b"params a=1\n")
+    with pytest.raises(minitor.ProtocolError, match="malformed"):
+        parser.feed(b"params a=2\n")
 
 
 def test_times(net):
@@ -411,8 +418,10 @@ def test_times(net):
     day = 86400
     for when in (c.valid_after, c.valid_after - day, c.valid_until + day):
         c.check_times(when)
-    with pytest.raises(minitor.ClockError, match="behind"):
+    with pytest.raises(minitor.ClockError, match="at least 24 hours behind: set it"):
         c.check_times(c.valid_after - day - 1)
+    with pytest.raises(minitor.ClockError, match="at least 365 days behind"):
+        c.check_times(c.valid_after - 365 * day)
     with pytest.raises(minitor.DirectoryError, match="old"):
         c.check_times(c.valid_until + day + 1)
 
@@ -434,7 +443,7 @@ def test_load(net):
 def test_the_real_consensus():
     network = minitor.load_network()
     text = (REAL / "2024-05-17-certs").read_bytes().replace(b"\r", b"")
-    certs = minitor.parse_authority_certs(text, network.identities)
+    certs = read_certs(text, network.identities)
     table = minitor.RelayTable()
     parser = minitor.ConsensusParser(table.add)
     document = (REAL / "2024-05-17-17-00-consensus-microdesc").read_bytes()

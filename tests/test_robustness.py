@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 import minitor
+from fakenet import read_certs
 
 NOW = 1_800_000_000
 ROUNDS = int(200 * float(os.environ.get("MINITOR_FUZZ", "1")))
@@ -274,8 +275,8 @@ def test_ed25519_certificates(checks):
 
 def test_authority_certificates(checks, authority_certs):
     text, fingerprint = authority_certs
-    assert len(minitor.parse_authority_certs(text, {fingerprint})) == 1
-    fuzz(lambda data: minitor.parse_authority_certs(data, {fingerprint}), text)
+    assert len(read_certs(text, {fingerprint})) == 1
+    fuzz(lambda data: read_certs(data, {fingerprint}), text)
 
 
 def read_consensus(data, fingerprint, size=10**9):
@@ -289,7 +290,7 @@ def read_consensus(data, fingerprint, size=10**9):
 @pytest.mark.parametrize("size", [10**9, 100, 7])
 def test_consensus(checks, consensus, authority_certs, size):
     text, fingerprint = consensus
-    certs = minitor.parse_authority_certs(authority_certs[0], {fingerprint})
+    certs = read_certs(authority_certs[0], {fingerprint})
     weights = []
 
     def parse_consensus(data):
@@ -354,9 +355,9 @@ def test_stored_table(tmp_path, consensus):
 
 def test_certs_cell(checks, certs, key):
     (body, tls), rsa_id = certs, minitor.sha1(key.der)
-    ed_id = minitor.parse_certs(body, tls, rsa_id, None, NOW)
-    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, ed_id, NOW), body)
-    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, None, NOW), body)
+    ed_id = minitor.parse_certs(body, tls, rsa_id, None)[0]
+    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, ed_id), body)
+    fuzz(lambda data: minitor.parse_certs(data, tls, rsa_id, None), body)
 
 
 def test_link_specifiers():

@@ -1,9 +1,12 @@
 """What the text of minitor.py has to keep to: its size, Python 3.9, and MicroPython's limits."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+import minitor
 
 SOURCE = (Path(__file__).resolve().parents[1] / "minitor.py").read_text()
 TREE = ast.parse(SOURCE, feature_version=(3, 9))
@@ -18,10 +21,10 @@ POSITIONAL = set("from_bytes to_bytes split rsplit splitlines encode decode".spl
 
 
 def test_size():
-    # The client and the host of onion services took 150 KB; 46 came for boards: hashes and AES in
+    # The client and the host of onion services took 150 KB; 56 came for boards: hashes and AES in
     # viper, the relay table on flash, admission by memory; 90 for proxies, torrc and control port.
     # A new feature raises it knowingly.
-    assert len(SOURCE.encode()) <= 296 * 1024
+    assert len(SOURCE.encode()) <= 310 * 1024
 
 
 def test_lines_are_short():

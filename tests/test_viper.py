@@ -163,7 +163,7 @@ def test_few_cipher_objects_are_kept(section):
     ciphers = [section.AesCtrCryptolib(bytes([i]) * 16) for i in range(20)]
     for cipher in ciphers * 2:
         cipher.crypt(b"x")
-    assert sum(cipher._aes is not None for cipher in ciphers) == section._RECENT
+    assert sum(cipher._out is not None for cipher in ciphers) == section._RECENT
 
 
 def test_the_memory_itself():

@@ -42,7 +42,7 @@ RELAYS = 9
 ROLES = ("family", "family", "familyid", "familyid", "nohsdir", "noexit", "web")
 OR_PORT, DIR_PORT = 9001, 9030
 HIDDEN_PORT = 9101  # where a relay listens that is reached with a delay
-SEATS = 32  # nodes in one range of addresses
+SEATS = 16  # nodes in one range of addresses
 START_SECONDS = 180
 HUM_SECONDS = 4
 

@@ -31,7 +31,8 @@ def ingest(folder, path):
     started = time.perf_counter()
     network = minitor.load_network()
     text = (folder / "2024-05-17-certs").read_bytes().replace(b"\r", b"")
-    certs = minitor.parse_authority_certs(text, network.identities)
+    certs = {}
+    minitor.CertParser(certs, network.identities).feed(text)
     table = minitor.RelayTable()
     parser = minitor.ConsensusParser(table.add)
     with open(folder / "2024-05-17-17-00-consensus-microdesc", "rb") as f:
@@ -56,7 +57,7 @@ def fill(path):
     table, consensus = minitor.load_table(path, network.id)
     ids = [table.rsa_id(i) for i in range(len(table))]
     started, size = time.perf_counter(), 0
-    for i in next(table.missing()).values():
+    for i in next(table.missing()):
         # Two in three belong to a family; the largest has 200 members.
         members = 200 if i % 10 == 0 else 30
         first = i // members * members

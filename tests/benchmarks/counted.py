@@ -70,7 +70,7 @@ def cells(far, count):
 
 def ntor():
     secret = H("706f6461792069207075742e2e2e2e2e2e2e2e4a454c4c59206f6e2074686973")
-    m.x25519_keypair = lambda: (secret, m.x25519(secret))
+    m.urandom = lambda n: secret[:n]
     reply = H(
         "0040390480a14362761d6aec1fea840f6e9e928fb2adb7b25c670be1045e35133a37"
         "1cbdf68b89923e1f85e8e18ee6e805ea333fe4849c790ffd2670bd80fec95cc8"
@@ -174,15 +174,15 @@ def rsa():
     return lambda: m.rsa_verify(n, bytes(32), b"\x77" * 256)
 
 
-def block(function):
+def block(function, *rounds):
     state = bytearray(200)
-    return lambda: function(state)
+    return lambda: function(state, *rounds)
 
 
 TASKS = {
     "keccak": lambda: block(m._keccak),
     "sha1": lambda: block(m._sha1),
-    "sha512": lambda: block(m._sha512),
+    "sha512": lambda: block(m._sha512, m._ROUNDS),
     "ntor": ntor,
     "sent": sent,
     "received": received,

@@ -52,9 +52,9 @@ def encrypt_and_decrypt(sender, receiver):
     i = len(sender)
     while i:
         i -= 1
-        sender[i].out_cipher.apply(CELL, 5, 509)
+        sender[i].apply(CELL, 5, 509)
     for layer in receiver:
-        layer.in_cipher.apply(CELL, 5, 509)
+        layer.apply(CELL, 5, 509, 1)
     assert receiver[-1].opens(CELL, 5)
 
 

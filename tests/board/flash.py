@@ -121,9 +121,10 @@ def fill(table):
     number = parts = 0
     for wanted in table.missing(92):
         number, parts = number + len(wanted), parts + 1
-        for digest in wanted:
+        for i in wanted:
+            digest = table.digest(i)
             family = digest[:4] * (digest[4] % 20)
-            table.set_microdesc(wanted[digest], keys(digest), (b"accept 80", family, b""))
+            table.set_microdesc(i, keys(digest), (b"accept 80", family, b""))
     return number, parts
 
 

@@ -46,9 +46,10 @@ def refresh(hour, old):
         if n % 8 == 0:
             chooser.percent()
             sample()
-        for digest in wanted:
+        for i in wanted:
+            digest = table.digest(i)
             family = b"".join([digest[k : k + 4] for k in range(28)])
-            table.set_microdesc(wanted[digest], f.keys(digest), (b"accept 80,443", family, b""))
+            table.set_microdesc(i, f.keys(digest), (b"accept 80,443", family, b""))
     table.save(path, bytes(32), consensus)
     assert len(table) == count and chooser.percent() == 100
     return table, consensus

@@ -34,6 +34,34 @@ for _ in range(20):
     bytearray(10000)
     assert not m.crowded()
 m.ticks_ms = ticks_ms
+
+
+class Idle:
+    """A circuit of `size` bytes, with so many streams; `service`: it is a client's of a service."""
+
+    closed = False
+
+    def __init__(self, since, size=4000, streams=(), service=True):
+        self.since, self.on_begin, self.streams = since, service, streams
+        self.held = bytearray(size)
+
+    def close(self):
+        self.closed, self.held = True, None
+
+
+class Idles:
+    def __init__(self, circuits):
+        self.circuits = {n: circuit for n, circuit in enumerate(circuits)}
+
+
+# Room is made by circuits that nobody uses, first those that were not used for long.
+links = [Idles([Idle(7), Idle(5, 4000, [1]), Idle(3)]), Idles([Idle(1, 4000, (), None), Idle(4)])]
+for spare, gone in ((1000, []), (-1000, [3]), (-9000, [3, 4, 7])):
+    m._admission[0] = used() + m._ROOM + spare
+    m.make_room(links)
+    every = [circuit for link in links for circuit in link.circuits.values()]
+    assert sorted([circuit.since for circuit in every if circuit.closed]) == gone, (spare, gone)
+links = every = None
 m._admission[0] = 1 << 30
 
 

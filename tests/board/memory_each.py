@@ -64,6 +64,11 @@ class Wire:
         piece, self.data = self.data[:n], self.data[n:]
         return piece
 
+    async def readinto(self, buffer):
+        piece = await self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
     def write(self, data):
         if not self.greeted:
             self.greeted = True
@@ -107,6 +112,7 @@ async def echo(reader, writer):
 def make_service(folder, port):
     consensus = thing(param=lambda name, default, low=0, high=0: default)
     directory = thing(consensus=consensus, network=thing(testing=True), table=None)
+    directory.turn = m.Turn()
     tor = thing(directory=directory, paths=thing(param=consensus.param, updates=0), services=[])
     service = hurt.OnionService(tor, folder + "/key", {80: echo, 81: port})
     tor.services.append(service)
@@ -117,19 +123,19 @@ async def streams(folder):
     port = 20000 + os.urandom(1)[0] * 100 + os.urandom(1)[0] % 100
     server = await asyncio.start_server(echo, "127.0.0.1", port)
     tor, service = make_service(folder, port)
-    intro = thing(cookies=set(), left=10**9, ready=True, rsa_id=b"i" * 20)
+    intro = thing(cookies=bytearray(), left=10**9, circuit=True, rsa_id=b"i" * 20)
     intro.auth_key = m.ed25519_public(m.ed25519_expand(b"a" * 32))
     intro.b = b"q" * 32
     intro.enc_key = m.x25519(intro.b)
     service.intros.append(intro)
-    service._periods = [(0, b"", b"", b"s" * 32, [])]
+    service._periods = [(0, b"", b"", b"s" * 32, {})]
     specifiers = b"\3\0\6\x0b\x16\x21\x2c\x23\x29\2\x14" + b"r" * 20 + b"\3\x20" + b"e" * 32
     relay = thing(specifiers=specifiers, ntor_key=m.x25519(b"n" * 32))
 
     wire = Wire()
 
     async def tls_connect(address, port, seconds):
-        return wire, wire, lambda: b""
+        return wire, wire, [b""]
 
     hurt.tls_connect, hurt.hang_up = tls_connect, hang_up
     channel = hurt.Channel("127.0.0.1", 1, b"g" * 20, None, 20)
@@ -224,7 +230,7 @@ async def streams(folder):
         stream.write(b"still")
         assert await asyncio.wait_for(stream.readexactly(5), 20) == b"still", n
         service._tasks = [task for task in service._tasks if not task.done()]
-        intro.cookies.clear()
+        intro.cookies = bytearray()
         if failed % 10 == 0:
             for _ in range(100):
                 await asyncio.sleep(0)
@@ -257,7 +263,7 @@ class FakeTable:
         return bytes([i]) * 20
 
     def relay(self, i):
-        return thing(rsa_id=bytes([i]) * 20, index=i)
+        return thing(rsa_id=bytes([i]) * 20, ntor_key=b"", specifiers=b"")
 
 
 class Asyncio:

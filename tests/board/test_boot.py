@@ -49,6 +49,20 @@ async def main(tor):
         await asyncio.sleep(%d / 30)
     raise ValueError("what the application raised")
 """
+CONTRADICTS = """
+
+class ClockError(Exception):
+    pass
+
+
+async def judge(tor):
+    tor.progress(30, "clock_skew", "60 hours ahead")
+    if %s:
+        raise ClockError("60 hours ahead")
+
+
+AsyncTor.judge = judge
+"""
 ALWAYS = """
 import asyncio
 
@@ -189,6 +203,24 @@ def test_time_that_a_reset_left(board):
     board.scene(ntp=[None] * 9)
     out = board.boot()
     assert out.count("(asked ") == 5 and "(tor " in out
+
+
+@pytest.mark.parametrize("when", ["start", "later"])
+def test_time_that_the_network_contradicts(board, when):
+    """No try goes on with it: NTP is asked until it answers, and after a pause all begins anew."""
+    text = MINITOR.replace('self.progress(100, "done", "Done")', "await self.judge()")
+    board.write(text + CONTRADICTS % (when == "start"), "minitor.py")
+    board.write(HANDLER)
+    # What a reset left would do otherwise.
+    board.scene(ntp=[None] * 5)
+    out = board.boot()
+    assert out.count("(asked ") == 5 and "Bootstrapped 30% (clock_skew): 60 hours ahead\n" in out
+    assert out.count("ClockError: 60 hours ahead") == (when == "start")
+    assert out.endswith("Starting anew in 5 s\n(reset)\n") and "(clock set to 2000)\n" in out
+    board.scene(ntp=[None] * 7)
+    out = board.boot()
+    assert out.count("(asked ") == 8 and out.index("(asked pool.ntp.org: 2026)") < out.index("(tor ")
+    assert "Starting anew in 10 s\n" in out
 
 
 def test_pauses_grow(board):

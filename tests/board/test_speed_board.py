@@ -40,8 +40,8 @@ def test_assignments_make_no_tuples():
     "task, most", [("keccak", 130000), ("sha1", 16000), ("sha512", 120000)], ids=lambda x: str(x)
 )
 def test_instructions_of_a_block(task, most):
-    # Counted, so that no machine's speed is in it.
+    # Counted, so that no machine's speed is in it; a collection's half a million is spread out.
     try:
-        assert bench_instructions.count(task, 50) <= most
+        assert bench_instructions.count(task, 500) <= most
     except runtimes.Missing as e:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(str(e))

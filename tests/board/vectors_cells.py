@@ -20,26 +20,27 @@ def refused(function, *args):
     return False
 
 
-def keypair(secret):
-    return lambda: (secret, minitor.x25519(secret))
+urandom = minitor.urandom
 
 
-random_keypair = minitor.x25519_keypair
+def drawn(secret):
+    return lambda n: secret if n == 32 else urandom(n)
+
 
 # CERTS of C tor.
 made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["certs"]
 body, digest, rsa_id, ed_id = [H(made[name]) for name in ("body", "digest", "rsa", "ed")]
-assert minitor.parse_certs(body, digest, rsa_id, None, made["when"]) == ed_id
-assert minitor.parse_certs(body, digest, rsa_id, ed_id, made["when"]) == ed_id
-assert refused(minitor.parse_certs, body, digest, bytes(20), None, made["when"])
-assert refused(minitor.parse_certs, body, bytes(32), rsa_id, None, made["when"])
-assert refused(minitor.parse_certs, body, digest, rsa_id, None, made["when"] + 400 * 86400)
-assert refused(minitor.parse_certs, body[:-1], digest, rsa_id, None, made["when"])
+found, expires = minitor.parse_certs(body, digest, rsa_id, None)
+assert found == ed_id and 0 < expires - made["when"] < 50 * 3600
+assert minitor.parse_certs(body, digest, rsa_id, ed_id) == (ed_id, expires)
+assert refused(minitor.parse_certs, body, digest, bytes(20), None)
+assert refused(minitor.parse_certs, body, bytes(32), rsa_id, None)
+assert refused(minitor.parse_certs, body[:-1], digest, rsa_id, None)
 
 # ntor.
 B = H("ccbc8541904d18af08753eae967874749e6149f873de937f57f8fd903a21c471")
 identity = H("69546f6c64596f7541626f75745374616972732e")
-minitor.x25519_keypair = keypair(
+minitor.urandom = drawn(
     H("706f6461792069207075742e2e2e2e2e2e2e2e4a454c4c59206f6e2074686973")
 )
 skin, finish = minitor.ntor(identity, B)
@@ -68,12 +69,12 @@ keys = minitor.shake256(seed + b"tor-hs-ntor-curve25519-sha3-256-1:hs_key_expand
 relay = Thing()
 relay.ntor_key = b"n" * 32
 relay.specifiers = b"\3\0\6\x7f\0\0\1\x13\x89\2\x14" + b"r" * 20 + b"\3\x20" + b"e" * 32
-minitor.x25519_keypair = keypair(x)
+minitor.urandom = drawn(x)
 _, finish = minitor.hs_ntor_client(intro, b"s" * 32, b"c" * 20, relay)
 assert finish(reply) == keys
 assert refused(finish, reply[:-1] + b"\0")
 
-minitor.x25519_keypair = random_keypair
+minitor.urandom = urandom
 body, finish = minitor.hs_ntor_client(intro, b"s" * 32, b"c" * 20, relay)
 assert len(body) == 310
 target, cookie, answer, keys = minitor.hs_ntor_service(intro, [bytes(32), b"s" * 32], body)

@@ -35,8 +35,17 @@ def parse(text, size, old=None):
 
 
 # Authority certificates, consensus, signatures, times.
-certs = minitor.parse_authority_certs(given["certs"].encode(), identities)
-assert len(certs) == 3 and minitor.parse_authority_certs(given["certs"].encode(), set()) == {}
+def authority_certs(wanted, size):
+    found, text = {}, given["certs"].encode()
+    parser = minitor.CertParser(found, wanted)
+    for at in range(0, len(text), size):
+        parser.feed(text[at : at + size])
+    return found
+
+
+certs = authority_certs(identities, 1 << 16)
+assert len(certs) == 3 and certs == authority_certs(identities, 100)
+assert authority_certs(set(), 498) == {}
 for size in (1, 498, 4096):
     table, consensus = parse(text, size)
     assert len(table) == 12 and consensus.missing_certs(certs, identities) == []
@@ -73,8 +82,8 @@ def fill(table):
         parser.feed(document[at : at + 100])
     parser.finish()
     for wanted in table.missing():
-        for digest, i in wanted.items():
-            table.set_microdesc(i, *found[digest])
+        for i in wanted:
+            table.set_microdesc(i, *found[table.digest(i)])
 
 
 table, consensus = parse(text, 498)

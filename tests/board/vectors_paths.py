@@ -40,8 +40,8 @@ table = network(66)
 # Weights above the width of the machine: relay 31 of 32 has half of all.
 weights = m.PathSelector(table, consensus, None)
 names = ("Wgg", "Wgm", "Wgd", "Wmg", "Wmm", "Wme", "Wmd", "Weg", "Wem", "Wee", "Wed")
-for name in names + ("Wgb", "Wmb", "Web", "Wdb"):
-    consensus.bandwidth_weights[name] = 0x7FFFFFFF
+consensus.bandwidth_weights = {
+    name: 0x7FFFFFFF for name in names + ("Wgb", "Wmb", "Web", "Wdb")}
 for chooser in (weights, m.PathSelector(table, consensus, None)):
     picked = [chooser.pick("middle", lambda i: i < 32) for _ in range(60)]
     assert 12 < picked.count(31) < 48 and min(picked) > 10, picked

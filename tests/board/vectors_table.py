@@ -48,10 +48,10 @@ def fill(table, relays, lacking=()):
     asked, found = 0, {r.digest: r for r in relays}
     for wanted in table.missing(92):
         asked += len(wanted)
-        for digest in sorted(wanted):
-            r = found[digest]
+        for i in sorted(wanted, key=table.digest):
+            r = found[table.digest(i)]
             if r.n not in lacking:
-                table.set_microdesc(wanted[digest], r.keys, (r.policy, r.family, r.ids))
+                table.set_microdesc(i, r.keys, (r.policy, r.family, r.ids))
     return asked
 
 
@@ -184,8 +184,8 @@ def test_malformed_ones():
     relays = [Relay(n) for n in range(50)]
     table = write(relays)
     for wanted in table.missing():
-        for digest in wanted:
-            table.set_microdesc(wanted[digest], b"", (b"", b"", b""))
+        for i in wanted:
+            table.set_microdesc(i, b"", (b"", b"", b""))
     table.save(PATH, NETWORK, consensus)
     assert next(table.missing(), None) is None and next(load().missing(), None) is None
     assert [i for i, _, _ in table.rows(m.USABLE, m.USABLE)] == []

@@ -1,8 +1,9 @@
 """The board's build with little heap, under 32-bit MicroPython, in networks of real relays.
 
-By command only, as 112 KB do not suffice yet:
+In CI four clients are served.  The rest by command, in the heap that it gives:
     MINITOR_HEAP=112k python -m pytest tests/live/test_live_memory.py
-    MINITOR_HEAP=300k MINITOR_PERIODS=6 python -m pytest tests/live/test_live_memory.py -k periods
+    MINITOR_HEAP=112k MINITOR_PERIODS=6 python -m pytest tests/live/test_live_memory.py -k periods
+In CI a board sees a time period change in test_live_sparse.py.
 """
 
 import os
@@ -10,20 +11,20 @@ import time
 
 import pytest
 from bigdir import BigNet
-from boardkit import Board, reach, requests, transfers
+from boardkit import CI_HEAP, Board, reach, requests, transfers
 from livekit import MB, curl, forget, introduction_points, wait_for
 from test_live_failures import _connections, reachable, relays  # noqa: F401
 from test_live_sparse import shared_random
 from tornet import TorNetError
 
-HEAP = os.environ.get("MINITOR_HEAP")
+HEAP = os.environ.get("MINITOR_HEAP", CI_HEAP)
 RELAYS = int(os.environ.get("MINITOR_RELAYS", "7200"))
 # What the peaks of two runs may differ by: lists that grow by halves, samples between two steps.
 SAME = 4096
 PERIODS = int(os.environ.get("MINITOR_PERIODS", "1"))
 
-if not HEAP:
-    pytest.skip("runs where MINITOR_HEAP gives a heap", allow_module_level=True)
+by_command = pytest.mark.skipif("MINITOR_HEAP" not in os.environ,
+                                reason="runs where MINITOR_HEAP gives a heap")
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def bootstrap(total, folder, target):
         with BigNet(total) as net:
             assert total < 7000 or net.sizes["consensus"] > 2.4e6 and net.sizes["microdescs"] > 8e6
             with Board(folder, HEAP, net, target.port) as board:
-                peak, _ = board.phase("bootstrap", 120 + total // 10)
+                peak, seconds = board.phase("bootstrap", 120 + total // 10)
+                print("%d relays: %d bytes at most, %.1f s" % (total, peak, seconds))
                 # Circuits of those that it knows now work, and so does the service.
                 assert reach(net.client(), board.address()) and board.running
                 return peak
@@ -52,6 +54,7 @@ def bootstrap(total, folder, target):
         pytest.fail(str(e), pytrace=False)
 
 
+@by_command
 @pytest.mark.timeout(1800)
 def test_peak_does_not_depend_on_the_number_of_relays(target, tmp_path):
     """A directory of the public network's size; and a small one needs no less memory."""
@@ -63,19 +66,23 @@ def test_peak_does_not_depend_on_the_number_of_relays(target, tmp_path):
 @pytest.mark.timeout(2400)
 def test_serves_four_clients(tornet, target, clients, tmp_path):
     """100 requests, and 1 MB each way, by four clients at once; memory stays as it was."""
+    # In CI an eighth of it, and two rounds.
+    small = "MINITOR_HEAP" not in os.environ
+    plan = ((100, MB // 8), (20, MB // 10)) if small else (
+        (100, MB), (20, MB // 10), (20, MB // 10))
     with Board(tmp_path / "board", HEAP, tornet, target.port) as board:
         address = board.address()
         for client in clients:
             reach(client, address)
         rounds = []
-        for count, size in (100, MB), (20, MB // 10), (20, MB // 10):
+        for count, size in plan:
             requests(clients, address, count)
             transfers(clients, address, tmp_path, size)
             board_lives(board)
             rounds.append(settled(board))
         print("live memory after each round in bytes:", rounds)
         # The first makes what stays: circuits, and room in lists.
-        assert rounds[2] - rounds[0] < SAME
+        assert rounds[-1] - rounds[0] < SAME
 
 
 def settled(board):
@@ -85,24 +92,32 @@ def settled(board):
     return min(live for live, _ in board.still()[seen:])
 
 
+@by_command
 @pytest.mark.timeout(900)
-def test_loses_introduction_points_and_guard(tornet, target, clients, relays, tmp_path):
+def test_loses_introduction_points_and_guard(tornet, target, relays, tmp_path):
     """The service comes back by itself, and takes no more memory for it."""
-    with Board(tmp_path / "board", HEAP, tornet, target.port) as board:
-        address = board.address()
-        reach(clients[0], address)
-        before = settled(board)
-        points = introduction_points(tornet, clients[0], address, 3)
-        guards = _connections(board.pid, tornet)
-        assert points and guards
-        relays(*[relay for relay in points if relay not in guards][:2])
-        reachable(clients[0], address, 240)
-        relays(*_connections(board.pid, tornet))
-        reachable(clients[0], address, 240)
-        board_lives(board)
-        assert settled(board) - before < 2 * SAME
+    client = tornet.client()
+    try:
+        with Board(tmp_path / "board", HEAP, tornet, target.port) as board:
+            address = board.address()
+            reach(client, address)
+            before = settled(board)
+            points = introduction_points(tornet, client, address, 2)
+            guards = _connections(board.pid, tornet)
+            assert points and guards
+            relays(*[relay for relay in points if relay not in guards][:2])
+            reachable(client, address, 240)
+            relays(*_connections(board.pid, tornet))
+            reachable(client, address, 240)
+            board_lives(board)
+            after = settled(board)
+            print("live memory before and after in bytes:", before, after)
+            assert after - before < 2 * SAME
+    finally:
+        client.stop()
 
 
+@by_command
 @pytest.mark.timeout(600 + 300 * PERIODS)
 def test_time_periods(tornet_sparse, target, tmp_path):
     """It keeps serving while time periods pass (MINITOR_PERIODS of them), memory flat."""
@@ -112,17 +127,22 @@ def test_time_periods(tornet_sparse, target, tmp_path):
             address = board.address()
             reach(client, address)
             first, lives, results = shared_random(tornet_sparse)[1], {}, []
-            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 1) + 160
+            end = time.monotonic() + 24 * tornet_sparse.interval * (PERIODS + 2) + 160
+            period, changed = 0, time.monotonic()
             # Of the last period, too, there has to be time after it published.
-            changed = time.monotonic()
             while len(lives) <= PERIODS or time.monotonic() < changed + 100:
                 assert time.monotonic() < end, lives
                 forget(client)
                 done = curl(client, "http://%s/" % address, user=str(time.time_ns()), seconds=25)
                 results.append(done.returncode == 0)
                 number = shared_random(tornet_sparse)[1] - first
-                changed = changed if number in lives else time.monotonic()
-                lives[number] = min(lives.get(number, 1 << 30), board.still()[-1][0])
+                if number != period:
+                    period, changed = number, time.monotonic()
+                if period not in lives and time.monotonic() > changed + 60:
+                    # Without circuits of clients, which go when they are forgotten.
+                    forget(client)
+                    time.sleep(20)
+                    lives[period] = settled(board)
                 time.sleep(4)
             board_lives(board)
             print("least live memory by period in bytes:", lives)
@@ -130,6 +150,6 @@ def test_time_periods(tornet_sparse, target, tmp_path):
             # Away while it publishes anew, not longer.
             assert sum(results) >= 0.8 * len(results)
             assert "xxxx" not in "".join(".x"[not good] for good in results)
-            assert max(lives.values()) - min(lives.values()) < 2 * SAME
+            assert max(lives.values()) - min(lives.values()) < SAME
     finally:
         client.stop()

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 
+import time
 from scene import SPEED, seconds
 
 sleep = asyncio.sleep
@@ -25,6 +26,10 @@ class RTC:
                 return f.read()
         except OSError:
             return b""
+
+    def datetime(self, date):
+        print("(clock set to %d)" % date[0])
+        time.set_year(date[0])
 
 
 class WDT:

@@ -13,4 +13,4 @@ def settime():
     print("(asked %s: %s)" % (host, answer))
     if answer is None:
         raise OSError(110)
-    time.YEAR[0] = answer
+    time.set_year(answer)

@@ -1,11 +1,24 @@
-"""MicroPython's `time` with a clock that can be set; scene.json, "year": what it shows first."""
+"""MicroPython's `time` with a clock that can be set, and goes on over a reset.
+
+scene.json, "year": what it shows first; "ahead": of the right time, in seconds.
+"""
 
 import utime
 from utime import *
 
 from scene import SCENE, seconds
 
-YEAR = [SCENE.get("year", 2026)]
+try:
+    with open("clock") as f:
+        YEAR = [int(f.read())]
+except OSError:
+    YEAR = [SCENE.get("year", 2026)]
+
+
+def set_year(year):
+    YEAR[0] = year
+    with open("clock", "w") as f:
+        f.write(str(year))
 
 
 def gmtime(at=None):
@@ -13,4 +26,4 @@ def gmtime(at=None):
 
 
 def time():
-    return utime.time() + seconds()
+    return utime.time() + seconds() + SCENE.get("ahead", 0)

@@ -2608,6 +2608,29 @@ def parse_descriptor(data, blinded, subcred, when):
 traffic = [0, 0]
 
 
+def relieve(circuits, still=0):
+    """For want of memory end the stream that holds most (and is `still` for so many ms), or,
+    without any and if not `still`, close a circuit."""
+    most, victim, other = 1023, None, None
+    try:
+        for circuit in circuits:
+            for stream in circuit.streams.values():
+                held = len(stream._incoming) + len(stream.outgoing)
+                if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
+                    most, victim = held, stream
+            # Best an idle one of a service's client, never an introduction point's.
+            if not circuit.on_control and (not other or circuit.on_begin and not circuit.streams):
+                other = circuit
+        if victim:
+            log(NOTICE, "out of memory: a stream ends")
+            victim.send_end(END_RESOURCELIMIT)
+        elif other and not still:
+            log(NOTICE, "out of memory: a circuit ends")
+            other.starve()
+    except MemoryError:
+        pass
+
+
 class Channel:
     """A link to the relay `rsa_id` that is also `ed_id`, if given.
 
@@ -3483,29 +3506,6 @@ class Circuit:
 
 # Below the budget, for overlays and what they work on.
 _ROOM = 24 << 10
-
-
-def relieve(circuits, still=0):
-    """For want of memory end the stream that holds most (and is `still` for so many ms), or,
-    without any and if not `still`, close a circuit."""
-    most, victim, other = 1023, None, None
-    try:
-        for circuit in circuits:
-            for stream in circuit.streams.values():
-                held = len(stream._incoming) + len(stream.outgoing)
-                if held > most and ticks_diff(ticks_ms(), stream.moved) >= still:
-                    most, victim = held, stream
-            # Best an idle one of a service's client, never an introduction point's.
-            if not circuit.on_control and (not other or circuit.on_begin and not circuit.streams):
-                other = circuit
-        if victim:
-            log(NOTICE, "out of memory: a stream ends")
-            victim.send_end(END_RESOURCELIMIT)
-        elif other and not still:
-            log(NOTICE, "out of memory: a circuit ends")
-            other.starve()
-    except MemoryError:
-        pass
 
 
 def make_room(channels):

@@ -57,7 +57,7 @@ class Board(Program):
 
     def __exit__(self, kind, *_):
         if kind:
-            print("the board said:", self.out[-1500:], self.err[-2500:])
+            print("the board said:", self.out[-6000:], self.err[-2500:])
         super().__exit__()
 
     def refusals(self):

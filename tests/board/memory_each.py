@@ -114,6 +114,7 @@ def make_service(folder, port):
     directory = thing(consensus=consensus, network=thing(testing=True), table=None)
     directory.turn = m.Turn()
     tor = thing(directory=directory, paths=thing(param=consensus.param, updates=0), services=[])
+    tor._channels = thing(open={})
     service = hurt.OnionService(tor, folder + "/key", {80: echo, 81: port})
     tor.services.append(service)
     return tor, service

@@ -1,6 +1,6 @@
 """The board's build with little heap, under 32-bit MicroPython, in networks of real relays.
 
-In CI four clients are served.  The rest by command, in the heap that it gives:
+In CI, with 112 KB, four clients are served, and relays are lost.  The rest by command:
     MINITOR_HEAP=112k python -m pytest tests/live/test_live_memory.py
     MINITOR_HEAP=112k MINITOR_PERIODS=6 python -m pytest tests/live/test_live_memory.py -k periods
 In CI a board sees a time period change in test_live_sparse.py.
@@ -92,21 +92,33 @@ def settled(board):
     return min(live for live, _ in board.still()[seen:])
 
 
-@by_command
+def _board_with_a_guard(net, target, folder):
+    # One that is no authority, which would have to stay.
+    for n in range(8):
+        board = Board(folder / str(n), HEAP, net, target.port)
+        board.address()
+        if _connections(board.pid, net):
+            return board
+        board.kill()
+    pytest.fail("eight boards have authorities as guards")
+
+
 @pytest.mark.timeout(900)
 def test_loses_introduction_points_and_guard(tornet, target, relays, tmp_path):
     """The service comes back by itself, and takes no more memory for it."""
     client = tornet.client()
     try:
-        with Board(tmp_path / "board", HEAP, tornet, target.port) as board:
+        with _board_with_a_guard(tornet, target, tmp_path) as board:
             address = board.address()
             reach(client, address)
             before = settled(board)
             points = introduction_points(tornet, client, address, 2)
             guards = _connections(board.pid, tornet)
             assert points and guards
+            print("lost:", [r.nickname for r in points], "guard:", [r.nickname for r in guards])
             relays(*[relay for relay in points if relay not in guards][:2])
             reachable(client, address, 240)
+            print("back without its introduction points:", board.still()[-1])
             relays(*_connections(board.pid, tornet))
             reachable(client, address, 240)
             board_lives(board)
@@ -150,6 +162,8 @@ def test_time_periods(tornet_sparse, target, tmp_path):
             # Away while it publishes anew, not longer.
             assert sum(results) >= 0.8 * len(results)
             assert "xxxx" not in "".join(".x"[not good] for good in results)
-            assert max(lives.values()) - min(lives.values()) < SAME
+            # A client's circuit, 4.7 KB, may linger in one period or another; what leaks stays.
+            values, half = [lives[n] for n in sorted(lives)], (len(lives) + 1) // 2
+            assert min(values[half:]) - min(values[:half]) < SAME
     finally:
         client.stop()

@@ -47,17 +47,19 @@ ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 # What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
 # raises an error when it is called, and reaches nothing else.
 PRESETS = {
-    "host": (False, "Tor AsyncTor Stream OnionService set_log main __version__ __all__", ""),
+    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", ""),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key",
+        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
+        " run_daemon",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
-        "AsyncTor.open_connection AsyncTor.resolve Tor.create_connection Tor.resolve Tor.urlopen"
-        " Tor.http_get http_call",
+        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
+        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
+        " run_daemon",
     ),
     "board": (
         True,
@@ -73,7 +75,7 @@ SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
 # Attributes that are None on a board: it has no congestion control.
 ABSENT = ("vegas",)
 # What programs name, and these attributes, stay.
-PUBLIC = "Tor AsyncTor Stream OnionService set_log main DEBUG INFO NOTICE WARN ERR".split()
+PUBLIC = "Tor AsyncTor Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR".split()
 CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 
@@ -407,7 +409,8 @@ def cut(tree, paths):
     wanted = [find(tree, path) for path in paths]
     for c, s in parts(tree):
         if isinstance(s, FUNCTIONS) and (c and c.name, s.name) in wanted:
-            s.body = ast.parse("raise ConfigError(%r %% %r)" % (LACKS, s.name)).body
+            name = c.name if s.name == "__init__" else s.name
+            s.body = ast.parse("raise ConfigError(%r %% %r)" % (LACKS, name)).body
 
 
 class Shake:

@@ -11,7 +11,7 @@ MIT licence.
 """
 
 __version__ = "0.1.0"
-__all__ = ("AsyncTor", "Tor", "TorError")
+__all__ = ("AsyncTor", "Proxy", "Tor", "TorError")
 
 # === 1. Platform ===
 # Every difference between CPython and MicroPython.
@@ -68,6 +68,16 @@ else:
             pass
 
     _admission, FAILURES = [0, None], Exception
+    # What controllers are told of: `watch(event, subject, …)` for each.
+    watchers = []
+
+    def announce(*what):
+        for watch in watchers:
+            try:
+                watch(*what)
+            except Exception as e:
+                log(ERR, "bug: %s as %s was told: %s", type(e).__name__, what[0], e)
+
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
 
@@ -340,7 +350,7 @@ class StreamError(TorError):
 
 
 class OnionError(TorError):
-    """An onion service could not be reached."""
+    """An onion service could not be reached; `reason` as in proposal 304."""
 
 
 class DescriptorError(OnionError):
@@ -2258,9 +2268,10 @@ def fast_finish(x, reply):
     return k[20:92] + k[:20]
 
 
-def begin(host, port):
-    """BEGIN's body; `host` "": of an onion service; IPv6 will do (tor-spec 6.2)."""
-    return b"%s:%d\0%s" % (host.encode(), port, b"\0\0\0\1" if host else b"")
+def begin(host, port, flags=1):
+    """BEGIN's body; `host` "": of an onion service; `flags` 1: IPv6 will do (tor-spec 6.2)."""
+    host = "[%s]" % host if ":" in host else host
+    return b"%s:%d\0%s" % (host.encode(), port, pack(">I", flags) if host else b"")
 
 
 def parse_begin(body):
@@ -2270,13 +2281,16 @@ def parse_begin(body):
     return decimal(text.split(b":")[-1], 1, 65535)
 
 
-def parse_resolved(body):
-    """The addresses (text) in RESOLVED (tor-spec 6.4)."""
+def parse_resolved(body, names=False):
+    """The addresses (text), or the `names`, in RESOLVED (tor-spec 6.4)."""
     r, found = Reader(body, "RESOLVED"), []
     while r.left():
         kind, value, _ = r.uint(1), r.take(r.uint(1)), r.take(4)
         require(len(value) == {4: 4, 6: 16}.get(kind, len(value)), "bad RESOLVED")
-        if kind == 4:
+        if names:
+            if kind == 0 and value.isascii():
+                found.append(value.decode())
+        elif kind == 4:
             found.append(".".join(map(str, value)))
         elif kind == 6:
             found.append(":".join(["%x" % n for n in unpack(">8H", value)]))
@@ -2590,6 +2604,10 @@ def parse_descriptor(data, blinded, subcred, when):
 # One TLS link to a relay, and the circuits that share it (tor-spec 3 and 4).
 
 
+# Bytes read and written.
+traffic = [0, 0]
+
+
 def relieve(circuits, still=0):
     """For want of memory end the stream that holds most (and is `still` for so many ms), or,
     without any and if not `still`, close a circuit."""
@@ -2627,6 +2645,8 @@ class Channel:
         self.circuits, self._queue, self._queued, self._tasks = {}, [], 0, []
         self.opened, self._wake = Promise(), asyncio.Event()
         self._due = [VERSIONS, CERTS, NETINFO]
+        if not MICROPYTHON:
+            announce("ORCONN", self, "LAUNCHED")
         spawn(self._run(seconds))
 
     def __str__(self):
@@ -2701,6 +2721,8 @@ class Channel:
                     elif not idle:
                         data, self._queue = b"".join(self._queue), []
                         size = len(data)
+                        if not MICROPYTHON:
+                            traffic[1] += size
                         writer.write(data)
                 except MemoryError:
                     self._relieve()
@@ -2727,6 +2749,8 @@ class Channel:
                 data = data or await reader.read(1 << 18)
                 if not data:
                     raise OSError("the relay closed it")
+                if not MICROPYTHON:
+                    traffic[0] += len(data)
                 rest, data = rest + data, b""
             except MemoryError:
                 # What was read is still here.
@@ -2808,6 +2832,8 @@ class Channel:
                 # None is sent here: one side alone would stand out (padding-spec 2).
                 self.send(cell(0, PADDING_NEGOTIATE, b"\0\1"))
             self.opened.set(self)
+            if not MICROPYTHON:
+                announce("ORCONN", self, "CONNECTED")
 
     def close(self, why="closed", error=""):
         """Close the channel and its circuits; what is queued is still written."""
@@ -2820,6 +2846,8 @@ class Channel:
             log(INFO, "%s", self.closed)
         except MemoryError:
             pass
+        if not MICROPYTHON:
+            announce("ORCONN", self, "CLOSED" if self.opened.done() else "FAILED")
         self.opened.set(error=self.closed)
         while self.circuits:
             self.circuits.popitem()[1].close(why, 8)
@@ -3072,6 +3100,8 @@ class Stream:
         self.circuit.streams.pop(self.stream_id, None)
         self.opened.set(error=error)
         self._changed.set()
+        if not MICROPYTHON:
+            announce("STREAM", self, "CLOSED", self)
 
     def accept(self):
         if not self._ended:
@@ -3187,6 +3217,8 @@ class Circuit:
         while (circ_id := randbelow(1 << 31) | 1 << 31) in channel.circuits:
             pass
         self.circ_id, channel.circuits[circ_id] = circ_id, self
+        if not MICROPYTHON:
+            announce("CIRC", self)
 
     def __str__(self):
         return "circuit %d over %s" % (self.circ_id & 0xFFFF, self.channel)
@@ -3212,6 +3244,8 @@ class Circuit:
         self.path.append(relay)
         self._add(Layer(keys))
         self.kh = keys[72:]
+        if not MICROPYTHON:
+            announce("CIRC", self)
 
     def add_onion_hop(self, keys, service=False, vegas=None):
         """Add the virtual hop of a rendezvous (rend-spec-v3 4.2.1)."""
@@ -3244,8 +3278,11 @@ class Circuit:
         except asyncio.TimeoutError:
             raise self.close("no answer within %d s" % seconds, 10)
 
-    async def open_stream(self, command, body, seconds):
-        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError."""
+    async def open_stream(self, command, body, seconds, early=b""):
+        """Open a Stream by BEGIN, BEGIN_DIR or RESOLVE (tor-spec 6.2, 6.4); StreamError.
+
+        `early`: what is sent along, before there is an answer.
+        """
         if len(self.streams) > 60000:
             raise StreamError("the circuit has no stream ID left", END_RESOURCELIMIT)
         # In turn: an END for one closed here may be on its way.
@@ -3255,6 +3292,10 @@ class Circuit:
         self._last_id, stream = stream_id, Stream(self, stream_id)
         try:
             self.send(command, stream_id, body)
+            if not MICROPYTHON:
+                stream.early = len(early)
+                if early:
+                    stream.write(early)
             await stream.opened.wait(seconds)
             return stream
         except BaseException as e:
@@ -3458,6 +3499,8 @@ class Circuit:
                 promise.set(error=self.closed)
             while self.streams:
                 self.streams.popitem()[1].end(ended)
+            if not MICROPYTHON:
+                announce("CIRC", self)
         return self.closed
 
 
@@ -3477,11 +3520,14 @@ def make_room(channels):
 
 BUILD_SECONDS = 20
 DIRTY_MS = 600000  # tor's MaxCircuitDirtiness
+# By so much `since` goes back for a circuit that shall get no new stream.
+OUTDATED = 2 * DIRTY_MS if MICROPYTHON else 1 << 50
 
 
 def is_dirty(circuit):
     """Tell whether `circuit`, in use `since` then, gets no new stream."""
-    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > DIRTY_MS
+    limit = DIRTY_MS if MICROPYTHON else getattr(circuit, "dirty_ms", DIRTY_MS)
+    return circuit.closed or ticks_diff(ticks_ms(), circuit.since) > limit
 
 
 async def close_idle(circuit):
@@ -3513,6 +3559,8 @@ async def pump(stream, reader, writer):
 
     try:
         task = spawn(move(reader, stream))
+        if not MICROPYTHON:
+            await asyncio.sleep(0)  # what is cancelled before it begins is warned about
         await move(stream, writer)
         task.cancel()
     except MemoryError:
@@ -3766,6 +3814,64 @@ class PathSelector:
         return [table.find(rsa_id) for rsa_id in two]
 
 
+class BuildTimes:
+    """Tells how long to wait for a circuit, from how long others took (path-spec 2.4).
+
+    By Pareto's distribution, as tor, of the last thousand.  `path`: the file that keeps them.
+    """
+
+    def __init__(self, path):
+        self._file, self._recent, self._factor, self._known, self._new = path, [], 1, None, 0
+        try:
+            stored = json.loads(read_file(path) or "[]")
+            self.times = [min(max(int(ms), 1), 1 << 22) for ms in stored[-1000:]]
+        except Exception:
+            log(WARN, "%s is damaged: learning anew how long circuits take", path)
+            self.times = []
+
+    def learning(self, param):
+        """Tell whether more are needed."""
+        enough = param("cbtmincircs", 100, 1, 10000), 1000
+        return len(self.times) < min(enough) and not param("cbtdisabled", 0, 0, 1)
+
+    def ms(self, param, hops=3):
+        """For how many milliseconds to wait for a circuit of `hops`."""
+        if not self._known:
+            guess = self.learning(param) or param("cbtdisabled", 0, 0, 1)
+            first = param("cbtinitialtimeout", 60000, 10) * self._factor
+            self._known = first if guess else self._estimate(param)
+        return self._known * hops * (hops + 1) / 12
+
+    def _estimate(self, param):
+        import math
+
+        # Xm: the mean of the fullest bins of 10 ms.
+        times, bins = self.times, {}
+        for ms in times:
+            bins[ms // 10] = bins.get(ms // 10, 0) + 1
+        modes = sorted(bins, key=lambda b: (-bins[b], b))[: param("cbtnummodes", 10, 1, 20)]
+        xm = sum([bins[b] * (10 * b + 5) for b in modes]) / sum([bins[b] for b in modes])
+        logs = sum([math.log(max(xm, ms)) for ms in times]) - len(times) * math.log(xm)
+        rest = 1 - param("cbtquantile", 80, 10, 99) / 100
+        found = min(xm * rest ** (-logs / len(times)), max(times))
+        # This machine's own work may take half a second.
+        return max(found, param("cbtmintimeout", 10, 10), 500)
+
+    def add(self, ms, param, built=True):
+        """Note that a circuit's first three hops were built within `ms`, or failed after it."""
+        limit, most = self.ms(param), param("cbtrecentcount", 20, 3, 1000)
+        self._recent = (self._recent + [ms > limit])[-most:]
+        if sum(self._recent) >= param("cbtmaxtimeouts", 18, 3, 10000):
+            # The network is another now.
+            first = param("cbtinitialtimeout", 60000, 10)
+            self._factor = 2 * limit / first if limit >= first else 1
+            self.times, self._recent, self._known = [], [], None
+        elif built:
+            self.times, self._known, self._new = (self.times + [ms])[-1000:], None, self._new + 1
+            if self._new % 10 == 0:
+                cache_file(self._file, json.dumps(self.times).encode())
+
+
 # === 13. Directory client ===
 # dir-spec 4 and 5.
 
@@ -3856,7 +3962,7 @@ def place(entry):
 
 
 def load_network(path=None):
-    """The Tor network of the torrc file `path`, or the public one; ConfigError.
+    """The Tor network of the torrc file `path`, or of its lines, or the public one; ConfigError.
 
     `authorities`, `fallbacks`: see place; `identities`: the v3 ones.
     """
@@ -3869,6 +3975,8 @@ def load_network(path=None):
                 n = n * 91 + ord(digit) - 36
             places.append(n.to_bytes(26, "big"))
         v3_ids, places = [entry[6:] for entry in places[:9]], places[9:]
+    elif not MICROPYTHON and isinstance(path, list):
+        lines = path
     else:
         try:
             with open(path) as f:
@@ -4105,6 +4213,8 @@ class Directory:
             raise
         if paths:
             paths.succeeded(where[2])
+        if not MICROPYTHON:
+            announce("BUILT", circuit)
         return circuit
 
     def _judge_clock(self, channel):
@@ -4275,7 +4385,7 @@ async def hsdir_request(tor, rsa_id, path, body=None):
         circuit.close()
 
 
-async def _try_each(items, use, kind, text):
+async def _try_each(items, use, kind, text, reason):
     # What `use(item)` returns for the first of `items`, at random, that works.
     error = "none is known"
     for item in sorted(items, key=lambda _: randbelow(1 << 30)):
@@ -4284,7 +4394,8 @@ async def _try_each(items, use, kind, text):
         except TorError as e:
             error = e
             log(INFO, "trying another: %s", e)
-    raise kind("%s %s" % (text, error))
+            reason = e.reason if isinstance(e, OnionError) and e.reason else reason
+    raise kind("%s %s" % (text, error), reason)
 
 
 async def _find_descriptor(tor, key):
@@ -4294,11 +4405,22 @@ async def _find_descriptor(tor, key):
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
 
     async def fetch(rsa_id):
-        text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
-        return parse_descriptor(text, blinded, subcred, now())
+        result = "FAILED", rsa_id, blinded, "NOT_FOUND"
+        if not MICROPYTHON:
+            announce("HS_DESC", key, "REQUESTED", rsa_id, blinded)
+        try:
+            text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
+            descriptor = parse_descriptor(text, blinded, subcred, now())
+            result = "RECEIVED", rsa_id, blinded
+            return descriptor
+        except ProtocolError as e:
+            raise DescriptorError(str(e), 0xF1)
+        finally:
+            if not MICROPYTHON:
+                announce("HS_DESC", key, *result)
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
-    found = await _try_each(ring, fetch, DescriptorError, text)
+    found = await _try_each(ring, fetch, DescriptorError, text, 0xF0)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -4323,7 +4445,10 @@ async def _introduce(tor, descriptor, intro):
         rend.add_onion_hop(finish(await joined.wait(_REND_SECONDS)), False, vegas)
         return circuits.pop(0)
     except asyncio.TimeoutError:
-        raise OnionError("nothing came from the rendezvous point")
+        raise OnionError("nothing came from the rendezvous point", 0xF3)
+    except CircuitError as e:
+        # The introduction point's silence.
+        raise OnionError(str(e), 0xF7) if e.reason == 10 else e
     finally:
         for circuit in circuits:
             circuit.close()
@@ -4338,7 +4463,7 @@ async def meet(tor, key):
         intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(intros, use, OnionError, text)
+            return await _try_each(intros, use, OnionError, text, 0xF2)
         except OnionError:
             descriptor.until = 0
             if now() > end:
@@ -4385,6 +4510,10 @@ def load_service_key(key_dir):
 class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
+    # As HiddenService… in a torrc.
+    intro_points = INTRO_POINTS
+    max_streams, strict, export = _MAX_STREAMS, False, False
+
     def __init__(self, tor, key_dir, ports):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
@@ -4394,7 +4523,9 @@ class OnionService:
             if not (unix or callable(target) or isinstance(target, tuple) and len(target) == 2):
                 raise ConfigError("%r is no target for an onion service" % (target,))
             self.ports[port] = target
-        self._esk, self.key = load_service_key(key_dir)
+        # Not in a folder: the keys themselves.
+        given = not MICROPYTHON and isinstance(key_dir, tuple)
+        self._esk, self.key = key_dir if given else load_service_key(key_dir)
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4439,7 +4570,8 @@ class OnionService:
                         intro.until = 0
                     self._keep_intro(intro)
                 updates = paths.updates
-                while len([i for i in self.intros if not self._over(i)]) < INTRO_POINTS:
+                most = INTRO_POINTS if MICROPYTHON else self.intro_points
+                while len([i for i in self.intros if not self._over(i)]) < most:
                     self.intros.append(self._new_intro())
             except (MemoryError, TorError) as e:
                 log(WARN, "no introduction point for %s: %s", self.address, e)
@@ -4506,8 +4638,9 @@ class OnionService:
         waited, updates, state = 0, None, None
         while True:
             await asyncio.sleep(1)
-            ready = sorted([i for i in self.intros if i.circuit], key=self._over)[:INTRO_POINTS]
-            waited = waited + 1 if len(ready) < INTRO_POINTS else 0
+            most = INTRO_POINTS if MICROPYTHON else self.intro_points
+            ready = sorted([i for i in self.intros if i.circuit], key=self._over)[:most]
+            waited = waited + 1 if len(ready) < most else 0
             if not ready or 0 < waited < 30:
                 continue
             try:
@@ -4554,15 +4687,21 @@ class OnionService:
         ring.update({rsa_id: t + 20 for rsa_id in todo})
 
         async def upload(rsa_id):
+            if not MICROPYTHON:
+                announce("HS_DESC", self.key, "UPLOAD", rsa_id, blinded)
             try:
                 await hsdir_request(tor, rsa_id, "/tor/hs/3/publish", file)
                 ring[rsa_id] = t + 3600 + randbelow(3600)  # as tor
+                if not MICROPYTHON:
+                    announce("HS_DESC", self.key, "UPLOADED", rsa_id)
             except (MemoryError, TorError) as e:
                 log(INFO, "a descriptor was not uploaded: %s", e)
+                if not MICROPYTHON:
+                    announce("HS_DESC", self.key, "FAILED", rsa_id, blinded, "UPLOAD_REJECTED")
 
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
-        with spool(self.key_dir + "/descriptor") as file:
+        with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
             make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
@@ -4621,9 +4760,14 @@ class OnionService:
             stream.send_end(END_DONE)
             await asyncio.sleep(0.2)
             return circuit.close()
-        if self._short() or len(circuit.streams) > _MAX_STREAMS:
+        most = _MAX_STREAMS if MICROPYTHON else self.max_streams
+        if self._short() or len(circuit.streams) > most:
             log(INFO, "a stream is refused: too many, or out of memory")
+            if not MICROPYTHON and self.strict:
+                return circuit.close()
             return stream.send_end(END_RESOURCELIMIT)
+        if not MICROPYTHON and isinstance(target, list):
+            target = target[randbelow(len(target))]
         try:
             if callable(target):
                 stream.accept()
@@ -4639,6 +4783,10 @@ class OnionService:
             stream.send_end(END_RESOURCELIMIT if short else END_CONNECTREFUSED)
             severity = INFO if isinstance(e, (TorError, EOFError)) else WARN
             return log(severity, "what port %d leads to failed: %s: %s", port, type(e).__name__, e)
+        if not MICROPYTHON and self.export:
+            n = circuit.circ_id
+            text = "PROXY TCP6 fc00:dead:beef:4dad::%x:%x ::1 %d %d\r\n"
+            writer.write((text % (n >> 16, n & 65535, n & 65535, port)).encode())
         stream.accept()
         await pump(stream, reader, writer)
 
@@ -4673,6 +4821,16 @@ def is_onion(host):
     return host.lower().rstrip(".").endswith(".onion")
 
 
+def packed_address(text):
+    """The bytes of an IP address, or None."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            return socket.inet_pton(family, text)
+        except (OSError, ValueError):
+            pass
+    return None
+
+
 class AsyncTor:
     """Tor for asyncio.  `data_dir`: a folder for state; `network`: a torrc file of another
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
@@ -4680,14 +4838,21 @@ class AsyncTor:
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
     """
 
+    selector = PathSelector
+
     def __init__(self, data_dir=None, network=None, progress=None, budget=0):
         _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
         network, self._channels = load_network(network), Channels()
         self.directory = Directory(network, self.data_dir, self._channels, progress)
-        # `_shared`: {key of an onion service, or port: Promise of a circuit}.
+        # `_shared`: {(isolation, key of an onion service, or port): Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
         self._spares, self._tasks = [], []
+        if not MICROPYTHON:
+            # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
+            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, []
+            self.dirty_ms, self._opening = DIRTY_MS, 0
+            self.build_times = BuildTimes(self.data_dir + "/build_times.json")
 
     async def start(self):
         """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
@@ -4700,6 +4865,8 @@ class AsyncTor:
         except BaseException:
             await self.aclose()
             raise
+        if not MICROPYTHON:
+            self.ready = True
         return self
 
     async def _bootstrap(self):
@@ -4709,12 +4876,15 @@ class AsyncTor:
             # What is dear there: a link to the guard alone stays.
             self._channels.close()
         file = self.data_dir + "/guards.json"
-        self.paths = directory.paths = PathSelector(directory.table, directory.consensus, file)
+        select = PathSelector if MICROPYTHON else self.selector
+        self.paths = directory.paths = select(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         self._tasks.append(spawn(lasting(directory.refresh, self._wanted)))
         if SPARES:
             self._tasks.append(spawn(lasting(self._keep_spares, self._wanted)))
+        if not MICROPYTHON:
+            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
         directory._report(100, "done", "Done")
 
     def _wanted(self):
@@ -4722,6 +4892,9 @@ class AsyncTor:
 
     async def aclose(self):
         """Take the services down, close all circuits and links."""
+        if not MICROPYTHON:
+            for proxy in list(self.proxies):
+                proxy.close()
         for service in list(self.services):
             await service.close()
         tasks, self._tasks = self._tasks, []
@@ -4737,8 +4910,12 @@ class AsyncTor:
         if target and target.private and not self.directory.network.testing:
             raise CircuitError("a relay with a private address: " + target.address)
         attempts = attempts or (3 if target else 6)  # a target may be down for good
+        if not MICROPYTHON and attempts > 1:
+            return await self._soon(target, attempts, choose)
         for _ in range(attempts):
             circuit, path = (None, choose()) if choose else self._begun(target)
+            if not MICROPYTHON:
+                times = self.build_times if not circuit else None
             try:
                 if not circuit:
                     hop = path[0]
@@ -4750,6 +4927,13 @@ class AsyncTor:
                     if len(circuit.path) == 1 and not self.paths.succeeded(hop.rsa_id):
                         path = path[:1]
                         raise CircuitError("better guards may be up again")
+                    if not MICROPYTHON and times and len(circuit.path) == 3:
+                        times.add(ticks_ms() - circuit.since, self.paths.param)
+                        times = None
+                if not MICROPYTHON:
+                    announce("BUILT", circuit)
+                    hops = ["%s:%d" % (hop.address, hop.port) for hop in path]
+                    log(INFO, "%s is built: %s", circuit, ", ".join(hops))
                 if MICROPYTHON and target:
                     circuit.path = [target]
                 return circuit
@@ -4766,7 +4950,46 @@ class AsyncTor:
                     raise
                 elif n < len(path):
                     self.paths.failed(path[n].rsa_id, n)
-        raise kind("no circuit in %d attempts: %s" % (attempts, error))
+                if not MICROPYTHON and times and n:
+                    times.add(ticks_ms() - circuit.since, self.paths.param, False)
+        raise kind("no circuit could be built: %s" % error)
+
+    async def _soon(self, target, attempts, choose):
+        # As circuit_to; when one is late, another is begun beside it.  Late ones are built all
+        # the same, as tor's: or only the quick would be known.
+        tasks, won = set(), False
+        seconds = self.build_times.ms(self.paths.param, 4 if target else 3) / 1000
+        try:
+            while True:
+                if attempts:
+                    attempts -= 1
+                    tasks.add(asyncio.ensure_future(self.circuit_to(target, 1, choose)))
+                limit = seconds if attempts else None
+                done, _ = await asyncio.wait(tasks, timeout=limit, return_when="FIRST_COMPLETED")
+                seconds *= 1 if done else 2
+                for task in done:
+                    tasks.remove(task)
+                    error = task.exception()
+                    won = not error
+                    if won:
+                        return task.result()
+                    if not (attempts or tasks) or not isinstance(error, CircuitError):
+                        raise error
+        finally:
+            for task in tasks:
+                _tasks.add(task)
+                task.add_done_callback(lambda task: self._late(task, not (target or choose)))
+                if not won:
+                    task.cancel()
+
+    def _late(self, task, spare):
+        # What `_soon` began is built, and not needed any more.
+        _tasks.discard(task)
+        if not task.cancelled() and not task.exception():
+            if spare and self._tasks and len(self._spares) < SPARES:
+                self._spares.append(task.result())
+            else:
+                task.result().close()
 
     def _begun(self, target):
         # A spare circuit or None, and the path to `target`.
@@ -4788,16 +5011,65 @@ class AsyncTor:
                 await asyncio.sleep(60)
             await asyncio.sleep(1)
 
-    async def _circuit(self, key, port):
-        # A shared one: to the onion service `key`, or an exit for `port`.
-        def fits(circuit):
-            i = table.find(circuit.path[-1].rsa_id)
-            return i >= 0 and table.exit_allows(i, port)
+    def _allows(self, circuit, port):
+        i = self.directory.table.find(circuit.path[-1].rsa_id)
+        return i >= 0 and self.directory.table.exit_allows(i, port)
 
+    async def _keep_exits(self):
+        # For proxies: circuits for the ports asked for in the last hour (path-spec 2.1.1).
+        def clean(port=0):
+            return [c for c in self._exits if not c.closed and (not port or self._allows(c, port))]
+
+        tick = 0
+        while True:
+            await asyncio.sleep(1)
+            tick, t, param = tick + 1, ticks_ms(), self.paths.param
+            ports = sorted([(used, port) for port, used in self.wanted.items()])[-8:]
+            self.wanted = {port: used for used, port in ports if t - used < 3600000}
+            learn = tick % param("cbttestfreq", 10, 1) == 0 and self.build_times.learning(param)
+            for circuit in self._exits:
+                if t - circuit.since > 1800000 or learn and len(clean()) >= 10:
+                    circuit.close()
+            self._exits = clean()
+            due = [port for port in self.wanted if learn or len(clean(port)) < 2]
+            if due and len(self._exits) < 10:
+                try:
+                    choose = lambda: self.paths.exit_path(due[0])
+                    self._exits.append(await self.circuit_to(choose=choose))
+                except TorError as e:
+                    log(INFO, "no circuit could be built ahead: %s", e)
+                    self.wanted.pop(due[0], None)
+                    await asyncio.sleep(20)
+
+    async def _exit(self, port):
+        # A circuit that nobody used, to an exit for `port`.
+        if not MICROPYTHON and self.proxies:
+            self.wanted[port] = ticks_ms()
+            for circuit in self._exits:
+                if not circuit.closed and self._allows(circuit, port):
+                    self._exits.remove(circuit)
+                    circuit.since = ticks_ms()
+                    return circuit
+        return await self.circuit_to(choose=lambda: self.paths.exit_path(port))
+
+    async def _in_turn(self, opening):
+        # So many at once, as tor's MaxClientCircuitsPending.
+        while self._opening >= 32:
+            await asyncio.sleep(0.05)
+        self._opening += 1
+        try:
+            return await opening
+        finally:
+            self._opening -= 1
+
+    async def _circuit(self, key, port, isolation=None):
+        # A shared one: to the onion service `key`, or an exit for `port`.
         async def keep():
-            choose = lambda: self.paths.exit_path(port)
             try:
-                promise.set(await (meet(self, key) if key else self.circuit_to(choose=choose)))
+                opening = meet(self, key) if key else self._exit(port)
+                promise.set(await (opening if MICROPYTHON else self._in_turn(opening)))
+                if not MICROPYTHON:
+                    promise.value.dirty_ms = self.dirty_ms
                 await close_idle(promise.value)
             except (MemoryError, TorError) as e:
                 promise.set(error=e if isinstance(e, TorError) else NO_MEMORY)
@@ -4806,13 +5078,16 @@ class AsyncTor:
                 if not promise.done():
                     promise.set(error=CircuitError("a bug, or cancelled", 2))
 
-        name, table = key or port, self.directory.table
+        name = isolation, key or port
         for other, promise in list(self._shared.items()):
             circuit = promise.value
             if is_dirty(circuit) if circuit else promise.done():
                 del self._shared[other]
-            elif other == name or circuit and not key and isinstance(other, int) and fits(circuit):
+            elif other == name:
                 break
+            elif circuit and not key and other[0] == isolation and isinstance(other[1], int):
+                if self._allows(circuit, port):
+                    break
         else:
             promise = self._shared[name] = Promise()
             spawn(keep())
@@ -4821,47 +5096,82 @@ class AsyncTor:
             circuit.since = ticks_ms()  # as in tor: a new one would be dear
         return circuit
 
-    async def open_connection(self, host, port, timeout=120):
+    def newnym(self):
+        """Open new streams on new circuits; forget descriptors (control-spec, NEWNYM)."""
+        for promise in self._shared.values():
+            if promise.value:
+                promise.value.since -= OUTDATED
+        self._shared, self.descriptors = {}, {}
+
+    async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
 
+        `isolation`: anything hashable; streams of different ones never share a circuit.
+        `flags`: of BEGIN (tor-spec 6.2).  `early`: bytes to send along, before it is known
+        whether there is a connection; how many of them went, `reader.early` tells.
         AddressError, CircuitError, OnionError, StreamError, TorTimeout.
         """
         check_target(host, port)
         key = parse_onion_address(host) if is_onion(host) else None
-        opening = self._on_circuit(key, port, BEGIN, begin("" if key else host, port))
+        body = begin("" if key else host, port, flags)
+        opening, stream = self._on_circuit(key, port, BEGIN, body, isolation, early), None
+        if not MICROPYTHON:
+            wish = SimpleNamespace(target="%s:%d" % (host, port))
+            announce("STREAM", wish, "NEW")
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
             raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
+        finally:
+            if not MICROPYTHON:
+                announce("STREAM", wish, "SUCCEEDED" if stream else "FAILED", stream)
         return stream, stream
 
-    async def resolve(self, host):
+    async def resolve(self, host, isolation=None):
         """Return the IP addresses (text) of `host` as an exit sees them; StreamError."""
         check_target(host, 443)
         if is_onion(host):
             raise AddressError(host + " has no IP address")
-        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0")
-        stream.circuit.streams.pop(stream.stream_id, None)
-        addresses = parse_resolved(stream.opened.value)
+        addresses = parse_resolved(await self._resolved(host, isolation))
         if not addresses:
             raise StreamError("the exit finds no address of " + host, 2)
         return addresses
 
-    async def _on_circuit(self, key, port, command, body):
+    async def resolve_ptr(self, address, isolation=None):
+        """Return the names of an IP address (text) as an exit sees them; StreamError."""
+        packed = packed_address(address)
+        if not packed:
+            raise AddressError("no IP address: %r" % address)
+        parts, zone = map(str, packed), "in-addr"
+        if len(packed) == 16:
+            parts, zone = packed.hex(), "ip6"
+        host = ".".join(list(parts)[::-1] + [zone, "arpa"])
+        names = parse_resolved(await self._resolved(host, isolation), True)
+        if not names:
+            raise StreamError("the exit finds no name of " + address, 2)
+        return names
+
+    async def _resolved(self, host, isolation):
+        stream = await self._on_circuit(None, 443, RESOLVE, host.encode() + b"\0", isolation)
+        stream.circuit.streams.pop(stream.stream_id, None)
+        return stream.opened.value
+
+    async def _on_circuit(self, key, port, command, body, isolation=None, early=b""):
         # A stream; from another circuit, as tor, after these END reasons (6.3).
         again = (END_TIMEOUT,) if key else (1, 2, 4, 5, 7, 8, 9, 11)
         if crowded():
             raise StreamError("not opened: out of memory", END_RESOURCELIMIT)
         for last in (False, key, True):
-            circuit = await self._circuit(key, port)
+            circuit = await self._circuit(key, port, isolation)
+            more = [bytes(early)] if early else []
             try:
-                return await circuit.open_stream(command, body, 30)
+                return await circuit.open_stream(command, body, 30, *more)
             except (CircuitError, StreamError) as e:
                 if not circuit.closed and e.reason not in again:
                     raise
-                circuit.since -= 2 * DIRTY_MS
+                circuit.since -= OUTDATED
                 if last:
                     raise
 
@@ -4976,19 +5286,25 @@ class Tor:
 
     __exit__ = close
 
-    def resolve(self, host):
-        return self.run(self._tor.resolve(host))
+    def resolve(self, host, isolation=None):
+        return self.run(self._tor.resolve(host, isolation))
+
+    def resolve_ptr(self, address, isolation=None):
+        return self.run(self._tor.resolve_ptr(address, isolation))
+
+    def newnym(self):
+        self._loop.call_soon_threadsafe(self._tor.newnym)
 
     def create_onion_service(self, port, target=None, key_dir=None):
         """As AsyncTor.create_onion_service; `close` waits, too."""
         service = self.run(self._tor.create_onion_service(port, target, key_dir))
         return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
 
-    def create_connection(self, address, timeout=None):
+    def create_connection(self, address, timeout=None, isolation=None):
         """Connect to (host, port): a socket.socket, `timeout` its timeout in seconds."""
 
         async def connect():
-            stream, _ = await self._tor.open_connection(*address, timeout)
+            stream, _ = await self._tor.open_connection(*address, timeout, isolation)
             end, ours = socket.socketpair()
             spawn(pump(stream, *await asyncio.open_connection(sock=ours)))
             end.settimeout(timeout)
@@ -5010,6 +5326,2125 @@ class Tor:
         if response.length or len(data) == 1 << 26:
             raise StreamError("%s ends early, or is too large" % url)
         return http_call(url, data.decode, response.headers.get_content_charset("utf-8"), "replace")
+
+
+# === 17. Front doors ===
+# What programs connect to: SOCKS 4, 4a and 5 (RFC 1928, RFC 1929, socks-extensions, proposals 304
+# and 351), HTTP CONNECT (http-connect-spec, proposal 365).
+
+SOCKS_CONNECT, SOCKS_RESOLVE, SOCKS_RESOLVE_PTR = 1, 0xF0, 0xF1
+# By END's reason: its name, HTTP's status, SOCKS's reply.
+_ENDS = [end.split() for end in (
+    "NONE 500 1|MISC 500 1|RESOLVEFAILED 503 4|CONNECTREFUSED 403 5|EXITPOLICY 503 2|DESTROY 502 1|"
+    "DONE 502 5|TIMEOUT 504 6|NOROUTE 503 4|HIBERNATING 502 1|INTERNAL 502 1|RESOURCELIMIT 502 1|"
+    "CONNRESET 503 5|TORPROTOCOL 502 1|NOTDIRECTORY 500 1"
+).split("|")]
+
+
+def socks_reply(version, code, address=""):
+    """A SOCKS reply; `code`: as of version 5; `address`: an IP address or a name (text)."""
+    packed = packed_address(address or "0.0.0.0")
+    if version == 4:
+        if code or not packed or len(packed) > 4:
+            return b"\0\x5b" + bytes(6)
+        return b"\0\x5a\0\0" + packed
+    kind = b"\3" + bytes([len(address)]) + address.encode()
+    if packed:
+        kind = (b"\1" if len(packed) == 4 else b"\4") + packed
+    return bytes([5, code, 0]) + kind + b"\0\0"
+
+
+def parse_socks(data, no_auth=False):
+    """Parse all that a SOCKS client has sent yet; `no_auth`: rather without a user name.
+
+    Returns what is due to it in answer so far, and: None, if more must come; or the request
+    (`version`, `command`, `host`, `port`, `auth`: None or (user, password), `literal`: whether it
+    had an address and no name, `used`: its bytes); or a text that says what is wrong with it.
+    """
+    answer, r = [], Reader(data)
+    try:
+        version = r.uint(1)
+        if version in (4, 5):
+            request = _parse_socks4(r) if version == 4 else _parse_socks5(r, answer, no_auth)
+        else:
+            request = "the first byte is %d: not SOCKS" % version
+            if version in b"CDGHOPT":
+                answer.append(_NO_HTTP)
+    except ProtocolError:
+        # More must come.
+        request = None
+    if isinstance(request, str) and version == 4:
+        answer.append(socks_reply(4, 1))
+    return b"".join(answer), request
+
+
+def _request(r, version, command, host, port, auth, literal):
+    # ASCII, as check_target will say.
+    host = host if literal else host.decode("utf-8", "replace").strip("[]")
+    return SimpleNamespace(version=version, command=command, host=host, port=port,
+                           auth=auth, literal=literal, used=r.at)
+
+
+def _parse_socks4(r):
+    command, port, address = r.uint(1), r.uint(2), r.take(4)
+
+    def text():
+        size = bytes(r.data[r.at : r.at + 257]).find(b"\0")
+        if size < 0 and r.left() > 256:
+            return None
+        return r.take(size + 1 or r.left() + 1)[:-1]
+
+    named = address[:3] == b"\0\0\0" and address[3]
+    user = text()
+    host = text() if named and user is not None else ".".join(map(str, address))
+    if user is None or host is None:
+        return "a text is too long"
+    if command not in (SOCKS_CONNECT, SOCKS_RESOLVE) or address == bytes(4):
+        return "command %d, or no address" % command
+    return _request(r, 4, command, host, port, (user, b"") if user else None, not named)
+
+
+def _parse_socks5(r, answer, no_auth):
+    methods, auth = r.take(r.uint(1)), None
+    if b"\2" in methods and not (no_auth and b"\0" in methods):
+        answer.append(b"\5\2")
+    elif b"\0" not in methods:
+        answer.append(b"\5\xff")
+        return "neither 'no authentication' nor user name and password are offered"
+    else:
+        answer.append(b"\5\0")
+    version = r.uint(1)
+    # Some send a user name unasked.
+    if version == 1 or answer[0] == b"\5\2":
+        user, password = r.take(r.uint(1)), r.take(r.uint(1))
+        good = version == 1 and (user[:8] != b"<torS0X>" or user[8:] == b"0")
+        answer.append(b"\1\0" if good else b"\1\1")
+        if not good:
+            return "a user name of an unknown format (<torS0X>)"
+        auth, version = (user, password) if user or password else None, r.uint(1)
+    command, kind = r.take(3)[::2]
+    host, error = b"", 0
+    if kind == 1:
+        host = ".".join(map(str, r.take(4)))
+    elif kind == 4:
+        host = socket.inet_ntop(socket.AF_INET6, r.take(16))
+    elif kind == 3:
+        host = r.take(r.uint(1))
+    else:
+        error = 8
+    port = 0 if error else r.uint(2)
+    if version != 5 or command not in (SOCKS_CONNECT, SOCKS_RESOLVE, SOCKS_RESOLVE_PTR):
+        error = 7 if version == 5 else 1
+    if not error:
+        request = _request(r, 5, command, host, port, auth, kind != 3)
+        if command != SOCKS_RESOLVE_PTR or packed_address(request.host):
+            return request
+        error = 8
+    answer.append(socks_reply(5, error))
+    return "version %d, command %d or address type %d is not supported" % (version, command, kind)
+
+
+_HTML, _PAGE = "Content-Type: text/html", b"<!doctype html><title>minitor</title><h1>%s</h1>\n"
+_ALLOW, _ONLY = "Allow: OPTIONS, CONNECT", _PAGE % b"This port takes CONNECT and nothing else"
+
+
+def _http(status, text, *fields, body=b""):
+    # Via goes with what a server said, or would have.
+    who = "Server: tor/1.0" if body or _ALLOW in fields else "Via: tor/1.0 tor-network"
+    fields += "Tor-Capabilities: ", "%s (minitor %s)" % (who, __version__), "", ""
+    return ("HTTP/1.0 %d " % status + "\r\n".join((text,) + fields)).encode() + body
+
+
+_NO_HTTP = _http(501, "SOCKS only", _HTML, body=_PAGE % b"This is a SOCKS proxy, no HTTP proxy")
+
+
+def parse_http(data, no_auth=False):
+    """As parse_socks, of an HTTP CONNECT request."""
+    head, end, _ = data.partition(b"\r\n\r\n")
+    if len(head) > 8192:
+        return b"", "a request of more than 8192 bytes"
+    if not end:
+        return b"", None
+    lines = head.split(b"\r\n")
+    words, fields = lines[0].split(b" "), {}
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        fields[name.strip().lower()] = value.strip()
+    if len(words) != 3 or words[2][:5] != b"HTTP/":
+        return b"", "no HTTP request"
+    method = words[0].upper()
+    if method != b"CONNECT":
+        # A page of a foreign site, by a false name for this machine, learns nothing.
+        host = fields.get(b"host", b"").decode("utf-8", "replace")
+        if not is_loopback(host if packed_address(host) else host.rpartition(":")[0] or host):
+            return b"", "no CONNECT"
+        if method == b"OPTIONS":
+            return _http(200, "OK", _ALLOW), "OPTIONS"
+        return _http(405, "Method Not Allowed", _ALLOW, _HTML, body=_ONLY), "no CONNECT"
+    if b"tor-rpc-target" in fields:
+        return _http(501, "No RPC here"), "RPC is not supported"
+    host, _, port = words[1].rpartition(b":")
+    if not port.isdigit() or len(port) > 5:
+        return _http(400, "Bad Request"), "no host and port"
+    names = b"proxy-authorization", b"tor-stream-isolation", b"x-tor-stream-isolation"
+    auth = tuple([fields.get(name) for name in names])
+    r = Reader(data)
+    r.at = len(head) + 4
+    auth = auth if any(auth) else None
+    return b"", _request(r, "HTTP", SOCKS_CONNECT, host, int(port), auth, False)
+
+
+def proxy_error(request, error, extended):
+    """The reply that tells a client of an error; `extended`: SOCKS's of proposal 304."""
+    reason = error.reason if isinstance(error, StreamError) and error.reason < len(_ENDS) else 0
+    name, status, code = _ENDS[reason]
+    code = int(code)
+    if isinstance(error, OnionError):
+        status, code = 503, error.reason if extended and error.reason else 4
+    elif isinstance(error, AddressError):
+        onion = is_onion(request.host) and request.command == SOCKS_CONNECT
+        status, code = 400, 0xF6 if extended and onion else 1
+    elif isinstance(error, TorTimeout):
+        status, code = 504, 6
+    if request.version != "HTTP":
+        return socks_reply(request.version, code)
+    kind = "minitor/" + type(error).__name__ + (" end/" + name) * (reason > 0)
+    text = END_REASONS[reason] if reason else type(error).__name__
+    return _http(int(status), text, "Tor-Request-Failed: " + kind)
+
+
+def is_loopback(host):
+    packed = packed_address(host.strip("[]")) or b""
+    return host.lower() == "localhost" or packed[:1] == b"\x7f" or packed == bytes(15) + b"\1"
+
+
+_ISOLATE = (
+    "isolateclientaddr isolatesocksauth isolateclientprotocol isolatedestport isolatedestaddr"
+).split()
+_FLAGS_ON = _ISOLATE[:2] + "ipv4traffic ipv6traffic dnsrequest oniontraffic".split()
+_FLAGS = _FLAGS_ON + _ISOLATE[2:] + (
+    "preferipv6 keepaliveisolatesocksauth extendederrors prefersocksnoauth groupwritable"
+    " worldwritable"
+).split()
+# No names are remembered here, nor mapped.
+_FLAGS_IDLE = (
+    "cacheipv4dns cacheipv6dns cachedns useipv4cache useipv6cache usednscache preferipv6automap"
+    " relaxdirmodecheck"
+).split()
+
+
+def parse_listener(where, flags=()):
+    """`host`, `port` (0: any), `path`, `group` and `on` (flags) of what follows SocksPort in a
+    torrc: [ADDRESS:]PORT or unix:PATH, and flags (a text, or words); ConfigError."""
+    found = SimpleNamespace(host="", port=0, path=None, group=None, on=set(_FLAGS_ON))
+    where = str(where)
+    if where[:5] == "unix:":
+        found.path = where[5:]
+        found.on.discard("isolateclientaddr")
+    else:
+        host, _, port = where.rpartition(":")
+        host = "127.0.0.1" if host.lower() in ("", "localhost") else host.strip("[]")
+        number = 0 if port.lower() == "auto" else int(port) if port.isdecimal() else 65536
+        if not packed_address(host) or number > 65535:
+            raise ConfigError("%s: a port, ADDRESS:PORT or unix:PATH is needed" % where)
+        found.host, found.port = host, number
+    for word in flags.split() if isinstance(flags, str) else flags:
+        name = word.lower()
+        wanted = name[:2] != "no"
+        name = name if wanted else name[2:]
+        name = name.rstrip("s") if name[:7] == "isolate" else name
+        if name[:13] == "sessiongroup=" and name[13:].isdecimal():
+            found.group = int(name[13:])
+        elif name == "oniontrafficonly" and wanted:
+            found.on -= {"ipv4traffic", "ipv6traffic", "dnsrequest"}
+        elif name in _FLAGS:
+            (found.on.add if wanted else found.on.discard)(name)
+        elif name not in _FLAGS_IDLE:
+            raise ConfigError("%s is no flag of a port (see SocksPort in tor's manual)" % word)
+    if "isolatesocksauth" not in found.on:
+        if "keepaliveisolatesocksauth" in found.on:
+            raise ConfigError("KeepAliveIsolateSOCKSAuth needs IsolateSOCKSAuth")
+        found.on.add("prefersocksnoauth")
+    if not found.path and found.on & {"groupwritable", "worldwritable"}:
+        raise ConfigError("GroupWritable and WorldWritable are for unix:PATH")
+    return found
+
+
+def _bind(to):
+    # A socket, and where it listens; OSError.
+    if to.path:
+        with socket.socket(socket.AF_UNIX) as trial:
+            # What a process left that is gone?
+            if os.path.exists(to.path) and not os.path.isfile(to.path):
+                if trial.connect_ex(to.path):
+                    os.unlink(to.path)
+        bound, modes = socket.socket(socket.AF_UNIX), (0o177, 0o117, 0o111, 0o111)
+        group, world = [flag in to.on for flag in ("groupwritable", "worldwritable")]
+        before = os.umask(modes[group + 2 * world])
+        try:
+            bound.bind(to.path)
+        finally:
+            os.umask(before)
+        return bound, "unix:" + to.path
+    bound = socket.socket(socket.AF_INET6 if ":" in to.host else socket.AF_INET)
+    if os.name == "posix":
+        # A port that was in use a moment ago; elsewhere this lets others take ours.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((to.host, to.port))
+    host = "[%s]" % to.host if ":" in to.host else to.host
+    return bound, "%s:%d" % (host, bound.getsockname()[1])
+
+
+# So long a client may take for its request, and Tor to open a stream.
+PROXY_SECONDS = 120
+_EARLY = 1 << 16
+_ADDRESS = (
+    "a program asks by SOCKS%d for an IP address, not for a name. If it looks names up itself, "
+    "that tells others where it goes: let it use SOCKS4a, or SOCKS5 with remote host names"
+)
+_WARNINGS = {
+    4: _ADDRESS % 4,
+    5: _ADDRESS % 5,
+    "authorization": "Proxy-Authorization of the old form: its user should be tor (proposal 365)",
+    "no CONNECT": "a program sends HTTP requests: CONNECT alone will do (curl: --proxytunnel)",
+}
+
+
+class Proxy:
+    """A port for programs: `kind` "socks" (4, 4a, 5) or "http" (HTTP CONNECT).
+
+    `where`: [ADDRESS:]PORT (ADDRESS: 127.0.0.1; PORT 0: any) or unix:PATH; `flags`: words, or a
+    text, as after SocksPort in tor's manual (IsolateDestAddr, SessionGroup=1, ExtendedErrors, …).
+    It listens from here on, and serves once it was started.  `address`: where.  ConfigError.
+    """
+
+    def __init__(self, kind, where, flags=()):
+        self.kind, self._to = kind, parse_listener(where, flags)
+        self._parse = {"socks": parse_socks, "http": parse_http}[kind]
+        self._tor = self._server = None
+        self._tasks, self._warned = set(), set()
+        try:
+            self._socket, self.address = _bind(self._to)
+            self._socket.listen(1024)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (where, e))
+        if not self._to.path and not is_loopback(self._to.host):
+            log(WARN, "%s: whoever reaches this machine can use this %s port, which knows no "
+                "password. Are you sure?", self.address, self.kind)
+
+    async def start(self, tor):
+        """Serve through `tor`, an AsyncTor or Tor, once that is ready; return itself."""
+        self._tor = tor = getattr(tor, "_tor", tor)
+        tor.proxies.append(self)
+        tor.wanted = tor.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        start = asyncio.start_unix_server if self._to.path else asyncio.start_server
+        self._server = await start(self._accept, sock=self._socket, backlog=1024)
+        return self
+
+    def close(self):
+        """Stop listening, and close all connections."""
+        if self._server:
+            self._tor.proxies = [proxy for proxy in self._tor.proxies if proxy is not self]
+            self._server.close()
+        self._socket.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._to.path and os.path.exists(self._to.path):
+            os.unlink(self._to.path)
+
+    async def _accept(self, reader, writer):
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except (OSError, EOFError, TorError, asyncio.TimeoutError, asyncio.CancelledError) as e:
+            # Not their texts: no destination goes to a log.
+            log(INFO, "%s: %s", self.address, type(e).__name__)
+        except Exception as e:
+            log(ERR, "bug: %s at %s", type(e).__name__, self.address)
+            if _log[0] == DEBUG:
+                print_exception(e)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _read_request(self, reader, writer):
+        data, said, no_auth = b"", 0, "prefersocksnoauth" in self._to.on
+        while True:
+            piece = await reader.read(4096)
+            if not piece:
+                raise EOFError
+            data += piece
+            answer, request = self._parse(data, no_auth)
+            writer.write(answer[said:])
+            said = len(answer)
+            if request:
+                return request, data
+
+    def _warn(self, kind):
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log(WARN, "%s: %s", self.address, _WARNINGS[kind])
+
+    def _isolation(self, request, peer):
+        values = peer, request.auth, request.version, request.port, request.host.lower()
+        on = [flag in self._to.on for flag in _ISOLATE]
+        group = self if self._to.group is None else self._to.group
+        return (group,) + tuple([(v,) if wanted else None for v, wanted in zip(values, on)])
+
+    def _check(self, request):
+        # Warn of what leaks, refuse what the flags refuse (END's reason 4: by policy).
+        if request.literal and request.command != SOCKS_RESOLVE_PTR:
+            self._warn(request.version)
+        if request.version == "HTTP" and request.auth and not _is_modern(request.auth[0]):
+            self._warn("authorization")
+        size = len(packed_address(request.host) or b"")
+        need = {4: "ipv4traffic", 16: "ipv6traffic"}.get(size, "dnsrequest")
+        if ("oniontraffic" if is_onion(request.host) else need) not in self._to.on:
+            raise StreamError("refused by the flags of this port", 4)
+
+    async def _serve(self, reader, writer):
+        reading = self._read_request(reader, writer)
+        request, data = await asyncio.wait_for(reading, PROXY_SECONDS)
+        if isinstance(request, str):
+            if request == "no CONNECT":
+                self._warn(request)
+            return log(INFO, "%s: %s", self.address, request)
+        peer = writer.get_extra_info("peername")
+        isolation = self._isolation(request, peer[0] if peer else "")
+        early = bytearray(data[request.used :])
+        work = asyncio.ensure_future(self._open(request, isolation, early))
+        watch = asyncio.ensure_future(self._watch(reader, early))
+        try:
+            await asyncio.wait({work, watch}, return_when="FIRST_COMPLETED")
+            watch.cancel()
+            await asyncio.wait({watch})
+            if not work.done():
+                raise EOFError
+            stream, answer = work.result()
+        except TorError as e:
+            writer.write(proxy_error(request, e, "extendederrors" in self._to.on))
+            return log(INFO, "%s: %s %d", self.address, type(e).__name__, e.reason)
+        finally:
+            work.cancel()
+            watch.cancel()
+        writer.write(answer)
+        if stream:
+            await self._relay(request, stream, early, reader, writer)
+
+    async def _watch(self, reader, early):
+        # Take what the client sends before it has an answer; return when it goes away.
+        while len(early) < _EARLY:
+            try:
+                data = await reader.read(_EARLY - len(early))
+            except OSError:
+                return
+            if not data:
+                return
+            early += data
+        await asyncio.Event().wait()
+
+    async def _open(self, request, isolation, early):
+        # A stream or None, and the answer.
+        self._check(request)
+        tor, host, end = self._tor, request.host, ticks_ms() + PROXY_SECONDS * 1000
+        while not tor.ready:
+            if ticks_ms() > end:
+                raise TorTimeout("Tor is not ready yet")
+            await asyncio.sleep(0.1)
+        if request.command == SOCKS_CONNECT:
+            on = [flag in self._to.on for flag in ("ipv6traffic", "ipv4traffic", "preferipv6")]
+            options = PROXY_SECONDS, isolation, on[0] + 2 * (not on[1]) + 4 * on[2], early
+            stream, _ = await tor.open_connection(host, request.port, *options)
+            http = request.version == "HTTP"
+            return stream, _http(200, "OK") if http else socks_reply(request.version, 0)
+        if request.command == SOCKS_RESOLVE_PTR:
+            answers = await tor.resolve_ptr(host, isolation)
+        elif packed_address(host):
+            answers = [host]
+        else:
+            answers = sorted(await tor.resolve(host, isolation), key=lambda a: ":" in a)
+        return None, socks_reply(request.version, 0, answers[0][:255])
+
+    async def _relay(self, request, stream, early, reader, writer):
+        circuit = stream.circuit
+        keep = request.auth and "keepaliveisolatesocksauth" in self._to.on
+        circuit.since = ticks_ms() if keep else circuit.since
+        try:
+            stream.write(early[stream.early :])
+        except TorError:
+            pass  # the answer is here already, and its end
+        await pump(stream, reader, writer)
+        circuit.since = ticks_ms() if keep else circuit.since
+
+
+def _is_modern(authorization):
+    # tor wants the user name tor, Arti tor-iso.
+    scheme, _, value = (authorization or b"Basic dG9yOg==").partition(b" ")
+    try:
+        user = b64decode(value.strip()).partition(b":")[0]
+    except (ProtocolError, ValueError):
+        return False
+    return scheme.lower() == b"basic" and user in (b"tor", b"tor-iso")
+
+
+# torrc and the daemon that it describes (tor(1)).
+
+if not MICROPYTHON:
+    import re
+
+# Options by type, as tor has them, with defaults; Ignored: what changes nothing here, with what
+# minitor does anyway.  Then how the names begin that only relays and authorities have.
+_OPTIONS = {
+    "Boolean": (
+        "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
+        "CookieAuthFileGroupReadable=0 RunAsDaemon=0 StrictNodes=0 TestingTorNetwork=0 "
+        "UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
+    ),
+    "Integer": "__OwningControllerProcess=0",
+    "TimeInterval": "MaxCircuitDirtiness=600",
+    "String": "SafeLogging=1 SyslogIdentityTag User",
+    "Filename": (
+        "ClientOnionAuthDir ControlPortWriteToFile CookieAuthFile DataDirectory "
+        "GeoIPFile=/usr/share/tor/geoip PidFile"
+    ),
+    "RouterList": "EntryNodes ExcludeExitNodes ExcludeNodes ExitNodes",
+    "LineList": (
+        "Bridge ClientTransportPlugin ControlPort ControlSocket DirAuthority FallbackDir "
+        "HashedControlPassword HTTPTunnelPort Log SocksPort"
+    ),
+    "Dependent": (
+        "HiddenServiceAllowUnknownPorts HiddenServiceDir HiddenServiceDirGroupReadable "
+        "HiddenServiceExportCircuitID HiddenServiceMaxStreams HiddenServiceMaxStreamsCloseCircuit "
+        "HiddenServiceNumIntroductionPoints HiddenServicePort HiddenServiceVersion"
+    ),
+    "Ignored": (
+        "AvoidDiskWrites CircuitBuildTimeout ClientOnly=1 DisableDebuggerAttachment "
+        "EnforceDistinctSubnets=1 GeoIPv6File HardwareAccel HeartbeatPeriod "
+        "HiddenServiceNonAnonymousMode=0 HiddenServiceSingleHopMode=0 "
+        "LearnCircuitBuildTimeout=1 LogTimeGranularity NewCircuitPeriod NumCPUs "
+        "ShutdownWaitLength UseEntryGuards=1 UseMicrodescriptors=1"
+    ),
+}
+_TYPES = {
+    word.partition("=")[0].lower(): (kind, word.partition("=")[0], word.partition("=")[2])
+    for kind, words in _OPTIONS.items()
+    for word in words.split()
+}
+_NODES = _OPTIONS["RouterList"].split()
+_ABBREVIATIONS = {"l": "log", "dirserver": "dirauthority"}
+_FOR_RELAYS = (
+    "accel accounting alternate assume auth bandwidth bridge contactinfo consensusparams dirc "
+    "dirp dirr dos exit extend extor extrainfo family hidserv ipv6exit keydir maxadv metrics "
+    "myfamily nickname offline orport outbound publishs relay server signing sslkey testing v3"
+)
+_UNITS = {"": 1, "second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
+_UNITS["month"] = 2629728
+_SEVERITIES = "debug info notice warn err".split()
+
+
+def _unescape(match):
+    text = match[1].decode("ascii")
+    if text[0] in "xX":
+        return bytes([int(text[1:], 16)])
+    if text[0].isdigit():
+        if int(text, 8) > 255:
+            raise ConfigError("no byte: \\%s" % text)
+        return bytes([int(text, 8)])
+    return {"n": b"\n", "r": b"\r", "t": b"\t"}.get(text, text.encode())
+
+
+def unquote_c(text):
+    """What a string with C's escapes, without its quotes, stands for; ConfigError."""
+    data = text.encode("utf-8", "surrogateescape")
+    pattern = rb"\\([xX][0-9a-fA-F]{2}|[0-7]{1,3}|[nrt\"'\\])"
+    return re.sub(pattern, _unescape, data).decode("utf-8", "surrogateescape")
+
+
+def quote_c(text):
+    return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n").replace("\r", "\\r")
+
+
+def parse_torrc(text, name="torrc"):
+    """Yield (option, text, "file:line"); ConfigError."""
+    blank = re.compile(r"(?:[ \t\n\v\f\r]+|#[^\n]*)*")
+    option = re.compile(r"(?:[^ \t\n\v\f\r#\\]|\\(?!\n))*")
+    quoted = re.compile(
+        r'"((?:[^"\\\n]|\\(?:[xX][0-9a-fA-F]{2}|[0-7]{1,3}|[nrt"\'\\]))*)"[ \t]*\r?(?=[\n#]|\Z)')
+    # After the first continuation, comments do not end it.
+    plain = re.compile(
+        r"((?:[^\n#\\]|\\(?!\n))*)((?:\\\n(?:[^\n#\\]|\\(?!\n)|#[^\n]*\n?)*)*)")
+    at = 0
+    while (at := blank.match(text, at).end()) < len(text):
+        where = "%s:%d" % (name, text.count("\n", 0, at) + 1)
+        key = option.match(text, at)
+        at = key.end()
+        while text[at : at + 1] in (" ", "\t"):
+            at += 1
+        if text[at : at + 1] == '"':
+            match = quoted.match(text, at)
+            if not match:
+                raise ConfigError(where + ": a bad escape, no closing quote, or more after it")
+            try:
+                value = unquote_c(match[1])
+            except ConfigError as e:
+                raise ConfigError("%s: %s" % (where, e))
+        else:
+            match = plain.match(text, at)
+            value = match[1] + re.sub(r"\\\n|#[^\n]*\n?", "", match[2])
+            value = value.strip(" \t\n\v\f\r")
+        if "\0" in key[0] + value or not key[0]:
+            raise ConfigError(where + ": a line without an option, or a zero byte")
+        yield key[0], value, where
+        at = match.end()
+
+
+def _included(pattern, where):
+    # The files that %include names: folders stand for the files in them.
+    import glob
+
+    found = [pattern]
+    if re.search(r"[*?]", pattern):
+        found = sorted(glob.glob(pattern.replace("[", "[[]")))
+    for path in found:
+        if os.path.isdir(path):
+            inside = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n[0] != "."]
+            yield from [name for name in inside if os.path.isfile(name)]
+        else:
+            yield path
+
+
+def read_torrc(path, text=None, depth=0):
+    """Return [(option, text, where)] of the file `path` and what it includes; ConfigError."""
+    lines = []
+    try:
+        if text is None:
+            with open(path, encoding="utf-8", errors="surrogateescape") as f:
+                text = f.read()
+        for key, value, where in parse_torrc(text, path):
+            if key != "%include":
+                lines.append((key, value, where))
+                continue
+            if depth > 30 or not value:
+                raise ConfigError(where + ": %include of nothing, or too deep")
+            for name in _included(os.path.expanduser(value), where):
+                lines += read_torrc(name, None, depth + 1)
+    except (OSError, ValueError) as e:
+        raise ConfigError("cannot read the torrc %s: %s" % (path, e))
+    return lines
+
+
+def option_name(key):
+    """The full name of an option, whatever its case, or its beginning alone; ConfigError."""
+    key = key.lower()
+    key = _ABBREVIATIONS.get(key, key)
+    names = [name for name in _TYPES if name.startswith(key)] if key else []
+    if key in _TYPES or len(names) == 1:
+        return _TYPES[key if key in _TYPES else names[0]][1]
+    if key.strip("_").startswith(tuple(_FOR_RELAYS.split())) and not names:
+        raise ConfigError("only relays and authorities have this option, and minitor is neither")
+    raise ConfigError("unknown option, or one that minitor does not have")
+
+
+def _decimal(text, least, most):
+    if not text.isdecimal() or not text.isascii() or not least <= int(text[:20]) <= most:
+        raise ConfigError("not %d to %d: %s" % (least, most, text))
+    return int(text)
+
+
+def _interval(text):
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,9})?)[ \t]*([a-z]*?)s?", text.lower(), re.ASCII)
+    if not match or match[2] not in _UNITS or text.lower().endswith("ss"):
+        raise ConfigError("no interval, such as `10 minutes`: " + text)
+    seconds = int(float(match[1]) * _UNITS[match[2]])
+    return _decimal(str(seconds), 0, (1 << 31) - 1)
+
+
+def _address(text, port=None):
+    # (host, port) of "host:port", "[host]:port"; with `port` also "host"; ConfigError.
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\](?::(\d+))?|([^\[\]:]+)(?::(\d+))?", text)
+    number = match and (match[2] or match[4])
+    if not match or number is None and port is None:
+        raise ConfigError("no address:port: " + text)
+    host = match[1] or match[3]
+    place = host, _decimal(number, 1, 65535) if number else port
+    check_target(*place)
+    return place
+
+
+def _split_place(text):
+    # A first word, or unix:"…", and the rest.
+    match = re.match(r'unix:"((?:[^"\\]|\\.)*)"|[^\s"]+(?=\s|\Z)', text)
+    if not match:
+        raise ConfigError("a port, ADDRESS:PORT or unix:PATH is needed")
+    where = match[0] if match[1] is None else "unix:" + unquote_c(match[1])
+    return where, text[match.end() :].strip()
+
+
+def parse_port(text):
+    """Return (where, flags) of a …Port line, for parse_listener; None for 0; ConfigError."""
+    where, flags = _split_place(text)
+    if where == "0":
+        return None
+    if where[:5] == "unix:":
+        where = "unix:" + _path(where[5:])
+    parse_listener(where, flags)
+    return where, flags
+
+
+def parse_log(text):
+    """Return (severities, "stdout", "stderr", "syslog" or "file", path) of a Log line."""
+    match = re.fullmatch(r"(?is)(.*?)(?:\b(stdout|stderr|syslog)|\bfile[ \t]+(.+))?", text)
+    levels = set()
+    # Domains are not told apart: what one asks for, all give.
+    for word in re.sub(r"\[[\w~*, \t]*\]", " ", match[1].lower()).split():
+        low, _, high = word.partition("-")
+        try:
+            low, high = _SEVERITIES.index(low), _SEVERITIES.index(high or "err")
+        except ValueError:
+            low = high = 9
+        levels |= set(range(low, high + 1))
+    if not levels or 9 in levels:
+        raise ConfigError("not as `notice stdout` or `info-warn file /path`")
+    kind = "file" if match[3] else (match[2] or "stdout").lower()
+    return levels, kind, _path(match[3].strip()) if match[3] else None
+
+
+def parse_nodes(text):
+    """Return (fingerprints, [(network, mask)], countries) of a list of relays; ConfigError."""
+    import ipaddress
+
+    ids, networks, countries = set(), [], set()
+    for item in text.replace(",", " ").split():
+        match = re.fullmatch(r"\$?([0-9a-fA-F]{40})(?:[=~][a-zA-Z0-9]{1,19})?", item)
+        if match:
+            ids.add(bytes.fromhex(match[1]))
+        elif re.fullmatch(r"\{([a-zA-Z]{2}|\?\?)\}", item):
+            countries.add(item[1:3].upper())
+        else:
+            try:
+                net = ipaddress.IPv4Network("0.0.0.0/0" if item == "*" else item, False)
+            except ValueError:
+                raise ConfigError("no fingerprint, no IPv4 address or network, no {cc}: " + item)
+            networks.append((int(net.network_address), int(net.netmask)))
+    return ids, networks, countries
+
+
+def parse_password_hash(text):
+    """Return (salt and count, hash) of a HashedControlPassword; ConfigError."""
+    if not re.fullmatch(r"16:[0-9a-fA-F]{58}", text):
+        raise ConfigError("no output of --hash-password")
+    data = bytes.fromhex(text[3:])
+    return data[:9], data[9:]
+
+
+def hash_password(password, salt):
+    """The S2K of RFC 2440 with SHA-1; `salt`: 8 bytes and the count's."""
+    count = (16 + (salt[8] & 15)) << (salt[8] >> 4) + 6
+    data = salt[:8] + password
+    return sha1((data * (count // len(data) + 1))[:count])
+
+
+def _fallback(text):
+    # As in load_network's `fallbacks`.
+    words = text.split()
+    options = dict([word.split("=", 1) for word in words if "=" in word])
+    rest = [word for word in words if "=" not in word]
+    if len(rest) != 1 or not re.fullmatch(r"[0-9a-fA-F]{40}", options.get("id", "")):
+        raise ConfigError("no `address[:port] orport=port id=fingerprint`")
+    port = _decimal(options.get("orport", ""), 1, 65535)
+    return _address(rest[0], 1)[0], port, bytes.fromhex(options["id"])
+
+
+def _bridge(text):
+    # (transport or None, (host, port), fingerprint or None, arguments).
+    words = text.split()
+    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0]) else None
+    place = _address(words.pop(0) if words else "")
+    rsa_id = words.pop(0) if words and "=" not in words[0] else None
+    if rsa_id and not re.fullmatch(r"\$?[0-9a-fA-F]{40}", rsa_id):
+        raise ConfigError("no fingerprint: " + rsa_id)
+    if [word for word in words if "=" not in word] or words and not transport:
+        raise ConfigError("no `[transport] address:port [fingerprint] [name=value …]`")
+    return transport, place, rsa_id and bytes.fromhex(rsa_id[-40:]), words
+
+
+def _plugin(text):
+    # (transports, "exec", "socks4" or "socks5", words).
+    match = re.fullmatch(r"(\w+(?:,\w+)*|\*)\s+(exec|socks4|socks5)\s+(.+)", text, re.ASCII)
+    if not match:
+        raise ConfigError("no `transports exec path` or `transports socks5 address:port`")
+    what = match[3].split() if match[2] == "exec" else _address(match[3])
+    return match[1].split(","), match[2], what
+
+
+def _service_port(text):
+    # (port, target as of create_onion_service).
+    number, _, text = text.partition(" ")
+    port = _decimal(number, 1, 65535)
+    where, rest = _split_place(text.strip() or number)
+    if rest:
+        raise ConfigError("more than a port and its target")
+    if where[:5] == "unix:":
+        return port, where
+    if where.isdecimal():
+        return port, ("127.0.0.1", _decimal(where, 1, 65535))
+    return port, _address(where, port if "." in where or ":" in where else None)
+
+
+def _boolean(text):
+    return _decimal(text, 0, 1) == 1
+
+
+def _only(wanted):
+    def check(text):
+        if text != wanted:
+            raise ConfigError("minitor has %s alone" % wanted)
+        return True
+
+    return check
+
+
+_OF_SERVICES = {
+    "HiddenServiceVersion": _only("3"),
+    "HiddenServiceAllowUnknownPorts": _only("0"),
+    "HiddenServiceDirGroupReadable": _only("0"),
+    "HiddenServiceExportCircuitID": _only("haproxy"),
+    "HiddenServiceMaxStreams": lambda text: _decimal(text, 0, 65535),
+    "HiddenServiceMaxStreamsCloseCircuit": _boolean,
+    "HiddenServiceNumIntroductionPoints": lambda text: _decimal(text, 3, 20),
+}
+
+
+def parse_services(entries):
+    """Return {folder: {option: value}} of HiddenService… lines [(option, text, where)].
+
+    HiddenServicePort: {port: [target]}.  ConfigError.
+    """
+    services, service = {}, None
+    for name, text, where in entries:
+        try:
+            if name == "HiddenServiceDir":
+                folder = _path(text)
+                if folder in services:
+                    raise ConfigError("it stands here twice")
+                services[folder] = service = {"HiddenServicePort": {}, "where": where}
+            elif not service:
+                raise ConfigError("no HiddenServiceDir stands before")
+            elif name == "HiddenServicePort":
+                port, target = _service_port(text)
+                service[name].setdefault(port, []).append(target)
+            else:
+                service[name] = _OF_SERVICES[name](text)
+        except TorError as e:
+            raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
+    for folder, service in services.items():
+        if not service["HiddenServicePort"]:
+            raise ConfigError("%s: no HiddenServicePort for %s" % (service["where"], folder))
+    return services
+
+
+def set_service(service, wanted):
+    """Give an OnionService what parse_services found."""
+    get, service.ports = wanted.get, wanted["HiddenServicePort"]
+    service.intro_points = get("HiddenServiceNumIntroductionPoints", INTRO_POINTS)
+    service.max_streams = get("HiddenServiceMaxStreams") or 65535
+    service.strict = get("HiddenServiceMaxStreamsCloseCircuit")
+    service.export = get("HiddenServiceExportCircuitID")
+
+
+def _path(text):
+    return os.path.abspath(os.path.expanduser(text))
+
+
+_PARSERS = {
+    "Boolean": _boolean,
+    "Integer": lambda text: _decimal(text, 0, (1 << 31) - 1),
+    "TimeInterval": _interval,
+    "Filename": _path,
+    "RouterList": parse_nodes,
+    "Bridge": _bridge,
+    "ClientTransportPlugin": _plugin,
+    "ControlPort": parse_port,
+    "ControlSocket": lambda t: parse_port(t if t[:5] == "unix:" or t == "0" else "unix:" + t),
+    "FallbackDir": _fallback,
+    "HashedControlPassword": parse_password_hash,
+    "HTTPTunnelPort": parse_port,
+    "Log": parse_log,
+    "SocksPort": parse_port,
+}
+_HIDDEN = "HiddenServiceOptions"
+
+
+def load_geoip(path):
+    """Return arrays of the first and last addresses, and countries; ConfigError."""
+    first, last, countries = array("I"), array("I"), []
+    try:
+        with open(path) as f:
+            for line in f:
+                parts = line.strip().split(",")
+                if len(parts) == 3 and line[0] != "#":
+                    first.append(int(parts[0]))
+                    last.append(int(parts[1]))
+                    countries.append(sys.intern(parts[2]))
+    except (OSError, OverflowError, ValueError) as e:
+        raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
+    return first, last, countries
+
+
+def country(geoip, address):
+    """The country, or "??", of an IPv4 address as a number."""
+    from bisect import bisect
+
+    first, last, countries = geoip
+    i = bisect(first, address) - 1
+    return countries[i] if i >= 0 and address <= last[i] else "??"
+
+
+class Config(dict):
+    """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
+
+    _geoip = None
+
+    def country(self, address):
+        """The country, by GeoIPFile, of an IPv4 address as a number; ConfigError."""
+        self._geoip = self._geoip or load_geoip(self["GeoIPFile"])
+        return country(self._geoip, address)
+
+
+def _assign(lines, entries):
+    # Add the lines of one file, or of the command line, which override earlier ones.
+    fresh = set()
+    for key, text, where in entries:
+        mark = key[:1] if key[:1] in "+/" else ""
+        try:
+            name = option_name(key[len(mark) :])
+        except ConfigError as e:
+            raise ConfigError("%s: %s: %s" % (where, key, e))
+        kind, _, default = _TYPES[name.lower()]
+        group = _HIDDEN if kind == "Dependent" else name
+        many = kind in ("LineList", "Dependent")
+        if mark == "/" or not text and not many:
+            lines.pop(group, None)
+        elif not text:
+            log(WARN, "%s: %s has no value: skipped", where, name)
+        else:
+            if kind == "Ignored" and text != default:
+                log(NOTICE, "%s: %s %s changes nothing in minitor", where, name, text)
+            if not many and group in fresh:
+                log(WARN, "%s: %s is given more than once: the last one counts", where, name)
+            if not many or mark != "+" and group not in fresh:
+                lines[group] = []
+            fresh.add(group)
+            lines.setdefault(group, []).append((name, text, where))
+
+
+def configure(*sources):
+    """Return the Config of lists of (option, text, where), of which the later ones override."""
+    config = Config()
+    config.lines = {}
+    for entries in sources:
+        _assign(config.lines, entries)
+    for kind, name, default in _TYPES.values():
+        parse = _PARSERS.get(name) or _PARSERS.get(kind) or str
+        config[name] = [] if kind == "LineList" else parse(default) if default else None
+        for name, text, where in config.lines.get(name, ()):
+            try:
+                value = parse(text)
+            except TorError as e:
+                # It may be the password itself.
+                text = "…" if "Password" in name else text
+                raise ConfigError("%s: %s %s: %s" % (where, name, text, e))
+            if kind != "LineList":
+                config[name] = value
+            elif value is not None:
+                config[name].append(value)
+    config[_HIDDEN] = parse_services(config.lines.get(_HIDDEN, ()))
+    _check(config)
+    return config
+
+
+def _check(config):
+    # What only together is right or wrong, or what minitor cannot do.
+    def refuse(name, text):
+        where = config.lines[name][0][2] + ": " if name in config.lines else ""
+        raise ConfigError("%s%s: %s" % (where, name, text))
+
+    if config["MaxCircuitDirtiness"] < 10 or config["MaxCircuitDirtiness"] > 30 * 86400:
+        refuse("MaxCircuitDirtiness", "not 10 seconds to 30 days")
+    if config["SafeLogging"] not in ("0", "1", "relay"):
+        refuse("SafeLogging", "neither 0 nor 1 nor relay")
+    if config["DirAuthority"]:
+        try:
+            load_network(["DirAuthority " + text for text in config["DirAuthority"]])
+        except ConfigError as e:
+            refuse("DirAuthority", e)
+    if config["UseBridges"]:
+        refuse("UseBridges", "minitor cannot use bridges yet")
+    if config["ClientOnionAuthDir"]:
+        refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
+    if [nodes for name in _NODES if (nodes := config[name]) and nodes[2]]:
+        config.country(0)
+    for folder, service in config[_HIDDEN].items():
+        try:
+            names = os.listdir(folder + "/authorized_clients")
+        except OSError:
+            continue
+        if [name for name in names if name[-5:] == ".auth"]:
+            text = "%s: minitor cannot restrict %s to its authorized_clients yet"
+            raise ConfigError(text % (service["where"], folder))
+
+
+class ChosenPaths(PathSelector):
+    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes."""
+
+    def __init__(self, config, *args):
+        self.config = config
+        super().__init__(*args)
+
+    def update(self, table, consensus):
+        config, lists = self.config, {}
+        sets = {name: config[name] for name in _NODES if config[name]}
+        relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
+        for name, nodes in sets.items():
+            lists[name] = {r.index for r in relays if is_among(r, nodes, config)}
+        never = lists.get("ExcludeNodes", set())
+        self._within = {"g": lists.get("EntryNodes"), "e": lists.get("ExitNodes")}
+        self._without = {"e": never | lists.get("ExcludeExitNodes", set())}
+        self._never = never
+        super().update(table, consensus)
+
+    def weigh(self, position, need, never=0):
+        within, without = self._within.get(position), self._without.get(position, self._never)
+        for i, weight in super().weigh(position, need, never):
+            if i not in without and (within is None or i in within):
+                yield i, weight
+
+    def excluded(self, relay):
+        return self.table.find(relay.rsa_id) in self._never
+
+
+def is_among(relay, nodes, config):
+    """Tell whether `relay` is one of parse_nodes' `nodes`."""
+    ids, networks, countries = nodes
+    address = uint(bytes(map(int, relay.address.split("."))))
+    return (
+        relay.rsa_id in ids
+        or any([address & mask == net for net, mask in networks])
+        or bool(countries) and config.country(address) in countries
+    )
+
+
+def log_writer(kind, path, options):
+    """Return functions write(severity, text) and close() for a Log line; ConfigError."""
+    if kind == "syslog":
+        import syslog
+
+        tag = options["SyslogIdentityTag"]
+        syslog.openlog("minitor" + ("-" + tag if tag else ""))
+        levels = syslog.LOG_DEBUG, syslog.LOG_INFO, syslog.LOG_NOTICE, syslog.LOG_WARNING
+        levels += (syslog.LOG_ERR,)
+        return lambda severity, text: syslog.syslog(levels[severity], text), syslog.closelog
+    file, close = getattr(sys, kind, None), lambda: None
+    if kind == "file":
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            opener = lambda name, _: os.open(name, flags, 0o600)
+            file = open(path, "a", opener=opener, errors="surrogateescape")
+        except OSError as e:
+            raise ConfigError("cannot write the log %s: %s" % (path, e))
+        close = file.close
+
+    def write(severity, text):
+        t = time.time()
+        stamp = time.strftime("%b %d %H:%M:%S", time.localtime(t))
+        line = "%s.%03d [%s] %s\n" % (stamp, t % 1 * 1000, _SEVERITIES[severity], text)
+        file.write(line)
+        file.flush()
+
+    return write, close
+
+
+# The control port (control-spec).
+
+# As what tor controllers take minitor, and what they may ask for.
+TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
+_EVENTS = (
+    "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
+    "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS "
+    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER "
+    "STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
+).split()
+_LEVELS = [name.upper() for name in _SEVERITIES]
+_SIGNALS = {
+    "RELOAD": "RELOAD", "HUP": "RELOAD", "SHUTDOWN": "SHUTDOWN", "INT": "SHUTDOWN",
+    "HALT": "HALT", "TERM": "HALT", "DUMP": "DUMP", "USR1": "DUMP", "DEBUG": "DEBUG",
+    "USR2": "DEBUG", "NEWNYM": "NEWNYM", "CLEARDNSCACHE": "CLEARDNSCACHE",
+    "HEARTBEAT": "HEARTBEAT", "ACTIVE": "ACTIVE", "DORMANT": "DORMANT",
+}
+_CIRCUIT_REASONS = (
+    "NONE TORPROTOCOL INTERNAL REQUESTED HIBERNATING RESOURCELIMIT CONNECTFAILED OR_IDENTITY "
+    "CHANNEL_CLOSED FINISHED TIMEOUT DESTROYED NOSUCHSERVICE"
+).split()
+_SAFECOOKIE = b"Tor safe cookie authentication %s hash"
+
+
+def parse_words(text):
+    """Split a controller's arguments: [(name, value)], name None for what has no `=`; TorError."""
+    found, at = [], 0
+    pattern = re.compile(
+        r'[ \t]*(?:(\w+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
+    text = text.rstrip()
+    while at < len(text):
+        match = pattern.match(text, at)
+        if not match or match.end() == at:
+            raise TorError("Couldn't parse the arguments", 512)
+        value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2])
+        found.append((match[1], value))
+        at = match.end()
+    return found
+
+
+def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S"):
+    return time.strftime(form, time.gmtime(seconds))
+
+
+def circuit_number(circuit):
+    """The number by which controllers know a circuit."""
+    if not hasattr(circuit, "number"):
+        _numbers[0] += 1
+        circuit.number, circuit.made = _numbers[0], time.time()
+    return circuit.number
+
+
+_numbers = [0]
+
+
+def describe_circuit(circuit):
+    """What follows `650 CIRC` or stands in circuit-status."""
+    number = circuit_number(circuit)
+    state = "BUILT" if hasattr(circuit, "built") else "EXTENDED" if circuit.path else "LAUNCHED"
+    more = "BUILD_FLAGS=NEED_CAPACITY"
+    if circuit.closed:
+        state, reason = "CLOSED" if state == "BUILT" else "FAILED", circuit.closed.reason
+        more += " REASON=" + _CIRCUIT_REASONS[reason if reason < len(_CIRCUIT_REASONS) else 0]
+    relays = [relay or circuit.channel for relay in circuit.path]
+    path = ",".join(["$" + relay.rsa_id.hex().upper() for relay in relays])
+    if relays == [circuit.channel]:
+        more = more.replace("NEED_CAPACITY", "ONEHOP_TUNNEL,IS_INTERNAL,NEED_CAPACITY")
+    purpose = "HS_SERVICE_REND" if circuit.on_begin else "GENERAL"
+    made = iso_time(circuit.made) + ".%06d" % (circuit.made % 1 * 1000000)
+    words = str(number), state, path, more, "PURPOSE=" + purpose, "TIME_CREATED=" + made
+    return " ".join([word for word in words if word])
+
+
+def _router_lines(table, i):
+    # An entry as in a consensus; there is no name, and no digest of a descriptor.
+    relay = table.relay(i)
+    flags = [w for n, w in enumerate(FLAG_WORDS[:9]) if relay.flags >> n & 1 and w[:2] != "No"]
+    flags = sorted(flags + ["Running", "Valid"])
+    identity = b64encode(relay.rsa_id)
+    line = "r Unnamed %s %s 2038-01-01 00:00:00 %s %d 0" % (
+        identity, identity, relay.address, relay.port)
+    return "%s\ns %s\nw Bandwidth=%d" % (line, " ".join(flags), table.weights[i])
+
+
+class Control:
+    """A controller's connection; commands are functions(text, data) that return reply lines."""
+
+    known, owner, asked, nonces = False, False, False, None
+
+    def __init__(self, daemon, reader, writer):
+        self.daemon, self.tor, self._reader, self._writer = daemon, daemon.tor, reader, writer
+        self.events = set()
+
+    def send(self, *lines):
+        # Who does not read is let go, before all that waits fills memory.
+        if self._writer.transport.get_write_buffer_size() > 1 << 22:
+            return self._writer.transport.abort()
+        text = "".join([line + "\r\n" for line in lines])
+        self._writer.write(text.encode("utf-8", "surrogateescape"))
+
+    def event(self, name, text):
+        if name in self.events:
+            self.send("650 %s %s" % (name, " ".join(text.splitlines())))
+
+    async def serve(self):
+        self.daemon.controls.append(self)
+        try:
+            name = ""
+            while name != "QUIT":
+                name, _, text = (await self._line()).partition(" ")
+                data, name = None, name.upper()
+                if name[:1] == "+":
+                    data, name = await self._data(), name[1:]
+                self.send(*await self._answer(name, text.strip(), data))
+                await self._writer.drain()
+                if not self.known and (name not in _BEFORE or name == "AUTHENTICATE"):
+                    break
+        finally:
+            self.daemon.controls.remove(self)
+            self.daemon.set_severity()
+            for address, (service, owner) in list(self.daemon.onions.items()):
+                if owner is self:
+                    del self.daemon.onions[address]
+                    await service.close()
+            if self.owner:
+                log(NOTICE, "The owning controller is gone: exiting.")
+                self.daemon.stopping.set()
+
+    async def _answer(self, name, text, data):
+        try:
+            if not self.known and name not in _BEFORE:
+                raise TorError("Authentication required.", 514)
+            if name not in _CONTROL:
+                raise TorError('Unrecognized command "%s"' % name, 510)
+            lines = await _CONTROL[name](self, text, data) or ["OK"]
+        except TorError as e:
+            code = e.reason if e.reason > 499 else 552
+            return ["%d %s" % (code, " ".join(str(e).splitlines()))]
+        lines = ["250" + line if line[:1] == "+" else "250-" + line for line in lines]
+        return lines[:-1] + [lines[-1].replace("-", " ", 1)]
+
+    async def _line(self):
+        try:
+            line = await self._reader.readline()
+        except ValueError:
+            line = b""  # too long
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+
+    async def _data(self):
+        lines, size = [], 0
+        while (line := await self._line()) != ".":
+            lines.append(line[line[:1] == "." :])
+            size += len(line) + 1
+            if size > 1 << 20 or not self.known:
+                raise EOFError
+        return "\n".join(lines)
+
+    # Who it is.
+
+    def _methods(self):
+        config, found = self.daemon.config, []
+        if config["CookieAuthentication"]:
+            found += ["COOKIE", "SAFECOOKIE"]
+        if config["HashedControlPassword"]:
+            found.append("HASHEDPASSWORD")
+        return found or ["NULL"]
+
+    async def protocolinfo(self, text, data):
+        if self.asked and not self.known or text not in ("", "1"):
+            self.asked = None
+            raise TorError("No such version %s, or asked twice" % text, 513)
+        self.asked, methods = True, self._methods()
+        line = "AUTH METHODS=" + ",".join(methods)
+        if "COOKIE" in methods:
+            line += " COOKIEFILE=" + quote_c(self.daemon.cookie_file)
+        return ["PROTOCOLINFO 1", line, 'VERSION Tor="%s"' % TOR_VERSION, "OK"]
+
+    async def authchallenge(self, text, data):
+        match = re.fullmatch(r'SAFECOOKIE[ ]+(?:"((?:[^"\\]|\\.)*)"|([0-9a-f]*))', text, re.I)
+        if not match or "COOKIE" not in self._methods() or len(match[2] or "") % 2:
+            raise TorError("Cookie authentication is disabled, or the nonce is wrong", 513)
+        ours, cookie = urandom(32), self.daemon.cookie
+        theirs = bytes.fromhex(match[2]) if match[1] is None else match[1].encode()
+        self.nonces = cookie + theirs + ours
+        mac = hmac_sha256(_SAFECOOKIE % b"server-to-controller", self.nonces)
+        words = mac.hex().upper(), ours.hex().upper()
+        return ["AUTHCHALLENGE SERVERHASH=%s SERVERNONCE=%s" % words]
+
+    async def authenticate(self, text, data):
+        methods, config = self._methods(), self.daemon.config
+        given = None
+        if re.fullmatch(r"([0-9a-fA-F]{2})*", text):
+            given = bytes.fromhex(text)
+        elif re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
+            given = re.sub(r"\\(.)", r"\1", text[1:-1]).encode("utf-8", "surrogateescape")
+        # As in tor's words, which controllers look for.
+        good, why = "NULL" in methods, "Authentication cookie did not match expected value."
+        if config["HashedControlPassword"]:
+            why = "Password did not match HashedControlPassword *or* authentication cookie."
+        if given is not None and self.nonces:
+            why = "Safe cookie response did not match expected value."
+            kind = _SAFECOOKIE % b"controller-to-server"
+            good |= consteq(given, hmac_sha256(kind, self.nonces))
+        elif given is not None:
+            good |= "COOKIE" in methods and consteq(given, self.daemon.cookie)
+            for salt, digest in config["HashedControlPassword"]:
+                good |= consteq(digest, hash_password(given, salt))
+        self.nonces = None
+        if not good:
+            raise TorError("Authentication failed: %s" % why, 515)
+        self.known = True
+
+    # What it asks.
+
+    async def getinfo(self, text, data):
+        lines = []
+        for key in text.split():
+            value = self._info(key)
+            if value is None:
+                raise TorError('Unrecognized key "%s"' % key, 552)
+            many = "\n" in value or key in _LISTS and value
+            if many:
+                value = "\n".join(["." * (line[:1] == ".") + line for line in value.split("\n")])
+                lines.append("+%s=\r\n%s\r\n." % (key, value.replace("\n", "\r\n")))
+            else:
+                lines.append("%s=%s" % (key, value))
+        return lines + ["OK"]
+
+    def _info(self, key):
+        if key in _INFO:
+            return _INFO[key](self)
+        kind, _, what = key.rpartition("/")
+        return _INFO[kind + "/"](self, what) if kind + "/" in _INFO else None
+
+    async def getconf(self, text, data):
+        config, lines = self.daemon.config, []
+        for word in text.split():
+            if word.lower() == _HIDDEN.lower():
+                name, group, default = _HIDDEN, _HIDDEN, ""
+            else:
+                try:
+                    kind, name, default = _TYPES[option_name(word).lower()]
+                except ConfigError:
+                    raise TorError('Unrecognized configuration key "%s"' % word, 552)
+                group = _HIDDEN if kind == "Dependent" else name
+            entries = [e for e in config.lines.get(group, ()) if name in (group, e[0])]
+            for option, value, _ in entries:
+                if _TYPES[option.lower()][0] in ("TimeInterval", "Integer"):
+                    value = config[option]
+                lines.append("%s=%s" % (option, value))
+            if not entries:
+                lines.append("%s=%s" % (name, default) if default else name)
+        return lines or ["OK"]
+
+    async def setconf(self, text, data):
+        entries = []
+        for name, value in parse_words(text):
+            name, value = (name, value) if name else (value, "")
+            try:
+                option_name(name)
+            except ConfigError:
+                raise TorError("Unrecognized option: Unknown option '%s'.  Failing." % name, 552)
+            entries.append((name if value else "/" + name, value))
+        await self._configure(entries)
+
+    async def _configure(self, entries, base=True):
+        old = [e for lines in self.daemon.config.lines.values() for e in lines] if base else []
+        entries = [(name, value, "controller") for name, value in entries]
+        try:
+            await self.daemon.use(configure(old, entries))
+        except ConfigError as e:
+            raise TorError("Unacceptable option value: %s" % e, 513)
+
+    async def loadconf(self, text, data):
+        lines = [(name, value) for name, value, _ in parse_torrc(data or text)]
+        await self._configure(lines, False)
+
+    async def saveconf(self, text, data):
+        if not self.daemon.torrc:
+            raise TorError("Unable to write configuration to disk.", 551)
+        try:
+            write_file(self.daemon.torrc, config_text(self.daemon.config).encode())
+        except OSError as e:
+            raise TorError("Unable to write configuration to disk: %s" % e, 551)
+
+    async def setevents(self, text, data):
+        names = {name.upper() for name in text.split()} - {"EXTENDED"}
+        for name in sorted(names):
+            if name not in _EVENTS:
+                raise TorError('Unrecognized event "%s"' % name, 552)
+        self.events = names
+        self.daemon.set_severity()
+
+    async def signal(self, text, data):
+        name = _SIGNALS.get(text.upper())
+        if not name:
+            raise TorError('Unrecognized signal code "%s"' % text, 552)
+        asyncio.get_running_loop().call_soon(self.daemon.signal, name)
+
+    # Circuits and streams.
+
+    def _circuit(self, number):
+        for circuit in self.daemon.circuits():
+            if str(circuit_number(circuit)) == number:
+                return circuit
+        raise TorError('Unknown circuit "%s"' % number, 552)
+
+    async def closecircuit(self, text, data):
+        self._circuit(text.partition(" ")[0]).close("closed by a controller", 3)
+
+    async def closestream(self, text, data):
+        number = text.partition(" ")[0]
+        for circuit in self.daemon.circuits():
+            for stream in list(circuit.streams.values()):
+                if str(getattr(stream, "number", 0)) == number != "0":
+                    return stream.send_end(1)
+        raise TorError('Unknown stream "%s"' % number, 552)
+
+    async def extendcircuit(self, text, data):
+        words, relays = [word for word in text.split() if "=" not in word], []
+        for name in words[1].split(",") if words[1:] else ():
+            relays.append(self._relay(name))
+        if not words or words[0] != "0" and not relays:
+            raise TorError("Missing argument to EXTENDCIRCUIT", 512)
+        if not self.tor.ready:
+            raise TorError("There is no directory yet", 551)
+        if words[0] == "0":
+            choose = lambda: relays or self.tor.paths.exit_path(443)
+            circuit = await self.tor.circuit_to(attempts=1, choose=choose)
+            spawn(close_idle(circuit))
+        else:
+            circuit = self._circuit(words[0])
+            for relay in relays:
+                await circuit.extend(relay, BUILD_SECONDS)
+            announce("BUILT", circuit)
+        return ["EXTENDED %d" % circuit_number(circuit)]
+
+    def _relay(self, name):
+        table, match = self.tor.directory.table, re.match(r"\$?([0-9a-fA-F]{40})(?![^~=])", name)
+        i = table.find(bytes.fromhex(match[1])) if match and table else -1
+        if i < 0 or not table.flags_of(i) & USABLE:
+            raise TorError('No such router "%s"' % name, 552)
+        return table.relay(i)
+
+    async def resolve(self, text, data):
+        back = text.lower().startswith("mode=reverse ")
+        names = text.split()[back:]
+
+        async def ask(name):
+            try:
+                found = await (self.tor.resolve_ptr if back else self.tor.resolve)(name)
+            except TorError:
+                found = ["<error>"]
+            end = iso_time(time.time() + 60, '"%Y-%m-%d %H:%M:%S"')
+            self.daemon.event("ADDRMAP", '%s %s %s EXPIRES=%s CACHED="NO"' % (
+                name, found[0], end, end))
+
+        for name in names:
+            if not self.tor.ready:
+                raise TorError("There is no directory yet", 551)
+            spawn(ask(name))
+
+    # Onion services of its own.
+
+    async def add_onion(self, text, data):
+        words, flags, lines = parse_words(text), set(), [("HiddenServiceDir", "/", "")]
+        kind, _, blob = (words.pop(0)[1] if words else "").partition(":")
+        for name, value in words:
+            name = (name or "").lower()
+            if name == "flags":
+                flags |= set(value.lower().split(","))
+            elif name in ("port", "maxstreams"):
+                option = {"port": "HiddenServicePort"}.get(name, "HiddenServiceMaxStreams")
+                lines.append((option, value.replace(",", " ", 1), name))
+            else:
+                raise TorError("Invalid argument, or none that minitor has: %s" % name, 513)
+        if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
+            raise TorError("Invalid flag, or one that minitor does not have yet", 512)
+        if "maxstreamsclosecircuit" in flags:
+            lines.append(("HiddenServiceMaxStreamsCloseCircuit", "1", "flag"))
+        if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
+            esk = ed25519_expand(urandom(32))
+        elif kind == "ED25519-V3":
+            esk = b64decode(blob.encode(), 64)
+        else:
+            raise TorError("Invalid key type", 513)
+        wanted = parse_services(lines)["/"]
+        service = OnionService(self.tor, (esk, ed25519_public(esk)), {})
+        if service.address in [other.address for other in self.daemon.hosted()]:
+            raise TorError("Onion address collision", 550)
+        set_service(service, wanted)
+        self.daemon.onions[service.address] = service, None if "detach" in flags else self
+        self.daemon.start(service)
+        lines = ["ServiceID=" + service.address[:56]]
+        if kind == "NEW" and "discardpk" not in flags:
+            lines.append("PrivateKey=ED25519-V3:" + binascii.b2a_base64(esk).decode().strip())
+        return lines + ["OK"]
+
+    async def del_onion(self, text, data):
+        service, owner = self.daemon.onions.get(text + ".onion", (None, None))
+        if not service or owner not in (None, self):
+            raise TorError("Unknown Onion Service id", 552)
+        del self.daemon.onions[text + ".onion"]
+        await service.close()
+
+    async def takeownership(self, text, data):
+        self.owner = True
+
+    async def dropownership(self, text, data):
+        self.owner = False
+
+    async def quit(self, text, data):
+        return ["closing connection"]
+
+    async def nothing(self, text, data):
+        pass
+
+
+# Before who asks is known.
+_BEFORE = ("PROTOCOLINFO", "AUTHCHALLENGE", "AUTHENTICATE", "QUIT")
+_CONTROL = {
+    "PROTOCOLINFO": Control.protocolinfo, "AUTHCHALLENGE": Control.authchallenge,
+    "AUTHENTICATE": Control.authenticate, "GETINFO": Control.getinfo, "GETCONF": Control.getconf,
+    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "LOADCONF": Control.loadconf,
+    "SAVECONF": Control.saveconf, "SETEVENTS": Control.setevents, "SIGNAL": Control.signal,
+    "CLOSECIRCUIT": Control.closecircuit,
+    "CLOSESTREAM": Control.closestream, "EXTENDCIRCUIT": Control.extendcircuit,
+    "RESOLVE": Control.resolve, "ADD_ONION": Control.add_onion,
+    "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
+    "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.nothing, "QUIT": Control.quit,
+}  # fmt: skip
+
+
+def config_text(config):
+    """The lines of a torrc for `config`."""
+    lines = [entry for entries in config.lines.values() for entry in entries]
+    plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
+    return "".join([
+        "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
+        for name, text, _ in lines
+    ])
+
+
+def _listening(control, kind):
+    kinds = {"socks": "Socks", "httptunnel": "HTTP tunnel", "control": "Control"}
+    found = control.daemon.listening.items()
+    here = [what.address for key, what in found if _LISTENERS[key[0]][0] == kinds.get(kind)]
+    return " ".join(['"%s"' % address for address in here])
+
+
+def _routers(control, which):
+    table = control.tor.directory.table
+    if which is None:
+        indexes = [i for i, _, _ in table.rows()] if table else ()
+        return "\n".join([_router_lines(table, i) for i in indexes])
+    rsa_id = which.lstrip("$").partition("~")[0]
+    if not table or not re.fullmatch("[0-9a-fA-F]{40}", rsa_id):
+        return None
+    i = table.find(bytes.fromhex(rsa_id))
+    return _router_lines(table, i) if i >= 0 else None
+
+
+def _country(control, address):
+    packed = packed_address(address) or b""
+    if len(packed) != 4:
+        raise TorError("No country is known of " + address, 551)
+    return control.daemon.config.country(uint(packed)).lower()
+
+
+def _guards(control):
+    paths = control.tor.ready and control.tor.paths
+    return "\n".join([
+        "$%s %s" % (g.rsa_id.hex().upper(),
+                    "down" if g.down() else "up" if g.confirmed else "never-connected")
+        for g in (paths.sample if paths else ())
+    ])
+
+
+def _onions(control, mine):
+    found = control.daemon.onions.items()
+    return "\n".join([address[:56] for address, (_, owner) in found if owner is mine])
+
+
+def _time_of(name):
+    def info(control):
+        consensus = control.tor.directory.consensus
+        if not consensus:
+            raise TorError("There is no consensus yet", 551)
+        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S")
+
+    return info
+
+
+_INFO = {
+    "version": lambda c: TOR_VERSION,
+    "accounting/enabled": lambda c: "0",
+    "address-mappings/": lambda c, kind: "",  # none are kept
+    "config-file": lambda c: c.daemon.torrc or "",
+    "config-defaults-file": lambda c: "",
+    "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
+    "config/names": lambda c: "\n".join(sorted([
+        "%s %s" % (t[1], t[0].replace("Ignored", "String")) for t in _TYPES.values()])),
+    "info/names": lambda c: "\n".join(sorted([
+        "%s%s -- see control-spec" % (key, "*" * (key[-1] == "/")) for key in _INFO])),
+    "events/names": lambda c: " ".join(_EVENTS),
+    "signal/names": lambda c: " ".join(_SIGNALS),
+    "features/names": lambda c: "VERBOSE_NAMES EXTENDED_EVENTS",
+    "process/pid": lambda c: str(os.getpid()),
+    "process/uid": lambda c: str(os.getuid()),
+    "process/user": lambda c: os.environ.get("USER", ""),
+    "traffic/read": lambda c: str(traffic[0]),
+    "traffic/written": lambda c: str(traffic[1]),
+    "uptime": lambda c: "%d" % (time.time() - c.daemon.started),
+    "dormant": lambda c: "0",
+    "network-liveness": lambda c: "up" if c.tor.ready else "down",
+    "circuit-status": lambda c: "\n".join(map(describe_circuit, c.daemon.circuits())),
+    "stream-status": lambda c: "\n".join([
+        "%d SUCCEEDED %d %s" % (stream.number, circuit_number(circuit), stream.target)
+        for circuit in c.daemon.circuits() for stream in circuit.streams.values()
+        if hasattr(stream, "number")]),
+    "orconn-status": lambda c: "\n".join([
+        "$%s %s" % (channel.rsa_id.hex().upper(),
+                    "CONNECTED" if channel.opened.done() else "LAUNCHED")
+        for channel in c.daemon.channels()]),
+    "entry-guards": _guards,
+    "net/listeners/": _listening,
+    "ip-to-country/": _country,
+    "ip-to-country/ipv4-available": lambda c: "1" if os.path.exists(
+        c.daemon.config["GeoIPFile"]) else "0",
+    "ns/all": lambda c: _routers(c, None),
+    "ns/id/": _routers,
+    "consensus/valid-after": _time_of("valid_after"),
+    "consensus/fresh-until": _time_of("fresh_until"),
+    "consensus/valid-until": _time_of("valid_until"),
+    "current-time/utc": lambda c: iso_time(time.time()),
+    "onions/current": lambda c: _onions(c, c),
+    "onions/detached": lambda c: _onions(c, None),
+    "status/bootstrap-phase": lambda c: c.daemon.phase,
+    "status/circuit-established": lambda c: "%d" % bool(c.tor.ready),
+    "status/enough-dir-info": lambda c: "%d" % bool(c.tor.directory.consensus),
+    "status/version/current": lambda c: "recommended",
+}
+# Several lines even where there is one.
+_LISTS = ("circuit-status", "stream-status", "orconn-status", "entry-guards", "ns/all",
+          "config/names", "info/names", "config-text")
+
+
+# What a running daemon keeps.
+_FIXED = (
+    "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
+    "TestingTorNetwork User"
+).split()
+_LISTENERS = {
+    "SocksPort": ("Socks", "socks"),
+    "HTTPTunnelPort": ("HTTP tunnel", "http"),
+    "ControlPort": ("Control", None),
+    "ControlSocket": ("Control", None),
+}
+_ADDRESS_TEXT = re.compile(r"\b[a-z2-7]{56}\.onion\b") if not MICROPYTHON else None
+
+
+_OWN_SOCKET = "/minitor_control"
+
+
+class ControlListener:
+    """A port for controllers, as a Proxy is for programs; `known`: who come need no password."""
+
+    def __init__(self, daemon, where, flags="", known=False):
+        self._daemon, self._to, self._known = daemon, parse_listener(where, flags), known
+        try:
+            self._socket, self.address = _bind(self._to)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (where, e))
+        config = daemon.config
+        open_to_all = self._to.path and "worldwritable" in self._to.on
+        if not self._to.path and not is_loopback(self._to.host):
+            log(WARN, "%s: others can reach this control port", self.address)
+        if not (known or self._to.path and not open_to_all or config["CookieAuthentication"]
+                or config["HashedControlPassword"]):
+            log(WARN, "%s: whoever reaches this control port controls minitor: set "
+                "CookieAuthentication or HashedControlPassword", self.address)
+
+    async def start(self):
+        start = asyncio.start_unix_server if self._to.path else asyncio.start_server
+        self._server = await start(self._serve, sock=self._socket, limit=1 << 16)
+        return self
+
+    async def _serve(self, reader, writer):
+        try:
+            control = Control(self._daemon, reader, writer)
+            control.known = self._known
+            await control.serve()
+        except (OSError, EOFError):
+            pass  # it went away, or sent a line without end
+        except Exception as e:
+            log(ERR, "bug: %s at the control port: %s", type(e).__name__, e)
+            if _log[0] == DEBUG:
+                print_exception(e)
+        finally:
+            writer.close()
+
+    def close(self):
+        self._server.close()
+        if self._to.path and os.path.exists(self._to.path):
+            os.unlink(self._to.path)
+
+
+class Daemon:
+    """What a torrc, the file `torrc`, describes, running; `load`: makes its Config anew."""
+
+    running, _own = False, None
+    phase, cookie = 'NOTICE BOOTSTRAP PROGRESS=0 TAG=starting SUMMARY="Starting"', None
+
+    def __init__(self, config, load, torrc=None):
+        self.config, self._load, self.torrc = config, load, torrc
+        self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
+        # `onions`: {address: (OnionService, the Control whose it is, or None)}.
+        self.controls, self.onions = [], {}
+        # {(option, where, flags): what listens}, {folder: OnionService}.
+        self.listening, self.services, self._logs = {}, {}, []
+        self.open_logs(config)
+        self._lock = self._take_folder()
+        network = ["DirAuthority " + text for text in config["DirAuthority"]]
+        self.tor = tor = AsyncTor(self.folder, network or None, self._progress)
+        network = tor.directory.network
+        network.testing = network.testing or config["TestingTorNetwork"]
+        network.fallbacks = config["FallbackDir"] or network.fallbacks
+        tor.selector = lambda *args: ChosenPaths(self.config, *args)
+        build = tor.circuit_to
+
+        async def circuit_to(target=None, *args, **named):
+            if target and self.config["StrictNodes"] and tor.paths.excluded(target):
+                raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
+            return await build(target, *args, **named)
+
+        tor.circuit_to = circuit_to
+
+    def _progress(self, *what):
+        log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
+        self.phase = 'NOTICE BOOTSTRAP PROGRESS=%d TAG=%s SUMMARY="%s"' % what
+        self.event("STATUS_CLIENT", self.phase)
+
+    def event(self, name, text):
+        for control in self.controls:
+            control.event(name, text)
+
+    def channels(self):
+        return [c for c in list(self.tor._channels.open.values()) if not c.closed]
+
+    def circuits(self):
+        return [circuit for c in self.channels() for circuit in list(c.circuits.values())]
+
+    def hosted(self):
+        return list(self.services.values()) + [service for service, _ in self.onions.values()]
+
+    def _watch(self, name, subject, *more):
+        # What `announce` tells, as controllers have it.
+        if name == "BUILT":
+            name, subject.built = "CIRC", True
+        if name == "STREAM":
+            self._watch_stream(subject, *more)
+        elif not self.controls:
+            pass
+        elif name == "CIRC":
+            self.event(name, describe_circuit(subject))
+        elif name == "ORCONN":
+            self.event(name, "$%s %s" % (subject.rsa_id.hex().upper(), more[0]))
+        elif name == "HS_DESC":
+            words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
+            words += [b64encode(more[2])] if more[2:] else []
+            words += ["REASON=" + more[3]] if more[3:] else []
+            self.event(name, " ".join(words))
+
+    def _watch_stream(self, subject, state, stream=None):
+        # `subject`: the Stream, or what asked for one.
+        if state == "NEW":
+            _numbers[0] += 1
+            subject.number = _numbers[0]
+        if hasattr(subject, "number"):
+            if stream:
+                stream.number, stream.target = subject.number, subject.target
+            circuit = circuit_number(stream.circuit) if stream else 0
+            more = {"CLOSED": " REASON=DONE", "FAILED": " REASON=MISC"}.get(state, "")
+            words = subject.number, state, circuit, subject.target, more
+            self.event("STREAM", "%d %s %d %s%s" % words)
+
+    async def _measure(self):
+        # BW: bytes in the last second.
+        while True:
+            before = traffic[:]
+            await asyncio.sleep(1)
+            self.event("BW", "%d %d" % (traffic[0] - before[0], traffic[1] - before[1]))
+
+    def _make_cookie(self, config):
+        self.cookie_file = path = config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
+        self.cookie = self.cookie or urandom(32)
+        try:
+            write_file(path, self.cookie)
+            if config["CookieAuthFileGroupReadable"]:
+                os.chmod(path, 0o640)
+        except OSError as e:
+            raise ConfigError("cannot write the CookieAuthFile %s: %s" % (path, e))
+
+    def signal(self, name):
+        """Do what the signal of that name (control-spec 3.7) asks for."""
+        if name == "RELOAD":
+            spawn(self.reload())
+        elif name in ("SHUTDOWN", "HALT"):
+            self.stopping.set()
+        elif name == "NEWNYM":
+            self.tor.newnym()
+        elif name == "DEBUG":
+            self._logs = [(range(5), write, close) for _, write, close in self._logs]
+            self.set_severity()
+        elif name == "DUMP":
+            log(NOTICE, "%d links, %d circuits, %d bytes read, %d bytes written",
+                len(self.channels()), len(self.circuits()), *traffic)
+        self.event("SIGNAL", name)
+
+    def _take_folder(self):
+        # tor's file and lock, too.
+        import fcntl
+
+        self.folder = self.config["DataDirectory"] or folders(None, None)[0]
+        try:
+            private_dir(self.folder)
+            lock = open(self.folder + "/lock", "a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("another process uses the DataDirectory " + self.folder)
+        except OSError as e:
+            raise ConfigError("the DataDirectory %s cannot be used: %s" % (self.folder, e))
+        return lock
+
+    def open_logs(self, config):
+        """Log to where `config` says; ConfigError."""
+        logs, specs = [], config["Log"]
+        if not specs and not config["RunAsDaemon"]:
+            specs = [parse_log("notice stdout")]
+        for levels, kind, path in specs:
+            if kind not in ("stdout", "stderr") or not config["RunAsDaemon"]:
+                logs.append((levels,) + log_writer(kind, path, config))
+        for _, _, close in self._logs:
+            close()
+        self._logs = logs
+        self.set_severity()
+
+    def set_severity(self):
+        """Log what some log, or a controller, wants."""
+        wanted = {ERR}.union(*[levels for levels, _, _ in self._logs])
+        wanted |= {_LEVELS.index(n) for c in self.controls for n in c.events if n in _LEVELS}
+        set_log(min(wanted), self._log)
+
+    def _log(self, severity, text):
+        if self.config["SafeLogging"] == "1":
+            text = _ADDRESS_TEXT.sub("[scrubbed]", text)
+        for levels, write, _ in self._logs:
+            if severity in levels:
+                try:
+                    write(severity, text)
+                except (OSError, ValueError):
+                    pass  # a full disk, or a closed terminal
+        self.event(_LEVELS[severity], text)
+
+    async def open_listeners(self, config):
+        """Listen where `config` says, and nowhere else; ConfigError."""
+        wanted = [(option,) + place for option in _LISTENERS for place in config[option]]
+        if not config.lines.get("SocksPort"):
+            wanted.append(("SocksPort", "9050", ""))
+        for key in set(self.listening) - set(wanted):
+            log(NOTICE, "Closing the %s listener on %s", _LISTENERS[key[0]][0], key[1])
+            self.listening.pop(key).close()
+        for key in wanted:
+            if key not in self.listening:
+                self.listening[key] = found = await self._listen(config, *key)
+                name = _LISTENERS[key[0]][0]
+                log(NOTICE, "Opened %s listener connection (ready) on %s", name, found.address)
+        if config["ControlPortWriteToFile"]:
+            self._write_ports(config)
+
+    async def _listen(self, config, option, where, flags):
+        if where[:5] == "unix:" and config[
+            "UnixSocksGroupWritable" if option == "SocksPort" else "ControlSocketsGroupWritable"
+        ]:
+            flags += " GroupWritable"
+        kind = _LISTENERS[option][1]
+        if kind:
+            return await Proxy(kind, where, flags).start(self.tor)
+        return await ControlListener(self, where, flags).start()
+
+    def _write_ports(self, config):
+        path = config["ControlPortWriteToFile"]
+        found = [what.address for key, what in self.listening.items() if key[0][:7] == "Control"]
+        lines = ["UNIX_PORT=" + a[5:] if a[:5] == "unix:" else "PORT=" + a for a in found]
+        try:
+            write_file(path, "".join([line + "\n" for line in lines]).encode())
+            os.chmod(path, 0o640 if config["ControlPortFileGroupReadable"] else 0o600)
+        except OSError as e:
+            raise ConfigError("cannot write the file %s: %s" % (path, e))
+
+    def open_services(self, config):
+        """Host what `config` says, in place of what runs; ConfigError."""
+        for folder, wanted in config[_HIDDEN].items():
+            service = self.services.get(folder)
+            if not service:
+                service = self.services[folder] = OnionService(self.tor, folder, {})
+                self.start(service)
+            set_service(service, wanted)
+        for folder in self.services.keys() - config[_HIDDEN].keys():
+            spawn(self.services.pop(folder).close())
+
+    def start(self, service):
+        """Have a service published, once there is a network."""
+
+        async def start():
+            try:
+                await self.ready.wait()
+                if service not in self.hosted():
+                    return
+                self.tor.services.append(service)
+                await service.start()
+                log(NOTICE, "%s is reachable", service.address)
+            except TorError as e:
+                log(INFO, "%s: %s", service.address, e)
+
+        spawn(start())
+
+    async def use(self, config):
+        """Take over a Config, or, ConfigError, keep the old one."""
+        for name in _FIXED:
+            if config[name] != self.config[name]:
+                log(WARN, "%s cannot change while minitor runs: it stays as it was", name)
+                config[name] = self.config[name]
+        try:
+            self.open_logs(config)
+            if config["CookieAuthentication"]:
+                self._make_cookie(config)
+            await self.open_listeners(config)
+            self.open_services(config)
+        except ConfigError:
+            if self.running:
+                self.open_logs(self.config)
+                await self.open_listeners(self.config)
+            raise
+        self.running = True
+        self._tell_changes(config)
+        changed = [name for name in _NODES if config[name] != self.config[name]]
+        self.config = config
+        self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
+        if changed and self.ready.done():
+            paths, directory = self.tor.paths, self.tor.directory
+            paths.config = config
+            paths.update(directory.table, directory.consensus)
+
+    def _tell_changes(self, config):
+        lines, old, new = [], self.config.lines, config.lines
+        for group in sorted(set(old) | set(new)):
+            before, after = [[e[:2] for e in both.get(group, ())] for both in (old, new)]
+            if before != after:
+                lines += ["650-%s=%s" % entry for entry in after] or ["650-" + group]
+        for control in self.controls if lines else ():
+            if "CONF_CHANGED" in control.events:
+                control.send("650-CONF_CHANGED", *lines, "650 OK")
+
+    async def reload(self):
+        log(NOTICE, "Received reload signal (hup). Reloading config and resetting internal state.")
+        try:
+            await self.use(self._load() if self.config["__ReloadTorrcOnSIGHUP"] else self.config)
+        except TorError as e:
+            log(ERR, "The configuration stays as it was: %s", e)
+
+    async def _bootstrap(self):
+        delay = 2
+        while not self.ready.done():
+            try:
+                # As `start`, but what listens stays.
+                await self.tor._bootstrap()
+                break
+            except (OSError, TorError) as e:
+                log(WARN, "Not connected to Tor: %s; trying again in %d s", e, delay)
+                self.tor._channels.close()
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 300)
+        self.tor.ready = True
+        self.ready.set()
+        self.event("STATUS_CLIENT", "NOTICE ENOUGH_DIR_INFO")
+        self.event("STATUS_CLIENT", "NOTICE CIRCUIT_ESTABLISHED")
+
+    async def _watch_owner(self):
+        # __OwningControllerProcess: who started it ended.
+        while True:
+            await asyncio.sleep(3)
+            try:
+                os.kill(self.config["__OwningControllerProcess"], 0)
+            except ProcessLookupError:
+                return self.stopping.set()
+            except OSError:
+                pass
+
+    async def run(self, ready):
+        """Run until a signal ends it; `ready()` is called once it listens."""
+        import signal
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stopping.set)
+        numbers = {"HUP": signal.SIGHUP, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
+        for name, number in numbers.items():
+            loop.add_signal_handler(number, self.signal, _SIGNALS[name])
+        watchers.append(self._watch)
+        config, tasks = self.config, []
+        try:
+            await self.use(config)
+            if config["PidFile"]:
+                self._write_pid(config["PidFile"])
+            try:
+                # For --stop and the like: in a folder that only the owner reaches.
+                own = ControlListener(self, "unix:" + self.folder + _OWN_SOCKET, "", True)
+                self._own = await own.start()
+            except ConfigError as e:
+                log(WARN, "--status, --newnym and --stop will not reach this one: %s", e)
+            ready()
+            tasks += spawn(self._bootstrap()), spawn(self._measure())
+            if config["__OwningControllerProcess"]:
+                tasks.append(spawn(self._watch_owner()))
+            await self.stopping.wait()
+            log(NOTICE, "Catching signal TERM, exiting cleanly.")
+        finally:
+            await self._shut_down(tasks)
+
+    def _write_pid(self, path):
+        try:
+            with open(path, "w") as f:
+                f.write("%d\n" % os.getpid())
+        except OSError as e:
+            raise ConfigError("cannot write the PidFile %s: %s" % (path, e))
+
+    async def _shut_down(self, tasks):
+        watchers.remove(self._watch)
+        for task in tasks:
+            task.cancel()
+        for server in list(self.listening.values()) + [self._own] * bool(self._own):
+            server.close()
+        await self.tor.aclose()
+        for path in (self.config["PidFile"], self.config["ControlPortWriteToFile"]):
+            if path and os.path.exists(path):
+                os.unlink(path)
+        # The lock goes with the process.
+        for _, _, close in self._logs:
+            close()
+
+
+def become(user):
+    """Go on as this user alone; ConfigError."""
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(user)
+        if os.getuid() != entry.pw_uid:
+            os.initgroups(user, entry.pw_gid)
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+    except (KeyError, OSError) as e:
+        raise ConfigError("cannot become the User %s: %s" % (user, e))
+
+
+def daemonize():
+    """Go on in the background; return what tells the caller, who waits, that all is well."""
+    end, ours = os.pipe()
+    sys.stdout.flush()
+    if os.fork():
+        os.close(ours)
+        os._exit(0 if os.read(end, 1) else 1)
+    os.close(end)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+
+    def ready():
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        os.write(ours, b"1")
+        os.close(ours)
+
+    return ready
+
+
+# Of tor's command line: whether an argument follows.
+_COMMANDS = {
+    "-f": 1, "--torrc-file": 1, "--defaults-torrc": 1, "--hash-password": 1, "--verify-config": 0,
+    "--list-torrc-options": 0, "--ignore-missing-torrc": 0, "--allow-missing-torrc": 0,
+    "--quiet": 0, "--hush": 0, "--stop": 0, "--newnym": 0, "--status": 0,
+}
+_REQUESTS = {
+    "--stop": "SIGNAL SHUTDOWN",
+    "--newnym": "SIGNAL NEWNYM",
+    "--status": (
+        "GETINFO version process/pid uptime status/bootstrap-phase net/listeners/socks "
+        "net/listeners/httptunnel net/listeners/control traffic/read traffic/written"
+    ),
+}
+
+
+def ask_running(folder, request):
+    """Return the lines with which the daemon in a DataDirectory answers; ConfigError."""
+    lines, stops = [], request == _REQUESTS["--stop"]
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(15)
+            s.connect(folder + _OWN_SOCKET)
+            # Who is told to stop hangs up when all is done.
+            s.sendall((request + "\r\n" + "QUIT\r\n" * (not stops)).encode())
+            with s.makefile() as f:
+                for line in f:
+                    lines.append(line.strip())
+    except OSError as e:
+        if not (stops and lines):
+            raise ConfigError("no minitor answers in the DataDirectory %s: %s" % (folder, e))
+    return [line[4:] for line in lines if line[3:4] == "-"]
+
+
+def parse_arguments(argv):
+    """Return ({command: argument}, lines for `configure`) of tor's arguments; ConfigError."""
+    commands, lines, at = {}, [], 0
+    while at < len(argv):
+        word, at = argv[at], at + 1
+        key = re.sub("^--?", "", word)
+        follows = _COMMANDS.get(word, key[:1] != "/")
+        if follows and at == len(argv):
+            raise ConfigError("%s needs a value" % word)
+        value = argv[at] if follows else ""
+        at += bool(follows)
+        if word in _COMMANDS:
+            commands["-f" if word == "--torrc-file" else word] = value
+        else:
+            lines.append((key, value, "argument"))
+    return commands, lines
+
+
+def is_for_daemon(argv):
+    """Tell whether these arguments are as tor's."""
+    names = [re.sub("^--?[+/]?", "", word).lower() for word in argv[:1]]
+    return bool(set(argv) & _COMMANDS.keys()) or bool(set(names) & _TYPES.keys())
+
+
+def run_daemon(argv):
+    """Do as tor with these arguments; return the exit status."""
+    commands, lines = parse_arguments(argv)
+    if "--hash-password" in commands:
+        salt = urandom(8) + b"\x60"
+        digest = hash_password(commands["--hash-password"].encode(), salt)
+        return print("16:" + (salt + digest).hex().upper()) or 0
+    if "--list-torrc-options" in commands:
+        return print("\n".join(sorted([name for _, name, _ in _TYPES.values()]))) or 0
+    path = commands.get("-f")
+    path = path if path in (None, "-") else _path(path)
+    given = sys.stdin.read() if path == "-" else None
+    missing = {"--ignore-missing-torrc", "--allow-missing-torrc"} & commands.keys()
+
+    def load():
+        sources = [[("Log", "warn stdout", "")]] if {"--hush", "--quiet"} & commands.keys() else []
+        for name, text in ((commands.get("--defaults-torrc"), None), (path, given)):
+            if name and not (missing and name == path and not os.path.exists(name)):
+                sources.append(read_torrc(name, text))
+        return configure(*sources, lines)
+
+    config = load()
+    if "--verify-config" in commands:
+        return print("Configuration was valid") or 0
+    for command in _REQUESTS.keys() & commands.keys():
+        folder = config["DataDirectory"] or folders(None, None)[0]
+        return print(*ask_running(folder, _REQUESTS[command]), sep="\n") or 0
+    if config["User"]:
+        become(config["User"])
+    ready = daemonize() if config["RunAsDaemon"] else lambda: None
+    asyncio.run(Daemon(config, load, path if given is None else None).run(ready))
+    return 0
 
 
 # === 19. Command line ===
@@ -5100,9 +7535,18 @@ def run_command(options):
         _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
         return print(onion_address(key))
     check_target("port", options.port)
-    target = options.get or serve_target(options.serve)
+    doors = [("socks", options.socks)] * (options.socks is not None)
+    doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    # A port that is taken shows before the bootstrap.
+    doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
+    target = options.get or not doors and serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for proxy in doors:
+            tor.run(proxy.start(tor))
+            print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
+        if doors:
+            return threading.Event().wait()
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -5119,14 +7563,26 @@ def main(argv=None):
     import argparse
     import signal
 
-    parser = argparse.ArgumentParser("minitor", allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if is_for_daemon(argv):
+        try:
+            return run_daemon(argv)
+        except TorError as e:
+            print("minitor:", e, file=sys.stderr)
+            return 1
+    parser = argparse.ArgumentParser("minitor", allow_abbrev=False, epilog=(
+        "As tor: -f torrc, options of a torrc (--SocksPort 9050), --verify-config, "
+        "--hash-password; and --status, --newnym, --stop for one that runs."))
     parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--serve", nargs="?", const="", metavar="WHAT",
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
+    add("--socks", nargs="?", const="9050", metavar="WHERE",
+        help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
+    add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
@@ -5135,6 +7591,8 @@ def main(argv=None):
     add("-v", action="count", default=0, help="say more")
     add("--version", action="version", version="minitor " + __version__)
     options = parser.parse_args(argv)
+    if options.http_tunnel and not options.socks:
+        parser.error("--http-tunnel goes with --socks")
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -5,6 +5,7 @@ POST /echo              the body comes back
 POST /sum               the SHA-256 of the body comes back, in hexadecimal
 GET /slow/N             N bytes, one every 0.1 s
 GET /                   a line of text
+GET /page               the same for a browser
 """
 
 import functools
@@ -37,10 +38,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, body, status=200):
+    def reply(self, body, status=200, kind="application/octet-stream"):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Type", kind)
         self.end_headers()
         self.server.served[self.path] += 1
         self.wfile.write(body)
@@ -50,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, n = url.path[1:].partition("/")
         if url.path == "/":
             self.reply(HELLO)
+        elif url.path == "/page":
+            self.reply(b"<!doctype html><p>" + HELLO, kind="text/html")
         elif kind == "bytes" and n.isdigit():
             seed = int(parse_qs(url.query).get("seed", ["0"])[0])
             self.reply(payload(int(n), seed))

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Installs what the tests and the demonstration need, where it is missing: tor, curl and Python's
-# venv from Debian (as root or through sudo), and a virtual environment in .venv.
+# Installs what the tests and the demonstration need, where it is missing: tor, curl, Python's venv,
+# and for the tests torsocks and wget, from Debian (as root or through sudo), and a virtual
+# environment in .venv.
 #     tests/setup.sh [EXTRA]      EXTRA: an optional dependency of pyproject.toml (default: test)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +12,10 @@ packages=()
 command -v tor >/dev/null && command -v tor-gencert >/dev/null || packages+=(tor)
 command -v curl >/dev/null || packages+=(curl)
 command -v python3 >/dev/null || packages+=(python3)
+if [ "$extra" = test ]; then
+    command -v torsocks >/dev/null || packages+=(torsocks)
+    command -v wget >/dev/null || packages+=(wget)
+fi
 python3 -c 'import venv, ensurepip' 2>/dev/null || packages+=(python3-venv)
 if [ ${#packages[@]} -gt 0 ]; then
     sudo=

@@ -218,6 +218,9 @@ def test_create_fast():
 def test_begin():
     assert minitor.parse_begin(b":80\0") == 80
     assert minitor.parse_begin(b"a.b:65535\0\0\0\0\1") == 65535
+    assert minitor.begin("a.b", 80) == b"a.b:80\0\0\0\0\1"
+    assert minitor.begin("2001:db8::1", 80, 5) == b"[2001:db8::1]:80\0\0\0\0\5"
+    assert minitor.begin("", 80, 5) == b":80\0"
     for bad in (b"", b"a:80", b":0\0", b":65536\0", b":-1\0", b"a\0", b":\0", b"80\0"):
         with pytest.raises(minitor.ProtocolError):
             minitor.parse_begin(bad)
@@ -226,6 +229,8 @@ def test_begin():
 def test_resolved():
     body = H("04 04 01020304 00000010") + H("f1 00 00000000") + b"\0\3abc" + bytes(4)
     assert minitor.parse_resolved(body) == ["1.2.3.4"]
+    assert minitor.parse_resolved(body, True) == ["abc"]
+    assert minitor.parse_resolved(b"\0\2\xc3\xa4" + bytes(4), True) == []
     body = H("0610 20010db8") + bytes(11) + b"\1" + bytes(4)
     assert minitor.parse_resolved(body) == ["2001:db8:0:0:0:0:0:1"]
     for bad in (H("04 03 010203 00000000"), H("04 04 0102"), H("0410") + bytes(20)):

@@ -307,6 +307,25 @@ def test_begin_to_an_onion_service():
     run(test)
 
 
+def test_early_data_goes_before_the_answer():
+    async def test():
+        far = Far()
+        body = os.urandom(1000)
+        opening = asyncio.ensure_future(
+            far.circuit.open_stream(BEGIN, b"example.com:80\0", 5, bytearray(body)))
+        await asyncio.sleep(0)
+        (command, stream_id, _), *rest = far.received()
+        assert command == BEGIN and {c for c, _, _ in rest} == {DATA}
+        assert b"".join(data for _, _, data in rest) == body and not opening.done()
+        far.circuit.receive(
+            far.cell(CONNECTED, stream_id) + far.cell(DATA, stream_id, b"early, too"))
+        stream = await opening
+        assert stream.early == 1000 and await stream.read(100) == b"early, too"
+        assert (await far.stream()).early == 0
+
+    run(test)
+
+
 def test_a_refused_stream_says_why():
     async def test():
         far = Far()

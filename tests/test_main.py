@@ -70,6 +70,18 @@ def site(tmp_path):
     return root
 
 
+def test_socks_options(capsys, tmp_path):
+    for arguments, text in ((["--serve", "--http-tunnel", "8118"], "goes with --socks"),
+                            (["--socks", "x.y:9050"], "unix:PATH is needed"),
+                            (["--socks", "9050 Isolate"], "no flag"),
+                            (["--socks", "--serve"], "not allowed")):
+        try:
+            status = minitor.main(arguments + ["--data-dir", str(tmp_path)])
+        except SystemExit as e:
+            status = e.code
+        assert status == 2 and text in capsys.readouterr().err, arguments
+
+
 def test_own_page_says_what_it_is():
     status, fields, body = get(minitor.serve_target(""), "/")
     assert status == 200 and b"minitor" in body and b"onion service" in body

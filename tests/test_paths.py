@@ -35,6 +35,84 @@ def rsa_id(n):
     return n.to_bytes(20, "big")
 
 
+DEFAULT = lambda name, default, *_: default
+
+
+def pareto(n, least, alpha, seed=1):
+    rng = random.Random(seed)
+    return [int(least * rng.random() ** (-1 / alpha)) for _ in range(n)]
+
+
+def test_a_build_timeout_is_learned_after_a_hundred_circuits(tmp_path):
+    times = minitor.BuildTimes(str(tmp_path / "times"))
+    for ms in pareto(99, 1000, 2):
+        assert times.learning(DEFAULT) and times.ms(DEFAULT) == 60000
+        times.add(ms, DEFAULT)
+    times.add(1500, DEFAULT)
+    assert not times.learning(DEFAULT)
+    # Eight of ten circuits are in time; circuits of other lengths get time accordingly.
+    limit, seen = times.ms(DEFAULT), sorted(times.times)
+    assert 70 < sum(ms <= limit for ms in seen) < 90
+    assert times.ms(DEFAULT, 4) == pytest.approx(limit * 10 / 6)
+    assert times.ms(DEFAULT, 1) == pytest.approx(limit / 6)
+    # It is known after a restart, nearly.
+    again = minitor.BuildTimes(str(tmp_path / "times"))
+    assert again.times == times.times and again.ms(DEFAULT) == limit
+    # Only the last thousand count.
+    for ms in pareto(1000, 1000, 2, seed=2):
+        times.add(ms, DEFAULT)
+    assert len(times.times) == 1000 and times.times == pareto(1000, 1000, 2, seed=2)
+
+
+@pytest.mark.parametrize("alpha,least", [(1.5, 800), (3, 2000), (10, 600)])
+def test_the_estimate_is_paretos(alpha, least):
+    times = minitor.BuildTimes("/nowhere/times")
+    times.times = pareto(1000, least, alpha)
+    exact = least * 0.2 ** (-1 / alpha)
+    assert times.ms(DEFAULT) == pytest.approx(exact, rel=0.15)
+
+
+def test_an_estimate_keeps_its_bounds():
+    # Not above what was ever seen, nor below what this machine's own work may take.
+    for stored, limit in (([1000] * 100, 1000), ([5] * 200, 500), ([1] * 10 + [4000] * 99, 4000)):
+        times = minitor.BuildTimes("/nowhere/times")
+        times.times = stored
+        assert times.ms(DEFAULT) == pytest.approx(limit)
+    off = lambda name, default, *_: 1 if name == "cbtdisabled" else default
+    times = minitor.BuildTimes("/nowhere/times")
+    times.times = [1000] * 200
+    assert times.ms(off) == 60000 and not times.learning(off)
+
+
+def test_another_network_is_learned_anew(tmp_path):
+    times = minitor.BuildTimes(str(tmp_path / "times"))
+    for _ in range(100):
+        times.add(1000, DEFAULT)
+    assert times.ms(DEFAULT) == 1000
+    # What fails at once is not late.
+    for _ in range(30):
+        times.add(10, DEFAULT, False)
+    assert len(times.times) == 100 and times.ms(DEFAULT) == 1000
+    for i in range(18):
+        assert times.ms(DEFAULT) <= 1001
+        times.add(30000, DEFAULT, False)
+    assert not times.times and times.ms(DEFAULT) == 60000
+    # A timeout that is the first one doubles.
+    for _ in range(18):
+        times.add(60001, DEFAULT, False)
+    assert times.ms(DEFAULT) == 120000
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1, \"x\"]", "[-5, 1e400]", "[null]", "7"])
+def test_damaged_build_times(tmp_path, text):
+    (tmp_path / "times").write_text(text)
+    minitor.set_log(minitor.ERR)
+    try:
+        assert minitor.BuildTimes(str(tmp_path / "times")).ms(DEFAULT) == 60000
+    finally:
+        minitor.set_log(minitor.NOTICE)
+
+
 def microdesc(n, policy=b"", family=(), family_ids=()):
     keys = b"e" + n.to_bytes(31, "big") + b"n" + n.to_bytes(31, "big")
     return keys, (policy, b"".join(rsa_id(m)[:4] for m in family), b"".join(family_ids))

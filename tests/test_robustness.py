@@ -380,6 +380,10 @@ def test_relay_messages(name, valid):
     fuzz(getattr(minitor, name), valid, 3 * ROUNDS)
 
 
+def test_names_that_an_exit_resolves():
+    fuzz(lambda data: minitor.parse_resolved(data, True), b"\0\3abc\0\0\0\1" * 2, ROUNDS)
+
+
 def test_handshake_replies(checks):
     _, ntor_finish = minitor.ntor(bytes(20), minitor.x25519(b"b" * 32))
     _, hs_finish = minitor.hs_ntor_client(Intro(1), b"u" * 32, bytes(20), Intro(3))

@@ -358,10 +358,12 @@ def test_client_meets_service():
 
 @pytest.mark.parametrize(
     "answer,error", [(b"\0\1\0", minitor.ProtocolError), (b"", minitor.ProtocolError),
-                     (minitor.CircuitError("gone"), minitor.CircuitError)]
+                     (minitor.CircuitError("gone"), minitor.CircuitError),
+                     (minitor.CircuitError("silent", 10), minitor.OnionError)]
 )
 def test_client_is_refused(answer, error):
     result, rend, introducing = meet(answer)
+    assert result.reason == 0xF7 * (error is minitor.OnionError)
     assert isinstance(result, error) and rend.closed and introducing.closed and not rend.keys
 
 
@@ -754,12 +756,14 @@ class Core(minitor.AsyncTor):
         self.directory = Thing(network=Thing(testing=False), table=Thing(
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
         self._shared, self._spares, self._tasks = {}, [], []
+        self.proxies, self.wanted, self._exits, self._opening = [], {}, [], 0
+        self.dirty_ms, self.build_times = minitor.DIRTY_MS, minitor.BuildTimes("/nowhere")
         self.log, self.down, self.gate = [], set(), None
 
         def failed(rsa_id, hop):
             self.doubts.append(rsa_id) if hop else self.log.append(("failed", rsa_id[0]))
 
-        self.paths = Thing(failed=failed, param=lambda *_: 1000,
+        self.paths = Thing(failed=failed, param=lambda name, default=0, *_: default,
                            succeeded=lambda i: self.log.append(("succeeded", i[0])) or True)
         self.doubts = []
         self.paths.onion_path = lambda target=None: [
@@ -809,16 +813,17 @@ def test_circuits_are_tried_again(core):
         assert numbers(await core.circuit_to(core.relay(9))) == [1, 2, 3, 9]
         for down, attempts, made in ((9, None, 3), (9, 2, 2), (2, None, 3), (1, None, 0)):
             core.down, core.made[:], core.log[:] = {down}, [], []
-            with pytest.raises(minitor.CircuitError, match="attempts"):
+            with pytest.raises(minitor.CircuitError, match="no circuit"):
                 await core.circuit_to(core.relay(9), attempts)
             assert len(core.made) == made and all([c.closed for c in core.made])
             assert ("failed", 1) in core.log if down == 1 else ("failed", 1) not in core.log
         core.down = set()
         core.made[:] = []
         task = asyncio.ensure_future(core.circuit_to())
-        await asyncio.sleep(0)
+        for _ in range(2):
+            await asyncio.sleep(0)
         task.cancel()
-        await asyncio.sleep(0)
+        await settle()
         assert task.cancelled() and [c.closed for c in core.made] == [True]
 
     asyncio.run(main())
@@ -831,7 +836,7 @@ def test_want_of_memory_is_no_relays_fault(core, monkeypatch, error):
             raise error
 
         monkeypatch.setattr(minitor.Circuit, "extend", lambda self, *args: extend(*args))
-        with pytest.raises(minitor.MemoryShort, match="in 2 attempts"):
+        with pytest.raises(minitor.MemoryShort, match="no circuit could be built"):
             await core.circuit_to(core.relay(9), 2)
         assert not core.log and not core.doubts and all([c.closed for c in core.made])
 
@@ -922,6 +927,162 @@ def test_exit_circuits_are_shared(core, monkeypatch):
             with pytest.raises(minitor.CircuitError):
                 await core._circuit(None, 8080)
         assert len(core._shared) <= 4
+
+    asyncio.run(main())
+
+
+def test_isolated_streams_share_no_circuit(core):
+    async def main():
+        a, b, c, d = await asyncio.gather(*[
+            core._circuit(None, 80, who) for who in (None, "a", "a", "b")])
+        assert b is c and len({id(x) for x in (a, b, d)}) == 3
+        # Nor where another's exit would do.
+        assert await core._circuit(None, 22, "a") is b
+        assert await core._circuit(None, 22, "c") not in (a, b, d)
+        assert await core._circuit(None, 80) is a
+
+    asyncio.run(main())
+
+
+def test_newnym(core):
+    async def main():
+        a = await core._circuit(None, 80)
+        pending = asyncio.ensure_future(core._circuit(None, 5000))
+        await asyncio.sleep(0)
+        core.dirty_ms, core.descriptors = 100 * minitor.DIRTY_MS, {b"k": 1}
+        core.newnym()
+        assert minitor.is_dirty(a) and not core.descriptors
+        b = await core._circuit(None, 80)
+        # What was begun before serves who waits for it, and no other.
+        late = await pending
+        assert b is not a and await core._circuit(None, 5000) is not late
+
+    asyncio.run(main())
+
+
+def test_circuits_live_as_long_as_is_set(core):
+    async def main():
+        core.dirty_ms = 5000
+        a = await core._circuit(None, 80)
+        a.since -= 4000
+        assert await core._circuit(None, 80) is a
+        a.since -= 2000
+        assert await core._circuit(None, 80) is not a
+
+    asyncio.run(main())
+
+
+def test_circuits_are_built_ahead_for_proxies(core, monkeypatch):
+    pause = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: pause(0))
+
+    async def main():
+        keeper = asyncio.ensure_future(core._keep_exits())
+        await settle()
+        # Nobody asks for any.
+        assert not core.made
+        core.proxies, core.wanted = [Thing()], {80: minitor.ticks_ms()}
+        await settle()
+        await settle()
+        assert len(core._exits) >= 2 and all(core._allows(c, 80) for c in core._exits)
+        ready, before = list(core._exits), len(core.made)
+        keeper.cancel()
+        assert await core._circuit(None, 80, "a") is ready[0] and len(core.made) == before
+        assert await core._circuit(None, 80, "b") is ready[1] and ready[0] not in core._exits
+        # Those that are too old or closed go, and ports that nobody asks for any more.
+        for circuit in core._exits:
+            circuit.since -= 1800001
+        old, core.wanted = list(core._exits), {80: minitor.ticks_ms() - 3600001}
+        keeper = asyncio.ensure_future(core._keep_exits())
+        await settle()
+        assert not core._exits and not core.wanted and all(c.closed for c in old)
+        keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_circuits_are_built_to_learn_how_long_it_takes(core, monkeypatch):
+    pause = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: pause(0))
+
+    async def main():
+        core.proxies, core.wanted = [Thing()], {80: minitor.ticks_ms()}
+        keeper = asyncio.ensure_future(core._keep_exits())
+        while len(core.build_times.times) < 100:
+            await settle()
+            assert len(core._exits) <= 11
+        for _ in range(20):
+            await settle()
+        assert len(core.made) < 110
+        keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_beside_a_late_circuit_another_is_begun(core, monkeypatch):
+    """And the late one is built all the same, for its time; then it is kept or closed."""
+
+    async def main():
+        core.build_times.times, slow = [1000] * 100, []
+        monkeypatch.setattr(core.build_times, "_estimate", lambda param: 50)
+        extend = minitor.Circuit.extend
+
+        async def slowly(self, relay, seconds):
+            if self is core.made[0]:
+                slow.append(self)
+                await asyncio.sleep(0.1)
+            await extend(self, relay, seconds)
+
+        monkeypatch.setattr(minitor.Circuit, "extend", slowly)
+        core._tasks = [1]
+        circuit = await core.circuit_to()
+        assert circuit is core.made[1] and not core.made[0].closed
+        await asyncio.sleep(0.4)
+        assert core._spares == [core.made[0]] and len(slow) == 3
+        assert len(core.build_times.times) == 102 and max(core.build_times.times[-2:]) >= 200
+        # One with a target of its own is of no use to others.
+        core._spares, core.made[:] = [], []
+        circuit = await core.circuit_to(core.relay(9))
+        late = core.made[0]
+        await asyncio.sleep(0.6)
+        assert circuit is not late and late.closed and not core._spares and not circuit.closed
+
+    asyncio.run(main())
+
+
+def test_who_gives_up_leaves_no_circuit_behind(core, monkeypatch):
+    async def main():
+        monkeypatch.setattr(core.build_times, "ms", lambda param, hops: 1)
+
+        async def never(self, relay, seconds):
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(minitor.Circuit, "extend", never)
+        task = asyncio.ensure_future(core.circuit_to())
+        await asyncio.sleep(0.1)
+        assert len(core.made) > 2
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert all(circuit.closed for circuit in core.made)
+
+    asyncio.run(main())
+
+
+def test_not_too_many_circuits_at_once(core, monkeypatch):
+    async def main():
+        gate, going = asyncio.Event(), []
+
+        async def wait(self, relay, seconds):
+            going.append(self)
+            await gate.wait()
+            self.path.append(relay)
+
+        monkeypatch.setattr(minitor.Circuit, "extend", wait)
+        asks = [asyncio.ensure_future(core._circuit(None, 80, i)) for i in range(50)]
+        await asyncio.sleep(0.1)
+        assert len(going) == 32
+        gate.set()
+        assert len({id(await ask) for ask in asks}) == 50 and not core._opening
 
     asyncio.run(main())
 

@@ -68,7 +68,7 @@ class FakeTor(AsyncTor):
     async def _bootstrap(self):
         self.directory._report(100, "done", "Done")
 
-    async def _circuit(self, key, port):
+    async def _circuit(self, key, port, isolation=None):
         self.circuits.append(FakeCircuit(self))
         return self.circuits[-1]
 
@@ -403,6 +403,65 @@ def test_another_exit_is_asked(tor):
     inner.failures = [minitor.StreamError("policy", 4)] * 3
     with pytest.raises(minitor.StreamError, match="policy"):
         tor.http_get("example.com")
+
+
+def test_what_was_sent_early_is_sent_again_on_another_circuit(tor, monkeypatch):
+    inner, sent, early = FakeTor.made[-1], [], bytearray(b"one")
+
+    async def open_stream(self, command, body, seconds, data=b""):
+        sent.append(bytes(data))
+        early.extend(b" more")
+        if len(sent) < 3:
+            raise minitor.StreamError("policy", 4)
+        return "stream"
+
+    monkeypatch.setattr(FakeCircuit, "open_stream", open_stream)
+    assert tor.run(inner.open_connection("a.b", 80, early=early))[0] == "stream"
+    assert sent == [b"one", b"one more", b"one more more"]
+
+
+def test_isolation_and_newnym(tor, monkeypatch):
+    inner, asked = FakeTor.made[-1], []
+    circuit = FakeTor._circuit
+
+    async def note(self, key, port, isolation=None):
+        asked.append(isolation)
+        return await circuit(self, key, port, isolation)
+
+    monkeypatch.setattr(FakeTor, "_circuit", note)
+    for isolation in ({}, {"isolation": ("me", 1)}):
+        tor.create_connection(("a.b", 80), **isolation).close()
+    inner.answer = b"\4\4\xc0\0\2\1" + bytes(4)
+    tor.resolve("example.com", "you")
+    assert asked == [None, ("me", 1), "you"]
+    inner.descriptors["k"] = 1
+    tor.newnym()
+    tor.run(asyncio.sleep(0))
+    assert not inner.descriptors
+
+
+def test_reverse_resolve(tor, monkeypatch):
+    inner, asked = FakeTor.made[-1], []
+
+    async def resolve(self, body):
+        asked.append(body)
+        stream = minitor.SimpleNamespace(circuit=self, stream_id=7, opened=minitor.Promise())
+        stream.opened.set(inner.answer)
+        self.streams = {7: stream}
+        return stream
+
+    monkeypatch.setattr(FakeCircuit, "resolve", resolve)
+    inner.answer = b"\0\5a.b.c" + bytes(4) + b"\4\4\1\2\3\4" + bytes(4)
+    assert tor.resolve_ptr("192.0.2.1") == ["a.b.c"]
+    assert tor.resolve_ptr("2001:db8::1") == ["a.b.c"]
+    assert asked == [b"1.2.0.192.in-addr.arpa\0",
+                     b"1" + b".0" * 23 + b".8.b.d.0.1.0.0.2.ip6.arpa\0"]
+    for bad in ("a.b.c", "", "1.2.3", "::1%lo", "1.2.3.4\0"):
+        with pytest.raises(minitor.AddressError):
+            tor.resolve_ptr(bad)
+    inner.answer = b"\xf1\0" + bytes(4)
+    with pytest.raises(minitor.StreamError):
+        tor.resolve_ptr("192.0.2.1")
 
 
 def test_resolve(tor):

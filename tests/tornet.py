@@ -138,8 +138,14 @@ class Process:
     def control(self):
         """Open a control connection (a Control)."""
         path = os.path.join(self.dir, "control")
-        _wait(lambda: os.path.exists(path), 20, "control socket of " + self.dir, self.process)
-        return Control(path)
+
+        def connect():
+            try:
+                return Control(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return None  # not there, or bound and not yet listening
+
+        return _wait(connect, 20, "control socket of " + self.dir, self.process)
 
     def bootstrapped(self):
         return "Bootstrapped 100%" in self.log()
@@ -165,7 +171,11 @@ class Control:
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(30)
-        self.socket.connect(path)
+        try:
+            self.socket.connect(path)
+        except OSError:
+            self.socket.close()
+            raise
         self.file = self.socket.makefile("rb")
         self.events = collections.deque()
         self.command("AUTHENTICATE")
@@ -229,7 +239,7 @@ class Service(Process):
 
 
 class NameServer:
-    """A DNS server that knows one thing: every name under .test is 127.0.0.1."""
+    """A DNS server: every name under .test is 127.0.0.1, and 192.0.2.7 is seven.test."""
 
     def __init__(self):
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -249,11 +259,14 @@ class NameServer:
     def _answer(self, query):
         end = query.index(b"\0", 12) + 5
         name, kind = query[12:end - 4].lower(), int.from_bytes(query[end - 4:end - 2], "big")
-        known = name.endswith(b"\4test\0")
+        known = name.endswith(b"\4test\0") or name.startswith(b"\x017\x012\x010\x03192")
         data = socket.inet_aton("127.0.0.1") if known and kind == 1 else b""
+        if known and kind == 12:
+            data = b"\5seven\4test\0"
         # A response, recursion available, of the first question alone; 3 is "no such name".
         head = query[:2] + bytes([0x81, 0x80 if known else 0x83, 0, 1, 0, bool(data), 0, 0, 0, 0])
-        record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + data if data else b""
+        record = b"\xc0\x0c\0%c\0\1\0\0\0\x3c\0%c" % (kind, len(data)) + data
+        record = record if data else b""
         return head + query[12:end] + record
 
     def stop(self):

@@ -44,22 +44,27 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent / "minitor.py"
 ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 
-# What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
-# raises an error when it is called, and reaches nothing else.
+# What a build is for: whether MICROPYTHON is true; entry points; what is cut out: it raises an
+# error when it is called, and reaches nothing else; and what is nothing: calls of these functions
+# and attributes of these names are None.  A board has no congestion control, and who has no
+# control port no one to announce things to.
 PRESETS = {
-    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", ""),
+    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", "",
+             ""),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
         "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " run_daemon",
+        " Proxy.close",
+        "announce is_for_daemon proxies",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
         " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " run_daemon",
+        " Proxy.close",
+        "announce is_for_daemon proxies",
     ),
     "board": (
         True,
@@ -67,13 +72,12 @@ PRESETS = {
         " Stream.read Stream.readexactly Stream.readline Stream.readuntil Stream.write"
         " Stream.drain Stream.close Stream.wait_closed Stream.get_extra_info set_log",
         "AsyncTor.open_connection AsyncTor.resolve",
+        "vegas",
     ),
 }
 # Of these texts a board gets so much, line breaks left out: twice 9 for authorities, 21 of 200
 # fallback mirrors; no words for reasons, which have numbers.
 SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
-# Attributes that are None on a board: it has no congestion control.
-ABSENT = ("vegas",)
 # What programs name, and these attributes, stay.
 PUBLIC = "Tor AsyncTor Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR".split()
 CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
@@ -250,14 +254,15 @@ def number(node):
 class Fold(ast.NodeTransformer):
     """Put in the values of the names in `known`, and drop what can then not run.
 
-    Docstrings go as well, logs below the severity `least`, and attributes that are `absent`.
+    Docstrings go as well, logs below the severity `least`, and attributes and calls of functions
+    whose names are in `nothing`.
     """
 
-    def __init__(self, known, least=0, absent=()):
-        self.known, self.least, self.absent = known, least, absent
+    def __init__(self, known, least=0, nothing=()):
+        self.known, self.least, self.nothing = known, least, nothing
 
     def visit_Attribute(self, node):
-        if isinstance(node.ctx, ast.Load) and node.attr in self.absent:
+        if isinstance(node.ctx, ast.Load) and node.attr in self.nothing:
             return ast.copy_location(ast.Constant(None), node)
         return self.generic_visit(node)
 
@@ -312,6 +317,8 @@ class Fold(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
+        if getattr(node.func, "id", None) in self.nothing:
+            return ast.copy_location(ast.Constant(None), node)
         if self.least and getattr(node.func, "id", None) == "log":
             severity = node.args[0]
             if isinstance(severity, ast.Constant) and severity.value < self.least:
@@ -364,13 +371,13 @@ def constants(tree, kind):
     return found
 
 
-def fold(tree, micropython, least=0):
+def fold(tree, micropython, least=0, nothing=()):
     """Fold the module for one of the runtimes; for MicroPython integer constants as well.
 
     Returns the tree and {name: value} of the constants.
     """
     known = {"MICROPYTHON": micropython}
-    tree, found, more = Fold(known, 0, ABSENT if micropython else ()).visit(tree), None, {}
+    tree, found, more = Fold(known, 0, nothing).visit(tree), None, {}
     while more != found:
         found = more
         tree = Fold(dict(found, **known), least).visit(tree)
@@ -1133,6 +1140,21 @@ def shorten_arguments(function, stay):
     function.name = name
 
 
+def by_position(tree, stay, classes):
+    """Mark the arguments that nobody gives by keyword: python-minifier can then rename them.
+
+    Functions and methods in `stay`, and all methods of `classes`, are called by others.
+    """
+    keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    called = [f for c, f in parts(tree) if isinstance(f, FUNCTIONS)
+              and (c and c.name in classes or (c and c.name + "." or "") + f.name in stay)]
+    for f in ast.walk(tree):
+        if isinstance(f, FUNCTIONS + (ast.Lambda,)) and f not in called:
+            while f.args.args and f.args.args[0].arg not in keywords:
+                f.args.posonlyargs.append(f.args.args.pop(0))
+    return tree
+
+
 def check(tree):
     """Return the tree; BuildError if a name is used that nothing binds."""
     there = set(bound(tree)) | set(dir(builtins)) | NATIVE | {"__file__"}
@@ -1185,14 +1207,14 @@ class Build:
     """
 
     def __init__(self, source, what, more=(), least="notice"):
-        self.micropython, entries, cuts = PRESETS[what]
+        self.micropython, entries, cuts, nothing = PRESETS[what]
         self.version = re.search('^__version__ = "(.*)"', source, re.M).group(1)
         line = "minitor %s for %s, made by compress.py. MIT licence."
         self.banner = line % (self.version, what)
         self.what, self.map = what, {}
         tree, entries = ast.parse(source), entries.split() + list(more)
         self.codes = texts(tree)
-        tree, values = fold(tree, self.micropython, SEVERITIES.index(least))
+        tree, values = fold(tree, self.micropython, SEVERITIES.index(least), nothing.split())
         cut(tree, [path for path in cuts.split() if path not in more])
         stay = public(tree, entries)
         if self.micropython:
@@ -1208,7 +1230,7 @@ class Build:
             self.map = {"names": names, "attributes": attributes, "values": values}
             self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
-            tree = check(Shake(tree, entries).result())
+            tree = by_position(check(Shake(tree, entries).result()), stay, more)
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_texts(self, tree, whole):
@@ -1237,9 +1259,9 @@ class Build:
             if best is None or len(out) < len(best[1]):
                 best = lc, out
         # Every byte but these can stand in a literal as it is.
-        literal = best[1].decode("latin-1").replace("\\", "\\\\")
-        for character, escape in ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\x00"):
-            literal = literal.replace(character, escape)
+        literal = best[1].decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+        literal = re.sub(r"\0(?=[0-7])", r"\\000", literal).replace("\0", r"\0")
+        literal = re.sub(r'"(?=""|$)', r'\\"', literal)
         return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
 
     def modules(self, architecture):
@@ -1263,15 +1285,15 @@ class Build:
 
 
 # Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
-PACKED = """# coding: latin-1
+PACKED = '''# coding: latin-1
 # %s
 import linecache as _c,lzma as _l
 _f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
-_s=_l.decompress("%s".encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
+_s=_l.decompress("""%s""".encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))
-"""
+'''
 
 
 # ── Images ──

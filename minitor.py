@@ -4852,7 +4852,7 @@ class AsyncTor:
         self._spares, self._tasks = [], []
         if not MICROPYTHON:
             # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
-            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, []
+            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, None
             self.dirty_ms, self._opening = DIRTY_MS, 0
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
 
@@ -4885,8 +4885,6 @@ class AsyncTor:
         self._tasks.append(spawn(lasting(directory.refresh, self._wanted)))
         if SPARES:
             self._tasks.append(spawn(lasting(self._keep_spares, self._wanted)))
-        if not MICROPYTHON:
-            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
         directory._report(100, "done", "Done")
 
     def _wanted(self):
@@ -4895,13 +4893,15 @@ class AsyncTor:
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         if not MICROPYTHON:
-            for proxy in list(self.proxies):
+            for proxy in list(self.proxies or ()):
                 proxy.close()
         for service in list(self.services):
             await service.close()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
+        if not MICROPYTHON:
+            self._exits = None
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
 
@@ -5017,14 +5017,24 @@ class AsyncTor:
         i = self.directory.table.find(circuit.path[-1].rsa_id)
         return i >= 0 and self.directory.table.exit_allows(i, port)
 
+    def _attach(self, proxy):
+        # A Proxy: from the first one on, circuits are built ahead.
+        self.proxies.append(proxy)
+        self.wanted = self.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        if self._exits is None:
+            self._exits = []
+            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
+
     async def _keep_exits(self):
-        # For proxies: circuits for the ports asked for in the last hour (path-spec 2.1.1).
+        # Circuits for the ports that proxies asked for in the last hour (path-spec 2.1.1).
         def clean(port=0):
             return [c for c in self._exits if not c.closed and (not port or self._allows(c, port))]
 
         tick = 0
         while True:
             await asyncio.sleep(1)
+            if not self.ready:
+                continue
             tick, t, param = tick + 1, ticks_ms(), self.paths.param
             ports = sorted([(used, port) for port, used in self.wanted.items()])[-8:]
             self.wanted = {port: used for used, port in ports if t - used < 3600000}
@@ -5637,8 +5647,7 @@ class Proxy:
     async def start(self, tor):
         """Serve through `tor`, an AsyncTor or Tor, once that is ready; return itself."""
         self._tor = tor = getattr(tor, "_tor", tor)
-        tor.proxies.append(self)
-        tor.wanted = tor.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        tor._attach(self)
         start = asyncio.start_unix_server if self._to.path else asyncio.start_server
         self._server = await start(self._accept, sock=self._socket, backlog=1024)
         return self

@@ -251,7 +251,7 @@ class Machine:
 
 
 def small(monkeypatch):
-    monkeypatch.setitem(compress.PRESETS, "small", (True, "OnionService set_log", ""))
+    monkeypatch.setitem(compress.PRESETS, "small", (True, "OnionService set_log", "", ""))
     monkeypatch.setattr(compress, "OVERLAYS", ())
     build = compress.Build(SMALL, "small")
     space = {"__name__": "small"}
@@ -293,7 +293,7 @@ def test_attributes_of_unrelated_classes_share_names():
 
 def overlaid(monkeypatch, source, entries, overlays):
     """Return the texts of the build of `source`: the main module, then `overlays`."""
-    monkeypatch.setitem(compress.PRESETS, "small", (True, entries, ""))
+    monkeypatch.setitem(compress.PRESETS, "small", (True, entries, "", ""))
     monkeypatch.setattr(compress, "OVERLAYS", overlays)
     build = compress.Build(source, "small")
     return [build.text] + build.overlays
@@ -318,6 +318,32 @@ def test_what_an_overlay_takes_along(monkeypatch):
     held = OVERLAID.replace('self.x = "dunder"', "self.x = lambda: x").replace("Device(x)", "x")
     with pytest.raises(compress.BuildError, match="would be held: self"):
         overlaid(monkeypatch, held, "Machine.start often Device", ("Device.__init__",))
+
+
+def test_arguments_that_nobody_gives_by_keyword_can_be_renamed(monkeypatch):
+    monkeypatch.setitem(compress.PRESETS, "small", (False, "OnionService set_log", "", ""))
+    out = compress.Build(SMALL, "small").text
+    assert "suffix" not in out and "name, loud" in out.replace("name,loud", "name, loud")
+    out = compress.Build(SMALL, "small", ("_Part", "helper")).text
+    assert "suffix" in out and "second" in out
+    text = "def f(a, b, c):\n    pass\ndef g(a, b):\n    f(1, b=lambda x: x, c=2)"
+    out = ast.unparse(compress.by_position(ast.parse(text), {"g"}, ()))
+    assert "f(a, /, b, c)" in out and "g(a, b)" in out and "lambda x, /" in out
+
+
+def test_what_is_nothing(monkeypatch):
+    text = "def f(a):\n    tell(a)\n    if tell(a):\n        b()\n    return a.no and b(), no"
+    out = ast.unparse(compress.fold(ast.parse(text), False, 0, ("tell", "no"))[0])
+    assert out == "def f(a):\n    return (None, no)"
+
+
+def test_every_byte_survives_packing(tmp_path, monkeypatch):
+    build = builds.build("client")
+    for data in bytes(range(256)), b'"""\0\0001\0178\\"', b"\r\n\r\\r", b'\0"', b"\0" + b"9":
+        monkeypatch.setattr(compress.lzma, "compress", lambda *_, **named: data)
+        text = build.packed().decode("latin-1")
+        assert ast.literal_eval(text[text.index('"""'):text.rindex('"""') + 3]) == (
+            data.decode("latin-1"))
 
 
 def test_native_code_keeps_its_names():
@@ -442,6 +468,11 @@ def test_sizes():
             grown[name] = "%d bytes, were %d" % (size, recorded[name])
     # A build may grow for a reason: then `python tests/test_compress.py` records it anew.
     assert not grown
+
+
+@pytest.mark.parametrize("what,most", [("client", 35), ("service", 37), ("host", 70)])
+def test_packed_builds_stay_small(what, most):
+    assert len(builds.build(what).packed()) <= most << 10
 
 
 def record(found):

@@ -757,6 +757,7 @@ class Core(minitor.AsyncTor):
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
         self._shared, self._spares, self._tasks = {}, [], []
         self.proxies, self.wanted, self._exits, self._opening = [], {}, [], 0
+        self.ready = True
         self.dirty_ms, self.build_times = minitor.DIRTY_MS, minitor.BuildTimes("/nowhere")
         self.log, self.down, self.gate = [], set(), None
 
@@ -997,6 +998,22 @@ def test_circuits_are_built_ahead_for_proxies(core, monkeypatch):
         await settle()
         assert not core._exits and not core.wanted and all(c.closed for c in old)
         keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_first_proxy_has_circuits_built_ahead(core, monkeypatch):
+    core._exits, core.services, core._channels = None, [], Thing(close=lambda: None)
+
+    async def main():
+        for _ in range(2):
+            core._attach(Thing(close=lambda: None))
+        assert len(core._tasks) == 1 and core._exits == [] and sorted(core.wanted) == [80, 443]
+        core.ready = False
+        await asyncio.sleep(1.1)
+        assert not core.made
+        await core.aclose()
+        assert core._exits is None
 
     asyncio.run(main())
 

@@ -244,7 +244,7 @@ class FakeTor:
     def __exit__(self, *_):
         pass
 
-    def create_onion_service(self, port, target, key_dir):
+    def create_onion_service(self, port, target, key_dir, clients=None):
         class Service:
             address = "x" * 56 + ".onion"
 

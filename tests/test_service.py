@@ -85,7 +85,7 @@ def fake_tor(testing=False, **fields):
     directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
     caches = {"descriptors": {}}
     paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40)
-    return Thing(directory=directory, paths=paths, **caches, **fields)
+    return Thing(directory=directory, paths=paths, onion_keys={}, **caches, **fields)
 
 
 @pytest.fixture

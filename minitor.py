@@ -7825,22 +7825,60 @@ def serve_target(what):
     return lambda reader, writer: web_serve(folder, reader, writer)
 
 
+def make_client_key(name, address, key_dir, auth_dir):
+    """Make a client's key for the service at `address`, or, None, with the key in `key_dir`.
+
+    The latter gets the client's file; `auth_dir`, if any, the file with the private key.  What is
+    not written is printed.  ConfigError.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError("%r names no client: letters, digits, - and _ can" % name)
+    identity = parse_onion_address(address) if address else load_service_key(key_dir)[1]
+    (secret, public), host = x25519_keypair(), onion_address(identity)[:56]
+    places = [
+        (auth_dir, host + ".auth_private", host + ":" + auth_text(secret)),
+        (not address and key_dir + "/authorized_clients", name + ".auth", auth_text(public)),
+    ]
+    for folder, file, _ in places:
+        if folder:
+            private_dir(folder)
+        if folder and os.path.lexists(os.path.join(folder, file)):
+            raise ConfigError("%s/%s is there already" % (folder, file))
+    if auth_dir and identity in load_onion_keys(auth_dir):
+        raise ConfigError("there is a key for %s in %s already" % (host, auth_dir))
+    for folder, file, text in places:
+        if not folder:
+            print("what %s has to hold:" % file, file=sys.stderr)
+            print(text, flush=True)
+            continue
+        path = os.path.join(folder, file)
+        with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+            f.write(text + "\n")
+        print("written: " + path, file=sys.stderr)
+
+
 def run_command(options):
     import shutil
 
+    data_dir, _ = folders(options.data_dir, options.network)
+    key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
-        data_dir, _ = folders(options.data_dir, options.network)
         private_dir(data_dir)
-        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
-        return print(onion_address(key))
+        return print(onion_address(load_service_key(key_dir)[1]))
+    if options.make_client_key:
+        name, address = (options.make_client_key + [None])[:2]
+        return make_client_key(name, address, key_dir, options.auth_dir)
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    keys = load_onion_keys(options.auth_dir) if options.auth_dir else {}
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
     target = options.get or not doors and serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for identity, (key, _) in keys.items():
+            tor.add_onion_key(onion_address(identity), key)
         for proxy in doors:
             tor.run(proxy.start(tor))
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
@@ -7878,6 +7916,8 @@ def main(argv=None):
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
+    add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
+        help="make the key of a client that the service, or the one at ADDRESS, admits")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
@@ -7885,6 +7925,7 @@ def main(argv=None):
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
     add("--network", help="another Tor network ($MINITOR_NETWORK)")
     add("-v", action="count", default=0, help="say more")
@@ -7892,6 +7933,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.http_tunnel and not options.socks:
         parser.error("--http-tunnel goes with --socks")
+    if len(options.make_client_key or ()) > 2:
+        parser.error("--make-client-key takes a NAME and an ADDRESS")
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -54,8 +54,8 @@ PRESETS = {
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " Proxy.close",
+        "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
+        " Proxy.start Proxy.close",
         "announce is_for_daemon proxies",
     ),
     "service": (

@@ -6890,7 +6890,8 @@ class Bridges(ChosenPaths):
                 await link.opened.wait()
                 bridge.rsa_id = link.rsa_id
                 log(NOTICE, "Learned fingerprint %s for %s", link.rsa_id.hex().upper(), bridge)
-                channels.open = {link.rsa_id: link, **channels.open}
+                channels.open = dict(channels.open)
+                channels.open.setdefault(link.rsa_id, link)
             circuit = Circuit(link)
             try:
                 await circuit.extend(None, BUILD_SECONDS)

@@ -5,11 +5,11 @@ import contextlib
 import os
 import socket
 import sys
-import time
 
 import pytest
 
 import minitor
+from test_paths import make_consensus, network
 
 FINGERPRINT = "0123456789abcdef0123456789ABCDEF01234567"
 ID = bytes.fromhex(FINGERPRINT)
@@ -262,3 +262,187 @@ def test_a_plugin_that_dies_is_started_again_after_growing_pauses(tmp_path, monk
     assert pauses[:4] == ["0.1", "0.2", "0.4", "0.4"]
     assert len((tmp_path / "count").read_text()) >= 5
     assert any(line.endswith("ended; it is started again in 0.1 s") for line in logged)
+
+
+# ── SOCKS to a transport (pt-spec 3.5)
+
+
+def through(version, answer, place=("1.2.3.4", 5), words=(), piece=99):
+    """What a proxy that says `answer` hears from dial_through, and what comes of that."""
+    heard = []
+
+    async def serve(reader, writer):
+        for i, part in enumerate(answer):
+            heard.append(await reader.read(2000))
+            for at in range(0, len(part), piece):
+                writer.write(part[at : at + piece])
+                await writer.drain()
+                await asyncio.sleep(0)
+        if answer[-1] != b"wait":
+            writer.close()
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            proxy = server.sockets[0].getsockname()
+            words_ = minitor.socks_arguments(words)
+            sock = await asyncio.wait_for(minitor.dial_through(version, proxy, place, words_), 5)
+            sock.close()
+
+    try:
+        asyncio.run(run())
+        return heard, None
+    except minitor.ChannelError as e:
+        return heard, str(e)
+
+
+OK5, NONE = b"\5\0\0\1" + bytes(6), b"\5\0"
+
+
+@pytest.mark.parametrize("piece", [1, 99])
+def test_socks_5(piece):
+    for answer in (OK5, b"\5\0\0\4" + bytes(18), b"\5\0\0\3\4abcd\0\0"):
+        heard, error = through(5, [NONE, answer], piece=piece)
+        assert heard == [b"\5\1\0", b"\5\1\0\1\1\2\3\4\0\5"] and not error
+    heard, error = through(5, [NONE, OK5], ("2001:db8::1", 443))
+    assert heard[1] == b"\5\1\0\4" + socket.inet_pton(socket.AF_INET6, "2001:db8::1") + b"\1\xbb"
+
+
+@pytest.mark.parametrize("words, user, password", [
+    (["a=b"], b"a=b", b"\0"), (["a=b;\\", "c==d"], b"a=b\\;\\\\;c==d", b"\0"),
+    (["a=" + 253 * "x"], b"a=" + 253 * b"x", b"\0"),
+    (["a=" + 254 * "x"], b"a=" + 253 * b"x", b"x"),
+    (["a=" + 508 * "x"], b"a=" + 253 * b"x", 255 * b"x"),
+])
+def test_arguments_go_as_user_name_and_password(words, user, password):
+    heard, error = through(5, [b"\5\2", b"\1\0", OK5], words=words)
+    assert not error and heard[0] == b"\5\1\2"
+    assert heard[1] == b"\1%c%s%c%s" % (len(user), user, len(password), password)
+
+
+def test_socks_4():
+    heard, error = through(4, [b"\0\x5a" + bytes(6)], words=["a=b", "c=d"])
+    assert heard == [b"\4\1\0\5\1\2\3\4a=b;c=d\0"] and not error
+    assert "no IPv6" in through(4, [b""], ("::1", 5))[1]
+    assert "code 91" in through(4, [b"\0\x5b" + bytes(6)])[1]
+
+
+@pytest.mark.parametrize("answer, words, what", [
+    ([b"\5\xff"], [], "takes no arguments"), ([b"\5\0"], ["a=b"], "takes no arguments"),
+    ([b"\5\2"], [], "takes no arguments"), ([b"\5\2", b"\1\1"], ["a=b"], "refuses the arguments"),
+    ([NONE, b"\5\5\0\1" + bytes(6)], [], "connection refused"),
+    ([NONE, b"\5\x63\0\1" + bytes(6)], [], "unknown reason 99"), ([NONE, b"\5\0"], [], "hung up"),
+    ([b""], [], "hung up"), ([NONE, b"\5\4\0\1" + bytes(6)], [], "host unreachable"),
+])
+def test_a_transport_that_refuses(answer, words, what):
+    assert what in through(5, answer, words=words)[1]
+
+
+# ── Where circuits enter
+
+
+class Fake:
+    """What Bridges needs of an AsyncTor."""
+
+    def __init__(self, folder):
+        self.data_dir, self.bridges, self._channels = str(folder), None, minitor.Channels()
+        self.directory = minitor.Record()
+
+
+def bridges(tmp_path, *lines):
+    found = minitor.Bridges(lines)
+    found.attach(Fake(tmp_path))
+    for bridge in found.bridges:
+        bridge.ntor_key = bytes(32)
+    found._list_guards()
+    return found
+
+
+def exit_paths(paths, count):
+    # An exit that may not be with the only bridge is left for another, as circuit_to does.
+    while count:
+        with contextlib.suppress(minitor.CircuitError):
+            yield paths.exit_path(80)
+            count -= 1
+
+
+IDS = [("%02x" % n) * 20 for n in range(1, 10)]
+
+
+def test_guards_are_the_bridges(tmp_path):
+    net = network()
+    found = bridges(tmp_path, *["10.200.%d.1:5 %s" % (n, IDS[n]) for n in range(5)])
+    paths = found.select(net.table, make_consensus(), None)
+    places = {("10.200.%d.1" % n, 5) for n in range(5)}
+    for _ in range(50):
+        path = paths.exit_path(80)
+        assert len(path) == 3 and (path[0].address, path[0].port) in places
+        path = paths.onion_path(net.table.relay(3))
+        assert len(path) == 4 and path[0].rsa_id.hex() in IDS
+    # One is enough, as with guards, and the same after a restart.
+    assert len({paths.guard().rsa_id for _ in range(50)}) == 1
+    first = paths.guard().rsa_id
+    assert paths.succeeded(first)
+    again = bridges(tmp_path, *["10.200.%d.1:5 %s" % (n, IDS[n]) for n in range(5)])
+    assert {again.guard().rsa_id for _ in range(9)} == {first}
+    # Others when it fails; it itself when all do.
+    for n in range(5):
+        paths.failed(paths.guard().rsa_id)
+    assert paths.guard().rsa_id.hex() in IDS
+    unknown = minitor.Bridges(["1.2.3.4:5 " + FINGERPRINT])
+    unknown.attach(Fake(tmp_path))
+    with pytest.raises(minitor.CircuitError, match="no bridge can be used: none answered"):
+        unknown.guard()
+
+
+def test_state_that_is_damaged_or_of_other_bridges_is_left(tmp_path, logged):
+    for text in ("x", '["zz"]', '{"a": 1}', '["%s"]' % ("ab" * 20)):
+        (tmp_path / "bridges.json").write_text(text)
+        assert bridges(tmp_path, "1.2.3.4:5 " + FINGERPRINT).guard().rsa_id == ID
+
+
+def test_nothing_else_of_the_bridges_network_or_family_is_in_a_path(tmp_path):
+    net = network(0, 6, 6)
+    near = net.table.relay(1).address.rpartition(".")[0] + ".9"
+    found = bridges(tmp_path, "%s:5 %s" % (near, IDS[0]))
+    paths = found.select(net.table, make_consensus(), None)
+    bridge = found.bridges[0]
+    for path in exit_paths(paths, 60):
+        assert 1 not in [relay.index for relay in path]
+    bridge.family_ids = {b"12345678"}
+    net.table._texts = lambda i: (b"accept 1-65535", b"", b"12345678" if i in (2, 8) else b"")
+    for path in exit_paths(paths, 60):
+        assert not {1, 2, 8} & {relay.index for relay in path}
+    net.table._texts = lambda i: (b"accept 1-65535", bridge.rsa_id[:4] if i in (3, 9) else b"", b"")
+    bridge.family = {net.table.rsa_id(3)[:4]}
+    used = set()
+    for path in exit_paths(paths, 200):
+        used |= {relay.index for relay in path}
+    # To be named is not enough: it has to name the other, too.
+    assert 3 not in used and 9 in used
+
+
+def test_a_listed_relay_as_bridge_is_in_no_other_place(tmp_path):
+    net = network(0, 3, 6)
+    listed = net.table.relay(4)
+    found = bridges(tmp_path, "10.200.0.1:5 " + listed.rsa_id.hex())
+    paths = found.select(net.table, make_consensus(), None)
+    for _ in range(60):
+        assert 4 not in [relay.index for relay in paths.exit_path(80)[1:]]
+        assert 4 not in [relay.index for relay in paths.onion_path()[1:]]
+    # Nor where it is asked for: its network is the same as its own.
+    with pytest.raises(minitor.CircuitError):
+        paths._path(listed, ["middle"], ())
+
+
+def test_no_link_leads_elsewhere(tmp_path):
+    found = bridges(tmp_path, "1.2.3.4:5 " + FINGERPRINT, "1.2.3.5:6")
+    channels = found._tor._channels
+
+    async def run():
+        for place in (("1.2.3.4", 6, ID), ("1.2.3.9", 5, ID), ("1.2.3.4", 5, bytes(20)),
+                      ("1.2.3.5", 6, b""), ("1.2.3.5", 6, bytes(20))):
+            with pytest.raises(minitor.ChannelError, match="is no bridge"):
+                await channels.get(*place)
+
+    asyncio.run(run())
+    assert not channels.open

@@ -357,6 +357,10 @@ class DescriptorError(OnionError):
     """An onion service's descriptor was not found, or is false."""
 
 
+class AuthorizationError(OnionError):
+    """An onion service admits some clients alone; `reason` 0xF4: by a key, 0xF5: by another key."""
+
+
 class TorTimeout(TorError):
     """Something took longer than it may."""
 
@@ -2500,20 +2504,41 @@ def _seal(keyword, secret, salt, pieces):
 
 
 def _unseal(item, keyword, secret):
+    # None for another secret.
     blob = item(keyword)[1]
+    require(len(blob) > 48, "descriptor: a layer is missing")
     crypt, mac = _layer(keyword, secret, blob[:16])
-    error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
     mac.update(blob[16:-32])
-    require(consteq(mac.digest(), blob[-32:]), error)
-    return crypt(blob[16:-32]).partition(b"\0")[0]
+    good = consteq(mac.digest(), blob[-32:])
+    return crypt(blob[16:-32]).partition(b"\0")[0] if good else None
+
+
+def _client_keys(subcred, secret, public):
+    # CLIENT-ID, COOKIE-KEY (2.5.1.2).
+    keys = shake256(subcred + x25519(secret, public), 40)
+    return keys[:8], keys[8:]
+
+
+def _cookie(text, item, subcred, secret):
+    # The descriptor cookie for the client with that key, b"" if there is none (2.5.1.3).
+    public = b64decode(item(b"desc-auth-ephemeral-key")[0], 32)
+    client_id, key = _client_keys(subcred, secret, public)
+    for line in text.split(b"\nauth-client ")[1:]:
+        words = line.partition(b"\n")[0].split(b" ")
+        if len(words) > 2 and consteq(words[0].rstrip(b"="), b64encode(client_id).encode()):
+            return AesCtr(key, b64decode(words[1], 16)).crypt(b64decode(words[2], 16))
+    return b""
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
+def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0, clients=()):
+    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key.
+
+    `clients`: the X25519 keys of those who can read it, if not everybody.
+    """
+    signer, secret = ed25519_expand(urandom(32)), subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -2537,13 +2562,20 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
         for at in range(0, left, 480):
             yield bytes(min(480, left - at))
 
-    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
-    for _ in range(16):
-        # Made up: nobody shall see whether there are authorized clients.
-        made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
-        head += ("auth-client %s %s %s\n" % made_up).encode()
-    sealed = _seal(b"encrypted", secret, urandom(16), inner())
-    text = _seal(b"superencrypted", secret, urandom(16), outer())
+    x, X = x25519_keypair()
+    cookie, lines = urandom(16) if clients else b"", []
+    # Made up: nobody shall see how many clients are authorized, nor whether there are any.
+    for _ in range(-len(clients) % 16 or 16 * (not clients)):
+        lines.append([urandom(n) for n in (8, 16, 16)])
+    for client in clients:
+        (client_id, key), iv = _client_keys(subcred, x, client), urandom(16)
+        line = [client_id, iv, AesCtr(key, iv).crypt(cookie)]
+        lines.insert(randbelow(len(lines) + 1), line)
+    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(X)
+    for line in lines:
+        head += ("auth-client %s %s %s\n" % tuple([b64encode(word) for word in line])).encode()
+    sealed = _seal(b"encrypted", blinded + cookie + secret, urandom(16), inner())
+    text = _seal(b"superencrypted", blinded + secret, urandom(16), outer())
     file.write(b"hs-descriptor 3\ndescriptor-lifetime 180\n")
     file.write(cert(b"descriptor-signing-key-cert", 8, public, esk, blinded))
     file.write(b"revision-counter %d\n" % revision)
@@ -2570,8 +2602,11 @@ def _intro_point(text, signing, when):
     return target
 
 
-def parse_descriptor(data, blinded, subcred, when):
-    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
+def parse_descriptor(data, blinded, subcred, when, secret=None):
+    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified.
+
+    `secret`: the client's X25519 key.  AuthorizationError: it takes one, or another one.
+    """
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     item = document(text)
@@ -2582,9 +2617,17 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + pack(">Q", found.revision)
-    item = document(_unseal(item, b"superencrypted", secret))
-    sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
+    tail = subcred + pack(">Q", found.revision)
+    text = _unseal(item, b"superencrypted", blinded + tail)
+    require(text is not None, "descriptor: superencrypted is corrupt")
+    item = document(text)
+    cookie = _cookie(text, item, subcred, secret) if secret else b""
+    text = _unseal(item, b"encrypted", blinded + cookie + tail)
+    if text is None and secret:
+        raise AuthorizationError("does not admit the key that is given for it (any more)", 0xF5)
+    if text is None:
+        raise AuthorizationError("admits some clients alone, by keys, and none is given", 0xF4)
+    sections = text.split(b"\nintroduction-point ")
     item = document(sections[0])
     require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
@@ -4391,6 +4434,8 @@ async def _try_each(items, use, kind, text, reason):
     for item in sorted(items, key=lambda _: randbelow(1 << 30)):
         try:
             return await use(item)
+        except AuthorizationError:
+            raise
         except TorError as e:
             error = e
             log(INFO, "trying another: %s", e)
@@ -4412,10 +4457,15 @@ async def _find_descriptor(tor, key, *servers):
             announce("HS_DESC", key, "REQUESTED", rsa_id, blinded)
         try:
             text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
-            descriptor = parse_descriptor(text, blinded, subcred, now())
+            descriptor = parse_descriptor(text, blinded, subcred, now(), tor.onion_keys.get(key))
             if not MICROPYTHON:
                 result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
             return descriptor
+        except AuthorizationError as e:
+            if not MICROPYTHON:
+                result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
+                tor.keep_sealed(key, (text, blinded, subcred))
+            raise AuthorizationError("%s %s" % (onion_address(key), e), e.reason)
         except ProtocolError as e:
             raise DescriptorError(str(e), 0xF1)
         finally:
@@ -4475,6 +4525,67 @@ async def meet(tor, key):
         pause = 3
 
 
+def auth_key(key):
+    """An X25519 key for client authorization: 32 bytes, or text as in its files; ConfigError."""
+    try:
+        if isinstance(key, str):
+            # In base32, what stands before it aside.
+            key = key.rpartition(":")[2].strip().lower()
+            key = b32decode(key + "aaaa")[:32] if len(key) == 52 else b""
+        # Refuses the points of low order, which share zeros with everybody.
+        x25519(key, key)
+    except ProtocolError:
+        raise ConfigError("no X25519 key: 32 bytes, or 52 characters of base32, are needed")
+    return key
+
+
+def auth_text(key):
+    """The X25519 key `key` as in files of client authorization."""
+    return "descriptor:x25519:" + b32encode(key + bytes(3))[:52].upper()
+
+
+def read_auth(folder, ending, parse):
+    """Return [(path, parse(words))] of the files of client authorization in `folder`; ConfigError.
+
+    Bad ones are passed over, as tor does.
+    """
+    found = []
+    try:
+        if ending == ".auth":
+            os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)
+        names = sorted(os.listdir(folder))
+    except OSError as e:
+        raise ConfigError("the folder %s cannot be used: %s" % (folder, e))
+    for name in names:
+        path = folder + "/" + name
+        try:
+            if name[-len(ending) :] != ending or name == ending:
+                raise ConfigError("its name does not end in " + ending)
+            text = (read_file(path) or b"").decode("utf-8", "replace")
+            words = [word.strip() for word in text.split(":")]
+            if words[-3:-1] != ["descriptor", "x25519"]:
+                raise ConfigError("it cannot be read, or is not …descriptor:x25519:<key>")
+            found.append((path, parse(words[:-3], words[-1])))
+        except TorError as e:
+            log(WARN, "%s is passed over: %s", path, e)
+    return found
+
+
+def load_onion_keys(folder):
+    """Return {public identity key: (the client's key, path)} of *.auth_private; ConfigError."""
+    found = {}
+
+    def parse(words, key):
+        return parse_onion_address("".join(words)[:56] + ".onion"), auth_key(key)
+
+    for path, (identity, key) in read_auth(folder, ".auth_private", parse):
+        if identity in found:
+            raise ConfigError("two files are for one address: %s, %s" % (found[identity][1], path))
+        found[identity] = key, path
+    return found
+
+
 # === 15. Onion service ===
 # Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
@@ -4510,6 +4621,21 @@ def load_service_key(key_dir):
     return data[32:], public
 
 
+def load_clients(key_dir):
+    """Return the keys in the authorized_clients of a HiddenServiceDir; ConfigError."""
+
+    def parse(words, key):
+        if words:
+            raise ConfigError("it is not descriptor:x25519:<key>")
+        return auth_key(key)
+
+    folder = key_dir + "/authorized_clients"
+    found = [key for _, key in read_auth(folder, ".auth", parse)]
+    if not found and [name for name in os.listdir(folder) if name[-5:] == ".auth"]:
+        log(WARN, "%s has no good key: everybody is admitted, as by tor", folder)
+    return found
+
+
 class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
@@ -4517,7 +4643,7 @@ class OnionService:
     intro_points = INTRO_POINTS
     max_streams, strict, export = _MAX_STREAMS, False, False
 
-    def __init__(self, tor, key_dir, ports):
+    def __init__(self, tor, key_dir, ports, clients=None):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
             if isinstance(target, int):
@@ -4529,6 +4655,11 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if not MICROPYTHON and clients is None and not given:
+            clients = load_clients(key_dir) or None
+        if clients is not None and not clients:
+            raise ConfigError("nobody is among `clients`: without it, everybody is admitted")
+        self.clients = [auth_key(key) for key in clients or ()]
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4542,6 +4673,14 @@ class OnionService:
 
     def _wanted(self):
         return self in self.tor.services
+
+    def admit(self, clients):
+        """Publish for the clients with these keys alone; without any, for everybody."""
+        if clients and not set(clients) >= set(self.clients or [None]):
+            # Whom it admits no more knows these.
+            for intro in self.intros:
+                intro.until = 0
+        self.clients = clients
 
     async def close(self):
         """Take the service down."""
@@ -4650,8 +4789,8 @@ class OnionService:
                 if updates != self.tor.paths.updates:
                     self._periods = self._new_periods()
                     updates = self.tor.paths.updates
-                if state != set(ready):
-                    state = set(ready)
+                if state != (set(ready), self.clients):
+                    state = set(ready), self.clients
                     for period in self._periods:
                         period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
@@ -4666,7 +4805,7 @@ class OnionService:
             # Clients look for one of both.
             good = [[t for t in p[4].values() if t > now() + 20 - p[0]] for p in self._periods]
             if all(good):
-                self._shown = state
+                self._shown = state[0]
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
@@ -4705,7 +4844,8 @@ class OnionService:
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
+            known = revision, intros, start + t, flow, self.clients
+            make_descriptor(file, esk, blinded, subcred, *known)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
@@ -4850,11 +4990,15 @@ class AsyncTor:
         self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {(isolation, key of an onion service, or port): Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
+        # {identity key of an onion service: the client's X25519 key}.
+        self.onion_keys = {}
         self._spares, self._tasks = [], []
         if not MICROPYTHON:
             # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
             self.ready, self.proxies, self.wanted, self._exits = False, [], {}, []
             self.dirty_ms, self._opening = DIRTY_MS, 0
+            # {identity key: descriptor, and what it takes to read it but for that key}.
+            self._sealed = {}
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
 
     async def start(self):
@@ -5105,6 +5249,32 @@ class AsyncTor:
             if promise.value:
                 promise.value.since -= OUTDATED
         self._shared, self.descriptors = {}, {}
+        if not MICROPYTHON:
+            self._sealed = {}
+
+    def keep_sealed(self, key, what):
+        if len(self._sealed) > 7:
+            self._sealed.clear()
+        self._sealed[key] = what
+
+    def add_onion_key(self, address, secret):
+        """Use the X25519 key `secret` for an onion service that admits some clients alone.
+
+        32 bytes, or text as in an .auth_private file; None: use none any more.  Returns whether it
+        reads a descriptor that could not be read before.  AddressError, ConfigError.
+        """
+        key = parse_onion_address(address)
+        if secret is None:
+            self.onion_keys.pop(key, None)
+            self.descriptors.pop(key, None)
+            return False
+        self.onion_keys[key] = secret = auth_key(secret)
+        try:
+            text, blinded, subcred = self._sealed.pop(key)
+            self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except (KeyError, TorError):
+            return False
+        return True
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -5172,12 +5342,14 @@ class AsyncTor:
                 if last:
                     raise
 
-    async def create_onion_service(self, port, target=None, key_dir=None):
+    async def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """Host an onion service; return it, with `address` and `close`, once it is reachable.
 
         `target` of `port`: a local port (default: the same), (host, port), "unix:/path", or a
         coroutine function(reader, writer); for several ports, `port` is {port: target}.
         `key_dir`: as tor's HiddenServiceDir (default: onion_service in `data_dir`).
+        `clients`: X25519 keys (32 bytes, or text as in an .auth file) of those who are admitted
+        (default: as the files in `key_dir`/authorized_clients say; without any, everybody).
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
@@ -5185,7 +5357,7 @@ class AsyncTor:
         key_dir = key_dir or self.data_dir + "/onion_service"
         if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
-        service = OnionService(self, key_dir, ports)
+        service = OnionService(self, key_dir, ports, clients)
         self.services.append(service)
         try:
             await service.start()
@@ -5292,9 +5464,12 @@ class Tor:
     def newnym(self):
         self._loop.call_soon_threadsafe(self._tor.newnym)
 
-    def create_onion_service(self, port, target=None, key_dir=None):
+    def add_onion_key(self, address, secret):
+        return self._tor.add_onion_key(address, secret)
+
+    def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """As AsyncTor.create_onion_service; `close` waits, too."""
-        service = self.run(self._tor.create_onion_service(port, target, key_dir))
+        service = self.run(self._tor.create_onion_service(port, target, key_dir, clients))
         return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
 
     def create_connection(self, address, timeout=None, isolation=None):
@@ -6286,17 +6461,12 @@ def _check(config):
     if config["UseBridges"]:
         refuse("UseBridges", "minitor cannot use bridges yet")
     if config["ClientOnionAuthDir"]:
-        refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
+        try:
+            load_onion_keys(config["ClientOnionAuthDir"])
+        except ConfigError as e:
+            refuse("ClientOnionAuthDir", e)
     if [nodes for name in _NODES if (nodes := config[name]) and nodes[2]]:
         config.country(0)
-    for folder, service in config[_HIDDEN].items():
-        try:
-            names = os.listdir(folder + "/authorized_clients")
-        except OSError:
-            continue
-        if [name for name in names if name[-5:] == ".auth"]:
-            text = "%s: minitor cannot restrict %s to its authorized_clients yet"
-            raise ConfigError(text % (service["where"], folder))
 
 
 class ChosenPaths(PathSelector):
@@ -6522,7 +6692,7 @@ class Control:
     """A controller's connection.
 
     Commands are functions(text, data), those in _SYNTAX functions(arguments, words), that return
-    lines of a reply; None: OK.
+    lines of a reply of 250, a whole line as text, or None: OK.
     """
 
     known, owner, asked, nonces = False, False, False, None
@@ -6591,6 +6761,8 @@ class Control:
         except TorError as e:
             code = e.reason if e.reason > 450 else 552
             return coded(code, str(e).splitlines())
+        if isinstance(lines, str):
+            return [lines]
         return coded(250, ["OK"] if lines is None else lines)
 
     async def _line(self):
@@ -6958,7 +7130,7 @@ class Control:
     # Onion services of its own.
 
     async def add_onion(self, args, words):
-        flags, lines = set(), [("HiddenServiceDir", "/", "")]
+        flags, clients, lines = set(), [], [("HiddenServiceDir", "/", "")]
         for name, value in words:
             name = name.lower()
             if name == "flags":
@@ -6967,9 +7139,11 @@ class Control:
                 lines.append(("HiddenServicePort", value.replace(",", " ", 1), name))
             elif name == "maxstreams":
                 lines.append(("HiddenServiceMaxStreams", value, name))
+            elif name == "clientauthv3":
+                clients.append(value)
             elif value != "0":
                 raise TorError("minitor does not have " + name, 512)
-        for flag in flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
+        for flag in flags - {"discardpk", "detach", "maxstreamsclosecircuit", "v3auth"}:
             raise TorError("Invalid 'Flags' argument, or one that minitor lacks: " + flag, 512)
         if "maxstreamsclosecircuit" in flags:
             lines.append(("HiddenServiceMaxStreamsCloseCircuit", "1", "flag"))
@@ -6977,6 +7151,7 @@ class Control:
             wanted = parse_services(lines)["/"]
         except ConfigError as e:
             raise TorError("Invalid VIRTPORT/TARGET, or MaxStreams: %s" % e, 512)
+        keys = self._client_keys(clients, "v3auth" in flags)
         kind, colon, blob = args[0].partition(":")
         kind = kind.upper()
         try:
@@ -6990,7 +7165,7 @@ class Control:
                 raise TorError("Invalid key type", 513)
         except ProtocolError:
             raise TorError("Failed to decode ED25519-V3 key", 512)
-        service = OnionService(self.tor, (esk, ed25519_public(esk)), {})
+        service = OnionService(self.tor, (esk, ed25519_public(esk)), {}, keys)
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
         set_service(service, wanted)
@@ -6999,7 +7174,7 @@ class Control:
         lines = ["ServiceID=" + service.address[:56]]
         if kind == "NEW" and "discardpk" not in flags:
             lines.append("PrivateKey=ED25519-V3:" + binascii.b2a_base64(esk).decode().strip())
-        return lines + ["OK"]
+        return lines + ["ClientAuthV3=" + text for text in clients] + ["OK"]
 
     async def del_onion(self, args, words):
         try:
@@ -7013,6 +7188,77 @@ class Control:
             raise TorError("Unknown Onion Service id", 552)
         del self.daemon.onions[address]
         await service.close()
+
+    # Client authorization.
+
+    def _client_keys(self, texts, wanted):
+        # What ClientAuthV3 says, None if there is none.
+        try:
+            keys = [auth_key(":" + text) for text in texts]
+        except ConfigError:
+            raise TorError("Cannot decode v3 client auth key", 512)
+        if wanted != bool(keys):
+            raise TorError("No auth %s specified" % ("clients" if wanted else "type"), 512)
+        return keys or None
+
+    def _onion(self, words, what):
+        # The first of `words`, an address without .onion.
+        name = words[0] if words else None
+        if name is None:
+            raise TorError("Incomplete %s command" % what, 512)
+        try:
+            parse_onion_address(name + ".onion")
+        except AddressError:
+            name = ""
+        if len(name) != 56:
+            raise TorError('Invalid v3 address "%s"' % words[0], 512)
+        return name.lower() + ".onion"
+
+    async def onion_client_auth_add(self, plain, words):
+        flags, client = set(), ""
+        address = self._onion(plain if len(plain) > 1 else (), "ONION_CLIENT_AUTH_ADD")
+        kind, mark, blob = plain[1].partition(":")
+        if mark and kind.lower() != "x25519":
+            raise TorError('Unrecognized key type "%s"' % kind, 552)
+        try:
+            key = b64decode(blob.encode(), 32)
+        except (ProtocolError, ValueError):
+            raise TorError("Failed to decode x25519 private key", 512)
+        if not any(key):
+            raise TorError("Invalid private key", 553)
+        for name, value in words:
+            if name.lower() == "flags":
+                flags |= set(value.lower().split(","))
+            elif name.lower() == "clientname":
+                client = value
+        if flags - {"permanent"}:
+            raise TorError("Invalid 'Flags' argument", 512)
+        if len(client) > 16:
+            raise TorError("ClientName longer than 16 chars", 512)
+        before = parse_onion_address(address) in self.tor.onion_keys
+        if self.daemon.keep_key(address, key, client, bool(flags)):
+            return "252 Registered client and decrypted desc"
+        if before:
+            return "251 Client for onion existed and replaced"
+
+    async def onion_client_auth_remove(self, text, data):
+        address = self._onion(text.split(), "ONION_CLIENT_AUTH_REMOVE")
+        if parse_onion_address(address) not in self.tor.onion_keys:
+            return '251 No credentials for "%s"' % address[:56]
+        self.daemon.forget_key(address)
+
+    async def onion_client_auth_view(self, text, data):
+        wanted = text and self._onion(text.split(), "ONION_CLIENT_AUTH_VIEW")
+        lines = []
+        for key, secret in self.tor.onion_keys.items():
+            path, client = self.daemon.client_keys.get(key, (None, ""))
+            line = "CLIENT %s x25519:%s" % (
+                onion_address(key)[:56], binascii.b2a_base64(secret).decode().strip())
+            line += " Flags=Permanent" * bool(path) + (client and " ClientName=" + client)
+            if wanted in ("", onion_address(key)):
+                lines.append(line)
+        head = "ONION_CLIENT_AUTH_VIEW " + wanted[:56]
+        return [head.strip()] + sorted(lines) + ["OK"]
 
     async def takeownership(self, text, data):
         self.owner = True
@@ -7039,9 +7285,11 @@ _CONTROL = {
     "CLOSECIRCUIT": Control.closecircuit, "SETCIRCUITPURPOSE": Control.setcircuitpurpose,
     "CLOSESTREAM": Control.closestream, "EXTENDCIRCUIT": Control.extendcircuit,
     "RESOLVE": Control.resolve, "HSFETCH": Control.hsfetch, "ADD_ONION": Control.add_onion,
-    "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
-    "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.usefeature,
-    "SETROUTERPURPOSE": Control.obsolete, "QUIT": Control.quit,
+    "DEL_ONION": Control.del_onion, "ONION_CLIENT_AUTH_ADD": Control.onion_client_auth_add,
+    "ONION_CLIENT_AUTH_REMOVE": Control.onion_client_auth_remove,
+    "ONION_CLIENT_AUTH_VIEW": Control.onion_client_auth_view,
+    "TAKEOWNERSHIP": Control.takeownership, "DROPOWNERSHIP": Control.dropownership,
+    "USEFEATURE": Control.usefeature, "SETROUTERPURPOSE": Control.obsolete, "QUIT": Control.quit,
 }  # fmt: skip
 # The least and most arguments, and the names of the words after them: None: there are none;
 # "*": any, also alone or quoted; "=": any with a value.
@@ -7053,6 +7301,7 @@ _SYNTAX = {
     "DEL_ONION": (1, 1, None), "DROPGUARDS": (0, 0, None), "DROPTIMEOUTS": (0, 0, None),
     "ADD_ONION": (1, 1, "port flags maxstreams powdefensesenabled powqueuerate powqueueburst "
                         "clientauth clientauthv3"),
+    "ONION_CLIENT_AUTH_ADD": (0, 2, "="),
 }  # fmt: skip
 _PURPOSES = "GENERAL", "CONTROLLER"
 _FEATURES = "VERBOSE_NAMES", "EXTENDED_EVENTS"
@@ -7299,7 +7548,8 @@ class Daemon:
         self.config, self._load, self.torrc = config, load, torrc
         self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
         # `onions`: {address: (OnionService, the Control whose it is, or None)}.
-        self.controls, self.onions = [], {}
+        # `client_keys`: {identity key: (its file or None, a controller's name)} of tor.onion_keys.
+        self.controls, self.onions, self.client_keys = [], {}, {}
         # {(option, where, flags): what listens}, {folder: OnionService}.
         self.listening, self.services, self._logs = {}, {}, []
         # `opening`: {number: Isolation of a stream that is not open yet}; `launching`: {task:
@@ -7516,6 +7766,8 @@ class Daemon:
             self.stopping.set()
         elif name == "NEWNYM":
             self.tor.newnym()
+            # As tor.
+            self._forget_keys(lambda path: not path)
         elif name == "DEBUG":
             self._logs = [(range(5), write, close) for _, write, close in self._logs]
             self.set_severity()
@@ -7612,9 +7864,52 @@ class Daemon:
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
                 self.start(service)
+            service.admit(load_clients(folder))
             set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
+
+    def open_keys(self, config):
+        """Have the keys for client authorization that `config` names; ConfigError."""
+        folder = config["ClientOnionAuthDir"]
+        found = load_onion_keys(folder) if folder else {}
+        self._forget_keys(lambda path: path)
+        for identity, (key, path) in found.items():
+            self.tor.add_onion_key(onion_address(identity), key)
+            self.client_keys[identity] = path, ""
+
+    def _forget_keys(self, which):
+        for identity, (path, _) in list(self.client_keys.items()):
+            if which(path):
+                del self.client_keys[identity]
+                self.tor.add_onion_key(onion_address(identity), None)
+
+    def keep_key(self, address, key, client, permanent):
+        """Have a controller's key of a client; as add_onion_key; TorError."""
+        identity, path = parse_onion_address(address), None
+        if permanent:
+            folder = self.config["ClientOnionAuthDir"]
+            path = self.client_keys.get(identity, (None,))[0]
+            path = path or "%s/%s.auth_private" % (folder, address[:56])
+            try:
+                if not folder:
+                    raise OSError("there is no ClientOnionAuthDir")
+                write_file(path, ("%s:%s\n" % (address[:56], auth_text(key))).encode())
+            except OSError as e:
+                log(WARN, "a client's key was not kept: %s", e)
+                raise TorError('Unable to store creds for "%s"' % address[:56], 553)
+        self.client_keys[identity] = path, client
+        return self.tor.add_onion_key(address, key)
+
+    def forget_key(self, address):
+        """Forget the key of a client, its file, too."""
+        path, _ = self.client_keys.pop(parse_onion_address(address), (None, ""))
+        self.tor.add_onion_key(address, None)
+        try:
+            if path:
+                os.unlink(path)
+        except OSError as e:
+            log(WARN, "%s cannot be removed: %s", path, e)
 
     def start(self, service):
         """Have a service published, once there is a network."""
@@ -7643,6 +7938,7 @@ class Daemon:
             if config["CookieAuthentication"]:
                 self._make_cookie(config)
             await self.open_listeners(config)
+            self.open_keys(config)
             self.open_services(config)
         except ConfigError:
             if self.running:
@@ -7964,22 +8260,60 @@ def serve_target(what):
     return lambda reader, writer: web_serve(folder, reader, writer)
 
 
+def make_client_key(name, address, key_dir, auth_dir):
+    """Make a client's key for the service at `address`, or, None, with the key in `key_dir`.
+
+    The latter gets the client's file; `auth_dir`, if any, the file with the private key.  What is
+    not written is printed.  ConfigError.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError("%r names no client: letters, digits, - and _ can" % name)
+    identity = parse_onion_address(address) if address else load_service_key(key_dir)[1]
+    (secret, public), host = x25519_keypair(), onion_address(identity)[:56]
+    places = [
+        (auth_dir, host + ".auth_private", host + ":" + auth_text(secret)),
+        (not address and key_dir + "/authorized_clients", name + ".auth", auth_text(public)),
+    ]
+    for folder, file, _ in places:
+        if folder:
+            private_dir(folder)
+        if folder and os.path.lexists(os.path.join(folder, file)):
+            raise ConfigError("%s/%s is there already" % (folder, file))
+    if auth_dir and identity in load_onion_keys(auth_dir):
+        raise ConfigError("there is a key for %s in %s already" % (host, auth_dir))
+    for folder, file, text in places:
+        if not folder:
+            print("what %s has to hold:" % file, file=sys.stderr)
+            print(text, flush=True)
+            continue
+        path = os.path.join(folder, file)
+        with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+            f.write(text + "\n")
+        print("written: " + path, file=sys.stderr)
+
+
 def run_command(options):
     import shutil
 
+    data_dir, _ = folders(options.data_dir, options.network)
+    key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
-        data_dir, _ = folders(options.data_dir, options.network)
         private_dir(data_dir)
-        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
-        return print(onion_address(key))
+        return print(onion_address(load_service_key(key_dir)[1]))
+    if options.make_client_key:
+        name, address = (options.make_client_key + [None])[:2]
+        return make_client_key(name, address, key_dir, options.auth_dir)
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    keys = load_onion_keys(options.auth_dir) if options.auth_dir else {}
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
     target = options.get or not doors and serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for identity, (key, _) in keys.items():
+            tor.add_onion_key(onion_address(identity), key)
         for proxy in doors:
             tor.run(proxy.start(tor))
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
@@ -8017,6 +8351,8 @@ def main(argv=None):
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
+    add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
+        help="make the key of a client that the service, or the one at ADDRESS, admits")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
@@ -8024,6 +8360,7 @@ def main(argv=None):
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
     add("--network", help="another Tor network ($MINITOR_NETWORK)")
     add("-v", action="count", default=0, help="say more")
@@ -8031,6 +8368,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.http_tunnel and not options.socks:
         parser.error("--http-tunnel goes with --socks")
+    if len(options.make_client_key or ()) > 2:
+        parser.error("--make-client-key takes a NAME and an ADDRESS")
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -13,6 +13,11 @@ import pytest
 import minitor
 
 ESK = bytes(range(8, 72))
+SITE = minitor.onion_address(minitor.ed25519_public(ESK))[:56]
+OTHER = minitor.onion_address(minitor.ed25519_public(minitor.ed25519_expand(b"o" * 32)))[:56]
+SECRET = bytes(range(1, 33))
+BLOB = "x25519:AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA="
+PUBLIC = minitor.auth_text(minitor.x25519(SECRET))[18:]
 
 
 class Wire:
@@ -137,7 +142,25 @@ def test_safecookie_needs_the_challenge(talk):
     ("ADD_ONION ED25519-V3:AAAA Port=80", "5"),
     ("ADD_ONION NEW:BEST", "5"),
     ("ADD_ONION NEW:BEST Port=0", "5"),
-    ("ADD_ONION NEW:BEST Flags=V3Auth Port=80 ClientAuthV3=x", "5"),
+    ("ADD_ONION NEW:BEST Flags=V3Auth Port=80 ClientAuthV3=x", "512 Cannot decode v3 client auth"),
+    ("ADD_ONION NEW:BEST Flags=V3Auth Port=80", "512 No auth clients specified"),
+    ("ADD_ONION NEW:BEST Port=80 ClientAuthV3=" + PUBLIC, "512 No auth type specified"),
+    ("ONION_CLIENT_AUTH_ADD", "512 Incomplete ONION_CLIENT_AUTH_ADD command"),
+    ("ONION_CLIENT_AUTH_ADD " + SITE, "512 Incomplete ONION_CLIENT_AUTH_ADD command"),
+    ("ONION_CLIENT_AUTH_ADD x%s %s" % (SITE[1:], BLOB), '512 Invalid v3 address "x%s"' % SITE[1:]),
+    ("ONION_CLIENT_AUTH_ADD %s.onion %s" % (SITE, BLOB), "512 Invalid v3 address"),
+    ("ONION_CLIENT_AUTH_ADD %s x25519" % SITE, "512 "),
+    ("ONION_CLIENT_AUTH_ADD %s x25519:AAAA" % SITE, "512 Failed to decode x25519 private key"),
+    ("ONION_CLIENT_AUTH_ADD %s x25519:%s" % (SITE, "\xe9" * 43), "512 Failed to decode"),
+    ("ONION_CLIENT_AUTH_ADD %s x448%s" % (SITE, BLOB[6:]), '552 Unrecognized key type "x448"'),
+    ("ONION_CLIENT_AUTH_ADD %s x25519:%s=" % (SITE, "A" * 43), "553 Invalid private key"),
+    ("ONION_CLIENT_AUTH_ADD %s %s Flags=Eternal" % (SITE, BLOB), "512 Invalid 'Flags' argument"),
+    ("ONION_CLIENT_AUTH_ADD %s %s ClientName=%s" % (SITE, BLOB, "x" * 17), "512 ClientName longer"),
+    ("ONION_CLIENT_AUTH_ADD %s %s Flags=Permanent" % (SITE, BLOB), "553 Unable to store creds"),
+    ("ONION_CLIENT_AUTH_REMOVE", "512 Incomplete ONION_CLIENT_AUTH_REMOVE command"),
+    ("ONION_CLIENT_AUTH_REMOVE x", '512 Invalid v3 address "x"'),
+    ("ONION_CLIENT_AUTH_REMOVE " + SITE, '251 No credentials for "%s"' % SITE),
+    ("ONION_CLIENT_AUTH_VIEW x", '512 Invalid v3 address "x"'),
     ("ADD_ONION NEW:BEST Flags=NonAnonymous Port=80", "512 Invalid 'Flags' argument"),
     ("GETINFO ip-to-country/1.2.3.256", "5"),
     ("GETINFO ns/id/xyz", '552 Unrecognized key "ns/id/xyz"'),
@@ -194,6 +217,10 @@ ADD_ONION NEW:BEST Flags=BasicAuth Port=80|ADD_ONION NEW:BEST MaxStreams=99999 P
 ADD_ONION NEW:BEST MaxStreams=x Port=80|ADD_ONION new:best Port=80
 DEL_ONION|DEL_ONION xyz|DEL_ONION @|DEL_ONION a b|USEFEATURE NONSENSE|USEFEATURE
 USEFEATURE VERBOSE_NAMES EXTENDED_EVENTS|DROPGUARDS|DROPGUARDS x|DROPTIMEOUTS|DROPTIMEOUTS x
+ADD_ONION NEW:BEST Flags=V3Auth Port=80|ADD_ONION NEW:BEST ClientAuthV3=x Port=80
+ONION_CLIENT_AUTH_ADD|ONION_CLIENT_AUTH_ADD xyz x25519:AAAA|ONION_CLIENT_AUTH_ADD @ x25519:AAAA
+ONION_CLIENT_AUTH_ADD @ x448:AAAA|ONION_CLIENT_AUTH_REMOVE|ONION_CLIENT_AUTH_REMOVE xyz
+ONION_CLIENT_AUTH_REMOVE @|ONION_CLIENT_AUTH_VIEW|ONION_CLIENT_AUTH_VIEW xyz
 TAKEOWNERSHIP x|DROPOWNERSHIP x|PROTOCOLINFO 2|PROTOCOLINFO x|AUTHCHALLENGE|AUTHENTICATE 00
 """.strip().replace("\n", "|").split("|")]
 
@@ -308,6 +335,90 @@ def test_onions_of_a_given_key(talk):
     assert talk.daemon.onions[address][0].max_streams == 3
     found = talk("", line, "DEL_ONION " + address[:56], "DEL_ONION " + address[:56])
     assert found[2:] == ["250 OK", "552 Unknown Onion Service id"]
+
+
+def test_onions_for_some_clients(talk):
+    keys = [minitor.auth_text(minitor.x25519(bytes([n]) * 32))[18:] for n in (1, 2, 3)]
+    line = "ADD_ONION NEW:BEST Flags=V3Auth,DiscardPK,Detach Port=80 " + " ".join(
+        ["ClientAuthV3=" + key for key in keys])
+    found = talk("", line)
+    address = found[0].partition("=")[2] + ".onion"
+    assert found[1:] == ["250-ClientAuthV3=" + key for key in keys] + ["250 OK"]
+    assert talk.daemon.onions[address][0].clients == [minitor.auth_key(key) for key in keys]
+
+
+def test_keys_of_clients(talk):
+    view = "ONION_CLIENT_AUTH_VIEW"
+    found = talk(
+        "", "%s" % view, "ONION_CLIENT_AUTH_ADD %s %s ClientName=bob" % (SITE, BLOB),
+        "ONION_CLIENT_AUTH_ADD %s %s" % (OTHER.upper(), BLOB.rstrip("=")), view,
+        view + " " + OTHER, "ONION_CLIENT_AUTH_ADD %s %s" % (SITE, BLOB),
+        "ONION_CLIENT_AUTH_REMOVE " + SITE, "ONION_CLIENT_AUTH_REMOVE " + SITE, view + " " + SITE)
+    assert found == [
+        "250-" + view, "250 OK", "250 OK", "250 OK", "250-" + view] + sorted([
+            "250-CLIENT %s %s ClientName=bob" % (SITE, BLOB),
+            "250-CLIENT %s %s" % (OTHER, BLOB)]) + [
+        "250 OK", "250-%s %s" % (view, OTHER), "250-CLIENT %s %s" % (OTHER, BLOB), "250 OK",
+        "251 Client for onion existed and replaced", "250 OK",
+        '251 No credentials for "%s"' % SITE, "250-%s %s" % (view, SITE), "250 OK"]
+    assert list(talk.daemon.tor.onion_keys.values()) == [SECRET]
+
+
+def test_permanent_keys_of_clients(talk, tmp_path):
+    folder, line = tmp_path / "auth", "ONION_CLIENT_AUTH_ADD %s %s" % (SITE, BLOB)
+    folder.mkdir()
+    torrc, path = "ClientOnionAuthDir %s" % folder, folder / (SITE + ".auth_private")
+    assert talk(torrc, line + " Flags=Permanent ClientName=bob") == ["250 OK"]
+    assert path.read_text() == "%s:%s\n" % (SITE, minitor.auth_text(SECRET))
+    assert path.stat().st_mode & 0o777 == 0o600
+    # Another one, and a name of its own: known again after a start, and replaced in its file.
+    path.rename(folder / "bob.auth_private")
+    kept = "250-CLIENT %s %s Flags=Permanent" % (SITE, BLOB)
+    found = talk(torrc, "ONION_CLIENT_AUTH_VIEW", line + " Flags=Permanent",
+                 "ONION_CLIENT_AUTH_ADD %s %s" % (OTHER, BLOB), "SIGNAL NEWNYM",
+                 "ONION_CLIENT_AUTH_VIEW " + SITE)
+    assert found[1:4] == [kept, "250 OK", "251 Client for onion existed and replaced"]
+    assert found[-2:] == [kept, "250 OK"] and os.listdir(str(folder)) == ["bob.auth_private"]
+    assert talk(torrc, "ONION_CLIENT_AUTH_REMOVE " + SITE) == ["250 OK"]
+    assert os.listdir(str(folder)) == []
+    # Without the folder.
+    folder.rmdir()
+    found = talk("", "SETCONF ClientOnionAuthDir=%s" % folder, "GETCONF ClientOnionAuthDir")
+    assert found[0][:3] == "513" and found[1] == "250 ClientOnionAuthDir"
+
+
+def test_newnym_forgets_the_keys_of_controllers(talk):
+    found = talk("", "ONION_CLIENT_AUTH_ADD %s %s" % (SITE, BLOB), "SIGNAL NEWNYM",
+                 "GETINFO dormant", "ONION_CLIENT_AUTH_VIEW")
+    assert found[-2:] == ["250-ONION_CLIENT_AUTH_VIEW", "250 OK"]
+
+
+def test_a_key_that_reads_a_descriptor(talk, monkeypatch):
+    """What was fetched without the key is kept until there is one."""
+    plain = minitor.Record()
+    monkeypatch.setattr(minitor, "parse_descriptor", lambda *what: what[0] or refuse())
+
+    def refuse():
+        raise minitor.AuthorizationError("no", 0xF5)
+
+    tries = []
+
+    class Sealed(dict):
+        def pop(self, key, *default):
+            tries.append(key)
+            return (plain if len(tries) > 1 else None), b"", b""
+
+    start = FakeDaemon.__init__
+
+    def init(self, *args):
+        start(self, *args)
+        self.tor._sealed = Sealed()
+
+    monkeypatch.setattr(FakeDaemon, "__init__", init)
+    line = "ONION_CLIENT_AUTH_ADD %s %s" % (SITE, BLOB)
+    assert talk("", line, line) == ["250 OK", "252 Registered client and decrypted desc"]
+    key = minitor.parse_onion_address(SITE + ".onion")
+    assert talk.daemon.tor.descriptors == {key: plain} and tries == [key, key]
 
 
 def test_every_key_of_getinfo_is_answered(talk):

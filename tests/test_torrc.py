@@ -145,7 +145,7 @@ def test_names_are_case_insensitive_and_may_be_shortened():
     ("HashedControlPassword secret", "hash-password"), ("ExcludeNodes {deu}", "deu"),
     ("DirAuthority x 1.2.3.4:5 " + "A" * 40, "v3ident"), ("FallbackDir 1.2.3.4:80", "orport"),
     ("Bridge obfs4", "port"), ("Bridge 1.2.3.4:5 xyz", "xyz"), ("ClientTransportPlugin x", "exec"),
-    ("UseBridges 1\nBridge 1.2.3.4:5", "bridges yet"), ("ClientOnionAuthDir /x", "yet"),
+    ("UseBridges 1\nBridge 1.2.3.4:5", "bridges yet"), ("ClientOnionAuthDir /x", "/x cannot be used"),
 ])
 def test_what_is_wrong_is_refused_with_its_line(text, what):
     with pytest.raises(minitor.ConfigError) as caught:
@@ -159,15 +159,35 @@ def test_an_error_shows_no_password():
     assert "my-secret" not in str(caught.value)
 
 
-def test_a_service_that_admits_some_clients_is_refused(tmp_path):
-    # As long as minitor would let in everybody.
-    folder = tmp_path / "authorized_clients"
-    folder.mkdir()
-    text = "HiddenServiceDir %s\nHiddenServicePort 80\n" % tmp_path
-    configure(text)
-    (folder / "a.auth").write_text("descriptor:x25519:x")
-    with pytest.raises(minitor.ConfigError, match="authorized_clients"):
-        configure(text)
+KEY = "descriptor:x25519:" + "M4" + 50 * "A"
+SITE = minitor.onion_address(minitor.ed25519_public(minitor.ed25519_expand(b"s" * 32)))
+
+
+def test_keys_for_client_authorization(tmp_path, capsys):
+    def read(**files):
+        for name, text in files.items():
+            (tmp_path / (name + ".auth_private")).write_text(text)
+        return minitor.load_onion_keys(str(tmp_path))
+
+    good = "%s:%s" % (SITE[:56], KEY)
+    identity, key = minitor.parse_onion_address(SITE), minitor.auth_key(KEY)
+    assert key == b"g" + bytes(31)
+    tmp_path.chmod(0o755)
+    found = read(a=" %s \n" % good.replace(":x", " : x"), b="", c="x" + good, d=good[:-1],
+                 e=good.replace("x25519", "x448"), f=good[:-52] + 52 * "a", g="\xff" * 100)
+    assert found == {identity: (key, str(tmp_path / "a.auth_private"))}
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+    warned = capsys.readouterr().err
+    assert warned.count("is passed over") == 6 and KEY[20:50] not in warned
+    (tmp_path / "notes.txt").write_text(good)
+    (tmp_path / ".auth_private").write_text(good)
+    assert read() == found and "notes.txt is passed over" in capsys.readouterr().err
+    configure("ClientOnionAuthDir %s" % tmp_path)
+    with pytest.raises(minitor.ConfigError, match="two files"):
+        read(h=good)
+    with pytest.raises(minitor.ConfigError, match="torrc:1: ClientOnionAuthDir: two files"):
+        configure("ClientOnionAuthDir %s" % tmp_path)
+    assert minitor.auth_text(key) == KEY and minitor.auth_key(KEY[18:].lower()) == key
 
 
 def test_listeners():

@@ -621,7 +621,8 @@ OVERLAYS = (
     "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
     " Consensus.verify document CertParser clock_error Directory._judge_clock",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
-    "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
+    "Directory._next_time PathSelector.__init__ PathSelector._load PathSelector.update"
+    " PathSelector._expire PathSelector._expand new_table load_table"
     " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
@@ -637,6 +638,7 @@ OVERLAYS = (
     "PathSelector.pick PathSelector._draw PathSelector.guard PathSelector.failed"
     " PathSelector.succeeded PathSelector.onion_path PathSelector._path PathSelector._layer_two"
     " PathSelector._until PathSelector._save PathSelector.primary PathSelector._order distinct"
+    " PathSelector._seconds PathSelector._primaries Guard.down"
     " FlashTable.same_family _Relays.subnets _Relays.relay",
     "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )

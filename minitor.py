@@ -3648,34 +3648,53 @@ def distinct(table, i, j):
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
 
+# Failing up to so many hours, a guard is tried again after so many minutes: a primary one, or
+# another (guard-spec A.1).
+_RETRIES = (6, 10, 60), (96, 90, 240), (168, 240, 1080), (1 << 16, 540, 2160)
+
+
 class Guard:
-    """A sampled guard, good `until` then; `index` -1: not listed now (guard-spec 4.1)."""
+    """A sampled guard, good `until` then (guard-spec 4.1).
 
-    failing_since = failed_at = 0
+    `index`: in the table, -1: not listed now, but until `unlisted` (0: it is listed).
+    """
 
-    def __init__(self, rsa_id, until, confirmed, index=-1):
+    failing_since = failed_at = primary = 0
+
+    def __init__(self, rsa_id, until, confirmed, index=-1, unlisted=0):
         self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
+        self.unlisted = unlisted
 
     def down(self):
-        # Tried again after 10 minutes to 9 hours, nearly as in guard-spec 4.5.
-        wait = min(max(600, (self.failed_at - self.failing_since) // 4), 32400)
-        return 0 <= now() - self.failed_at < wait
+        """Tell whether it failed, and is not to be tried again yet (4.5)."""
+        hours = (now() - self.failing_since) // 3600
+        waits = [wait for wait in _RETRIES if hours < wait[0]] or _RETRIES
+        return 0 <= now() - self.failed_at < waits[0][1 if self.primary else 2] * 60
 
 
 class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
     updates = 0
+    # Indexes of relays that the configuration refuses as guards (guard-spec 4.2).
+    refused = ()
 
     def __init__(self, table, consensus, path):
         # `online`: when a relay last answered; `layer_two`: {RSA identity: until}, as tor unstored.
-        self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
+        self.online, self.layer_two = 0, {}
+        self._load(path)
+        self.update(table, consensus)
+
+    def _load(self, path):
+        self.sample, self._file = [], path
         try:
             stored = json.loads(read_file(path or "") or b"[]")
-            self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
+            for g in stored:
+                dates = int(g[1]), int(g[2] > 0), -1, int(g[3]) if g[3:] else 0
+                self.sample.append(Guard(b32decode(g[0]), *dates))
         except Exception:
             log(WARN, "%s is damaged: choosing new guards", path)
-        self.update(table, consensus)
+            self.sample = []
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
@@ -3683,25 +3702,44 @@ class PathSelector:
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._totals = {}
         self._weights = consensus.bandwidth_weights
-        if not self._file:
-            return
-        self.sample = [g for g in self.sample if g.until > now()]
-        found, free = {table.find(g.rsa_id): g for g in self.sample}, 0
+        if self._file:
+            self._expand(*self._expire())
+
+    def _expire(self):
+        # How many guards are listed, and how many of these are sampled (4.1, 4.10).
+        found, count, listed, t = {self.table.find(g.rsa_id): g for g in self.sample}, 0, 0, now()
         for g in self.sample:
             g.index = -1
         for i, _ in self.weigh(*_ROLES["guard"]):
+            count += 1
             if i in found:
                 found[i].index = i
-            else:
-                free += 1
+                listed += 1
+        life, gone = self._seconds("lifetime"), self._seconds("remove-unlisted-guards-after", 20)
+        life = max(life, self._seconds("confirmed-min-lifetime", 60))
+        for g in self.sample:
+            # Dates that are too late come from a wrong clock.
+            g.until = min(g.until, t + life)
+            g.unlisted = 0 if g.index >= 0 else min(g.unlisted or t - randbelow(gone // 5), t)
+        late = lambda g: g.until <= t or g.unlisted and g.unlisted + gone <= t
+        self.sample = [g for g in self.sample if not late(g)]
+        return count, listed
+
+    def _expand(self, count, listed):
+        # Sample more, while too few are usable (4.2).
+        p, order = self.param, self._order()
         # A failure counts once a relay answered since: a dead network uses up no guards.
-        listed = self._order()
-        usable = [g for g in listed if g.failed_at > self.online or not g.down()]
-        lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
-        room = self.param("guard-max-sample-size", 60, 1) - len(listed)
-        for _ in range(min(lack, room, free)):
+        usable = [g for g in order if g.failed_at > self.online or not g.down()]
+        least = p("guard-min-filtered-sample-size", 20, 1)
+        share = count * p("guard-max-sample-threshold-percent", 20, 1, 100) // 100
+        most = max(least, min(p("guard-max-sample-size", 60, 1), share))
+        # Unlisted ones take room, but for the primary guards there is always some.
+        room = max(most - len(self.sample), self._primaries() - len(order))
+        lack, room = least - len(usable), min(room, count - listed)
+        while lack > 0 and room > 0:
             i = self.pick("guard", lambda i: i not in [g.index for g in self.sample])
-            self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
+            self.sample.append(Guard(self.table.rsa_id(i), self._until("lifetime"), 0, i))
+            lack, room = lack - (i not in self.refused), room - 1
         self._save()
 
     def _factors(self, position):
@@ -3774,19 +3812,31 @@ class PathSelector:
         return percent
 
     def _save(self):
-        stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
+        stored = [(b32encode(g.rsa_id), g.until, g.confirmed, g.unlisted) for g in self.sample]
         cache_file(self._file, json.dumps(stored).encode())
 
-    def _until(self, name, days):
+    def _seconds(self, name, days=120):
+        return self.param("guard-%s-days" % name, days, 1, 3650) * 86400
+
+    def _until(self, name, days=120):
         # Random, not to tell when it was set (guard-spec A.2).
-        days = self.param("guard-%s-days" % name, days, 1, 3650)
-        return now() + days * 86400 - randbelow(days * 8640)
+        return now() + self._seconds(name, days) - randbelow(self._seconds("lifetime") // 10)
 
     def _order(self):
-        return [g for g in self.sample if g.index >= 0]
+        return [g for g in self.sample if g.index >= 0 and g.index not in self.refused]
+
+    def _primaries(self):
+        return self.param("guard-n-primary-guards", 3, 1)
 
     def primary(self):
-        return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
+        """The guards to use first (4.4): what was one remains one, until others are confirmed."""
+        first, rest = [], []
+        for g in self._order():
+            (first if g.confirmed or g.primary else rest).append(g)
+        found = (first + rest)[: self._primaries()]
+        for g in self.sample:
+            g.primary = g in found
+        return found
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
         """The Relay to enter by, of those that `accept(index)` takes (4.6)."""
@@ -3811,10 +3861,10 @@ class PathSelector:
     def succeeded(self, rsa_id):
         """A relay is up; return whether no better guard than it may be up again (4.8)."""
         silence, primary = now() - self.online, self.primary()
-        # Those that failed in a long one are tried again.
+        # After a long one the primary ones are tried again, and those that failed in it.
         if silence > self.param("guard-internet-likely-down-interval", 600, 1):
             for g in self.sample:
-                g.failed_at = g.failed_at if g.failed_at <= self.online else 0
+                g.failed_at = 0 if g.primary or g.failed_at > self.online else g.failed_at
         self.online = now()
         for g in [g for g in self.sample if g.rsa_id == rsa_id]:
             g.failed_at = g.failing_since = 0

@@ -440,9 +440,10 @@ def test_parameters_of_the_consensus(clock):
         guard_n_primary_guards_to_use=2,
         guard_n_primary_dir_guards_to_use=1,
         guard_min_filtered_sample_size=5,
+        guard_n_primary_guards=4,
     )
     paths = selector(net.table, consensus)
-    assert len(paths.sample) == 5
+    assert len(paths.sample) == 5 and len(paths.primary()) == 4
     assert {paths.guard().rsa_id for _ in range(50)} == set(ids(paths.sample[:2]))
     assert paths.guard(kind="dir-guards", use=3).rsa_id == paths.sample[0].rsa_id
 
@@ -508,7 +509,8 @@ def test_guards_of_another_network_are_kept_and_not_in_the_way(clock, tmp_path):
     before = ids(selector(old.table, path=path).primary())
     new = network(guards=30)
     paths = selector(new.table, path=path)
-    assert len(paths._order()) == 20 and len(paths.exit_path(80)) == 3
+    # Unlisted guards count: others are sampled for the primary ones alone.
+    assert len(paths._order()) == 3 and len(paths.exit_path(80)) == 3
     assert ids(selector(old.table, path=path).primary()) == before
 
 
@@ -533,14 +535,53 @@ def test_unlisted_guard_is_passed_over_until_it_returns(clock):
     paths = selector(net.table)
     gone = paths.sample[0]
     index = gone.index
+    assert paths.succeeded(gone.rsa_id)
     net.table.flags[index] &= ~GUARD
     paths.update(net.table, make_consensus())
     assert gone.index == -1 and gone in paths.sample and gone not in paths.primary()
-    assert len(paths._order()) == 20
+    assert len(paths._order()) == 19 and len(paths.primary()) == 3
     clock[0] += 10 * DAY
     net.table.flags[index] |= GUARD
     paths.update(net.table, make_consensus())
     assert gone.index == index and paths.primary()[0] is gone
+
+
+@pytest.mark.parametrize("params, least, most", [
+    ({}, 16, 20), ({"guard_remove_unlisted_guards_after_days": 5}, 4, 5),
+])
+def test_unlisted_guards_are_removed_after_some_days(clock, tmp_path, params, least, most):
+    net, consensus, path = network(guards=100), make_consensus(**params), str(tmp_path / "guards")
+    paths = selector(net.table, consensus, path)
+    for g in list(paths.sample):
+        assert paths.succeeded(g.rsa_id)
+    gone = [net.table.rsa_id(g.index) for g in paths.sample]
+    for g in paths.sample:
+        net.table.flags[g.index] &= ~GUARD
+    left = []
+    for _ in range(most + 2):
+        # A restart each day forgets nothing.
+        paths = selector(net.table, consensus, path)
+        left.append(len(set(gone) & set(ids(paths.sample))))
+        assert len(paths._order()) >= 3
+        clock[0] += DAY
+    assert left[least - 1] == 20 and left[most] == 0 and sorted(left, reverse=True) == left
+    # Not all at once, as dates are random.
+    assert most - least == 1 or len(set(left)) > 3
+
+
+def test_guard_that_returns_is_listed_as_long_as_ever(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    paths = selector(net.table, path=path)
+    gone = paths.sample[0].rsa_id
+    for day in range(60):
+        # Away for nine days of ten.
+        listed = GUARD if day % 10 == 9 else 0
+        index = net.table.find(gone)
+        net.table.flags[index] = net.table.flags[index] & ~GUARD | listed
+        paths = selector(net.table, path=path)
+        assert gone in ids(paths.sample)
+        assert bool(listed) == (gone in ids(paths._order()))
+        clock[0] += DAY
 
 
 def test_guards_expire(clock):
@@ -549,7 +590,8 @@ def test_guards_expire(clock):
     confirmed = paths.sample[0]
     clock[0] += 100 * DAY
     assert paths.succeeded(paths.guard().rsa_id)
-    assert START + 154 * DAY < confirmed.until <= START + 160 * DAY
+    # The date is random within a tenth of a guard's lifetime (guard-spec 4.3).
+    assert START + 148 * DAY < confirmed.until <= START + 160 * DAY
     clock[0] += 21 * DAY
     others = paths.sample[1:]
     paths.update(net.table, make_consensus())
@@ -558,6 +600,90 @@ def test_guards_expire(clock):
     clock[0] += 60 * DAY
     paths.update(net.table, make_consensus())
     assert confirmed not in paths.sample
+
+
+def test_dates_are_random(clock):
+    for days, low, high in ((0, 108, 120), (100, 148, 160)):
+        paths = selector(network(guards=100).table)
+        clock[0] += days * DAY
+        for g in list(paths.sample) if days else ():
+            assert paths.succeeded(g.rsa_id)
+        lives = sorted((g.until - START) / DAY for g in paths.sample)
+        assert low < lives[0] < low + 4 and high - 4 < lives[-1] <= high
+        assert len(set(lives)) == 20
+        clock[0] = START
+
+
+def test_parameters_for_the_lifetime_of_guards(clock):
+    consensus = make_consensus(guard_lifetime_days=10, guard_confirmed_min_lifetime_days=30)
+    paths = selector(network(guards=100).table, consensus)
+    assert all(START + 9 * DAY < g.until <= START + 10 * DAY for g in paths.sample)
+    first = paths.sample[0]
+    assert paths.succeeded(first.rsa_id)
+    assert START + 29 * DAY < first.until <= START + 30 * DAY
+    paths.update(paths.table, consensus)
+    assert START + 29 * DAY < first.until
+
+
+def test_what_is_stored_of_guards_is_all_there_after_a_restart(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    paths = selector(net.table, path=path)
+    for n in (7, 3):
+        net.table.flags[paths.sample[n].index] &= ~GUARD
+    for n in (5, 11):
+        paths.online = minitor.now()
+        for g in paths.primary():
+            paths.failed(g.rsa_id)
+        assert paths.succeeded(paths.sample[n].rsa_id)
+    paths.update(net.table, make_consensus())
+    again = selector(net.table, path=path)
+    kept = "rsa_id until confirmed index unlisted".split()
+    before, after = [[[getattr(g, name) for name in kept] for g in p.sample] for p in (paths, again)]
+    assert before == after and len(before) == 20
+    assert sum(g.confirmed for g in again.sample) == 2 and sum(g.index < 0 for g in again.sample) == 2
+
+
+def test_guards_that_an_earlier_version_stored(clock, tmp_path):
+    net, path = network(guards=100), tmp_path / "guards"
+    first = selector(net.table, path=str(path)).sample
+    stored = [[minitor.b32encode(g.rsa_id), g.until, int(g in first[:2])] for g in first]
+    path.write_text(json.dumps(stored))
+    again = selector(net.table, path=str(path))
+    assert ids(again.sample) == ids(first) and [g.confirmed for g in again.sample][:3] == [1, 1, 0]
+    assert not any(g.unlisted for g in again.sample)
+
+
+def test_dates_that_a_wrong_clock_stored_do_not_keep_a_guard_for_ever(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    clock[0] += 3650 * DAY
+    paths = selector(net.table, path=path)
+    gone = paths.sample[0]
+    net.table.flags[gone.index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    clock[0] = START
+    paths = selector(net.table, path=path)
+    assert max(g.until for g in paths.sample) <= START + 120 * DAY
+    assert paths.sample[0].unlisted <= START
+    clock[0] += 20 * DAY
+    assert gone.rsa_id not in ids(selector(net.table, path=path).sample)
+
+
+def test_what_is_a_primary_guard_remains_one_until_another_is_confirmed(clock):
+    net = network(guards=100)
+    paths = selector(net.table)
+    a, b, c = paths.primary()
+    index = a.index
+    net.table.flags[index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    fourth = paths.primary()[2]
+    assert paths.primary() == [b, c, fourth]
+    net.table.flags[index] |= GUARD
+    paths.update(net.table, make_consensus())
+    assert a.index == index and paths.primary() == [b, c, fourth]
+    fifth = paths.sample[10]
+    paths.guard(lambda i: i == fifth.index)
+    assert paths.succeeded(fifth.rsa_id)
+    assert paths.primary() == [fifth, b, c] and not fourth.primary
 
 
 def test_failed_guards_are_replaced_and_retried(clock):
@@ -576,12 +702,29 @@ def test_failed_guards_are_replaced_and_retried(clock):
     clock[0] += 7 * 3600
     paths.guard()
     paths.failed(a.rsa_id)
-    clock[0] += 6300
-    # Failing for seven hours: after 107 minutes.
+    clock[0] += 5300
+    # Failing for seven hours: after 90 minutes.
     assert paths.guard().rsa_id != a.rsa_id
     clock[0] += 200
     assert paths.guard().rsa_id == a.rsa_id
     assert paths.succeeded(a.rsa_id) and a.failing_since == 0
+
+
+@pytest.mark.parametrize("hours, minutes, others", [
+    (0, 10, 60), (4, 10, 60), (7, 90, 240), (91, 90, 240), (97, 240, 1080), (149, 240, 1080),
+    (200, 540, 2160), (24 * 365, 540, 2160),
+])
+def test_guards_are_retried_on_schedule(clock, hours, minutes, others):
+    paths = selector(network(guards=100).table)
+    paths.primary()
+    for guard, wait in ((paths.sample[0], minutes), (paths.sample[5], others)):
+        clock[0] = guard.failing_since = START
+        clock[0] += hours * 3600
+        paths.failed(guard.rsa_id)
+        clock[0] += wait * 60 - 1
+        assert guard.down()
+        clock[0] += 1
+        assert not guard.down()
 
 
 def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
@@ -622,14 +765,22 @@ def test_network_down_does_not_burn_guards(clock):
     assert paths.succeeded(first)
 
 
-@pytest.mark.parametrize("guards, most", [(400, 60), (30, 30)])
-def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clock, guards, most):
-    paths = selector(network(guards=guards).table)
+@pytest.mark.parametrize("guards, most, params", [
+    # A fifth of the guards, but not more than 60, nor less than 20 (guard-spec 4.1).
+    (400, 60, {}), (200, 40, {}), (60, 20, {}), (15, 15, {}),
+    (400, 25, {"guard_max_sample_size": 25}), (400, 20, {"guard_max_sample_size": 1}),
+    (200, 30, {"guard_max_sample_threshold_percent": 15}),
+    (200, 60, {"guard_max_sample_threshold_percent": 100}),
+    (200, 50, {"guard_min_filtered_sample_size": 50}),
+])
+def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(
+        clock, guards, most, params):
+    paths = selector(network(guards=guards).table, make_consensus(**params))
     for _ in range(10):
         for _ in range(30):
             paths.failed(paths.guard().rsa_id)
             paths.online = minitor.now()
-        paths.update(paths.table, make_consensus())
+        paths.update(paths.table, make_consensus(**params))
     assert len(paths.sample) == most
 
 
@@ -658,6 +809,34 @@ def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
         paths.failed(paths.guard().rsa_id)
     assert paths.succeeded(bytes(20))
     assert paths.guard().rsa_id == first and len(paths.sample) <= 22
+
+
+def test_primary_guards_are_retried_when_the_network_returns_and_others_that_failed_in_between(clock):
+    consensus = make_consensus(guard_internet_likely_down_interval=100)
+    paths = selector(network(guards=100).table, consensus)
+    paths.online = minitor.now()
+    first, _, _, fourth, fifth, sixth = paths.sample[:6]
+    clock[0] += 1
+    for g in paths.primary() + [fourth]:
+        paths.failed(g.rsa_id)
+    # 100 seconds are no silence, 101 are.
+    for wait in (10, 100):
+        clock[0] += wait
+        assert paths.succeeded(bytes(20)) and first.down() and fourth.down()
+    clock[0] += 1
+    paths.failed(fifth.rsa_id)
+    clock[0] += 100
+    # An answer by another is not used: a primary one may be there again.
+    assert paths.guard().rsa_id == sixth.rsa_id
+    assert paths.succeeded(sixth.rsa_id) is False and not sixth.confirmed
+    assert fourth.down() and not first.down() and not fifth.down()
+    for _ in range(3):
+        picked = paths.guard().rsa_id
+        assert picked in ids(paths.primary())
+        paths.failed(picked)
+    # Now it is known: they are down, and the best of the others may be used.
+    assert paths.guard().rsa_id == fifth.rsa_id
+    assert paths.succeeded(fifth.rsa_id) is True and paths.primary()[0] is fifth
 
 
 def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):

@@ -2526,7 +2526,7 @@ def _client_keys(subcred, secret, public):
 
 def _cookie(text, item, subcred, secret):
     # The descriptor cookie for the client with that key, b"" if there is none (2.5.1.3).
-    public = b64decode(item(b"desc-auth-ephemeral-key")[0], 32)
+    public = b64decode(item(b"desc-auth-ephemeral-key")[0].split(b" ")[0], 32)
     client_id, key = _client_keys(subcred, secret, public)
     for line in text.split(b"\nauth-client ")[1:]:
         words = line.partition(b"\n")[0].split(b" ")
@@ -2629,9 +2629,10 @@ def parse_descriptor(data, blinded, subcred, when, secret=None):
     cookie = _cookie(text, item, subcred, secret) if secret else b""
     text = _unseal(item, b"encrypted", blinded + cookie + tail)
     if text is None and secret:
-        raise AuthorizationError("does not admit the key that is given for it (any more)", 0xF5)
+        raise AuthorizationError("does not admit this key: the right one, not withdrawn?", 0xF5)
     if text is None:
-        raise AuthorizationError("admits some clients alone, by keys, and none is given", 0xF4)
+        raise AuthorizationError("admits clients by keys alone: give one (--auth-dir, "
+                                 "ClientOnionAuthDir, add_onion_key)", 0xF4)
     sections = text.split(b"\nintroduction-point ")
     item = document(sections[0])
     require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
@@ -8535,7 +8536,8 @@ class Daemon:
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
                 self.start(service)
-            service.admit(load_clients(folder))
+            else:
+                service.admit(load_clients(folder))
             set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
@@ -8612,8 +8614,8 @@ class Daemon:
             if config["CookieAuthentication"]:
                 self._make_cookie(config)
             await self.open_listeners(config)
-            self.open_keys(config)
             self.open_services(config)
+            self.open_keys(config)
         except ConfigError:
             if self.running:
                 self.open_logs(self.config)

@@ -6778,7 +6778,6 @@ class Bridges(ChosenPaths):
         return self
 
     def update(self, table, consensus):
-        self._listed = {table.find(bridge.rsa_id) for bridge in self.bridges}
         super().update(_BridgedTable(table, self.bridges), consensus)
         self._list_guards()
 
@@ -6796,6 +6795,8 @@ class Bridges(ChosenPaths):
                 at += 0 if old else randbelow(len(self.sample) - at + 1)
                 self.sample.insert(at, Guard(rsa_id, 1 << 40, int(old)))
                 known.add(rsa_id)
+        # Those that are public relays, too.
+        self._listed = {self.table._table.find(rsa_id) for rsa_id in mine}
         usable = {b.rsa_id: b.index for b in self.bridges if b.ntor_key}
         for g in self.sample:
             g.index = usable.get(g.rsa_id, -1)

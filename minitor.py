@@ -6474,7 +6474,7 @@ class Plugin:
 
     def __init__(self, names, words, folder):
         self.names, self._words, self._folder = names, words, folder
-        self._methods, self._process = Promise(), None
+        self._methods, self._process, self._said = Promise(), None, ""
         self._task = spawn(self._run())
 
     def __str__(self):
@@ -6501,7 +6501,7 @@ class Plugin:
                 await self._end()
             if time.monotonic() - started > most:
                 pause = _PLUGIN_PAUSES[0]
-            error = ChannelError("%s %s" % (self, error))
+            error = ChannelError("%s %s; the last it said: %s" % (self, error, self._said or "-"))
             log(WARN, "%s; it is started again in %s s", error, pause)
             self._methods.set(error=error)  # for who waits
             self._methods = Promise()
@@ -6542,6 +6542,7 @@ class Plugin:
             if not line:
                 return False
             line = re.sub("[^ -~]", "?", line.decode("ascii", "replace").strip())[:1000]
+            self._said = line
             if done(line):
                 return True
             self._note(line)

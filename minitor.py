@@ -6708,7 +6708,7 @@ class Plugin:
 
     def __init__(self, names, words, folder):
         self.names, self._words, self._folder = names, words, folder
-        self._methods, self._process = Promise(), None
+        self._methods, self._process, self._said = Promise(), None, ""
         self._task = spawn(self._run())
 
     def __str__(self):
@@ -6735,7 +6735,7 @@ class Plugin:
                 await self._end()
             if time.monotonic() - started > most:
                 pause = _PLUGIN_PAUSES[0]
-            error = ChannelError("%s %s" % (self, error))
+            error = ChannelError("%s %s; the last it said: %s" % (self, error, self._said or "-"))
             log(WARN, "%s; it is started again in %s s", error, pause)
             self._methods.set(error=error)  # for who waits
             self._methods = Promise()
@@ -6776,6 +6776,7 @@ class Plugin:
             if not line:
                 return False
             line = re.sub("[^ -~]", "?", line.decode("ascii", "replace").strip())[:1000]
+            self._said = line
             if done(line):
                 return True
             self._note(line)
@@ -7014,7 +7015,6 @@ class Bridges(ChosenPaths):
         return self
 
     def update(self, table, consensus):
-        self._listed = {table.find(bridge.rsa_id) for bridge in self.bridges}
         super().update(_BridgedTable(table, self.bridges), consensus)
         self._list_guards()
 
@@ -7032,6 +7032,8 @@ class Bridges(ChosenPaths):
                 at += 0 if old else randbelow(len(self.sample) - at + 1)
                 self.sample.insert(at, Guard(rsa_id, 1 << 40, int(old)))
                 known.add(rsa_id)
+        # Those that are public relays, too.
+        self._listed = {self.table._table.find(rsa_id) for rsa_id in mine}
         usable = {b.rsa_id: b.index for b in self.bridges if b.ntor_key}
         for g in self.sample:
             g.index = usable.get(g.rsa_id, -1)

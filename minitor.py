@@ -7612,7 +7612,9 @@ class Daemon:
             # Its client is gone, or a controller closed it.
             if not wish.ended:
                 raise
-            raise StreamError("closed by a controller", wish.ended)
+            error = StreamError("closed by a controller", wish.ended)
+            more = " REASON=" + end_name(error).rpartition("=")[2]
+            raise error
         except TorError as e:
             more = " REASON=" + end_name(e)
             self.tell(wish, "FAILED", more)

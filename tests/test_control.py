@@ -661,6 +661,7 @@ def test_words_of_events(talk, tmp_path):
     daemon.controls[0].events = {"HS_DESC", "HS_DESC_CONTENT"}
     daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), "hs-descriptor 3\n.x\n")
     daemon._watch("HS_DESC", key, "FAILED", bytes(20), bytes(32), "NOT_FOUND")
+    daemon._watch("HS_DESC", key, "UPLOADED", bytes(20))
     daemon._lock.close()
     site, blinded = minitor.onion_address(key)[:56], "A" * 43
     directory = "$" + NOBODY
@@ -669,7 +670,8 @@ def test_words_of_events(talk, tmp_path):
         "650+HS_DESC_CONTENT %s %s %s" % (site, blinded, directory),
         "hs-descriptor 3", "..x", ".", "650 OK",
         "650 HS_DESC FAILED %s UNKNOWN %s %s REASON=NOT_FOUND" % (site, directory, blinded),
-        "650+HS_DESC_CONTENT %s %s %s" % (site, blinded, directory), "", ".", "650 OK", ""]
+        "650+HS_DESC_CONTENT %s %s %s" % (site, blinded, directory), "", ".", "650 OK",
+        "650 HS_DESC UPLOADED %s UNKNOWN %s" % (site, directory), ""]
     assert [minitor.end_name(e) for e in (
         None, minitor.StreamError("", 4), minitor.TorTimeout(""), minitor.OnionError("", 0xF0))] == [
         "DONE", "END REMOTE_REASON=EXITPOLICY", "TIMEOUT", "MISC"]

@@ -51,8 +51,8 @@ PRESETS = {
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " run_daemon",
+        "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
+        " Proxy.start run_daemon",
     ),
     "service": (
         False,

@@ -2521,7 +2521,7 @@ def _client_keys(subcred, secret, public):
 
 def _cookie(text, item, subcred, secret):
     # The descriptor cookie for the client with that key, b"" if there is none (2.5.1.3).
-    public = b64decode(item(b"desc-auth-ephemeral-key")[0], 32)
+    public = b64decode(item(b"desc-auth-ephemeral-key")[0].split(b" ")[0], 32)
     client_id, key = _client_keys(subcred, secret, public)
     for line in text.split(b"\nauth-client ")[1:]:
         words = line.partition(b"\n")[0].split(b" ")
@@ -2624,9 +2624,10 @@ def parse_descriptor(data, blinded, subcred, when, secret=None):
     cookie = _cookie(text, item, subcred, secret) if secret else b""
     text = _unseal(item, b"encrypted", blinded + cookie + tail)
     if text is None and secret:
-        raise AuthorizationError("does not admit the key that is given for it (any more)", 0xF5)
+        raise AuthorizationError("does not admit this key: the right one, not withdrawn?", 0xF5)
     if text is None:
-        raise AuthorizationError("admits some clients alone, by keys, and none is given", 0xF4)
+        raise AuthorizationError("admits clients by keys alone: give one (--auth-dir, "
+                                 "ClientOnionAuthDir, add_onion_key)", 0xF4)
     sections = text.split(b"\nintroduction-point ")
     item = document(sections[0])
     require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
@@ -4728,6 +4729,8 @@ class OnionService:
         # What a circuit and the descriptor need, no more.
         intro.rsa_id, intro.ntor_key, intro.specifiers = (
             relay.rsa_id, relay.ntor_key, relay.specifiers)
+        if not MICROPYTHON:
+            intro.address, intro.port = relay.address, relay.port
         intro.esk = ed25519_expand(urandom(32))
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()
@@ -7866,7 +7869,8 @@ class Daemon:
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
                 self.start(service)
-            service.admit(load_clients(folder))
+            else:
+                service.admit(load_clients(folder))
             set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
@@ -7940,8 +7944,8 @@ class Daemon:
             if config["CookieAuthentication"]:
                 self._make_cookie(config)
             await self.open_listeners(config)
-            self.open_keys(config)
             self.open_services(config)
+            self.open_keys(config)
         except ConfigError:
             if self.running:
                 self.open_logs(self.config)

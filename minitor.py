@@ -8279,7 +8279,9 @@ class Daemon:
             # Its client is gone, or a controller closed it.
             if not wish.ended:
                 raise
-            raise StreamError("closed by a controller", wish.ended)
+            error = StreamError("closed by a controller", wish.ended)
+            more = " REASON=" + end_name(error).rpartition("=")[2]
+            raise error
         except TorError as e:
             more = " REASON=" + end_name(e)
             self.tell(wish, "FAILED", more)
@@ -8408,7 +8410,7 @@ class Daemon:
             words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
             words += [b64encode(more[2])] if more[2:] else []
             failed = more[0] == "FAILED"
-            self.event(name, " ".join(words + ["REASON=" + more[3]] * failed))
+            self.event(name, " ".join(words + (["REASON=" + more[3]] if failed else [])))
             if more[0] == "RECEIVED" or failed and more[3] == "NOT_FOUND":
                 words = words[1], words[4], words[3]
                 self.event("HS_DESC_CONTENT", " ".join(words), "" if failed else more[3])

@@ -484,3 +484,194 @@ def test_events_of_the_log(talk):
 def test_signal_debug_reaches_the_logs(talk, capsys):
     talk("", "SIGNAL DEBUG", "SETEVENTS", "SIGNAL DUMP", "GETINFO dormant", "GETINFO dormant")
     assert "[notice] 0 links" in capsys.readouterr()[0]
+
+
+def test_addresses_are_mapped(talk):
+    found = talk(
+        "", "SETEVENTS ADDRMAP", "MAPADDRESS a.test=b.test B.test=c.test *.d.test=*.e.test",
+        "MAPADDRESS *.f.test=%s.onion x.d.test=a.test bad=a#b" % ONION,
+        "MAPADDRESS 0.0.0.0=h.test ::=h.test .=h.test", "MAPADDRESS 0.0.0.0=h.test",
+        "GETINFO address-mappings/all", "MAPADDRESS a.test=A.test", "MAPADDRESS 1.2.3.4=1.2.3.4")
+    assert found[:8] == [
+        "250 OK", '650 ADDRMAP a.test b.test NEVER CACHED="YES"',
+        '650 ADDRMAP B.test c.test NEVER CACHED="YES"',
+        '650 ADDRMAP *.d.test *.e.test NEVER CACHED="YES"',
+        "250-a.test=b.test", "250-B.test=c.test", "250 *.d.test=*.e.test", found[7]]
+    assert "512 syntax error: invalid address 'a#b'" in found
+    replies = [line[4:].partition("=") for line in found if line[:4] in ("250-", "250 ")]
+    virtual = [old for old, _, new in replies if new == "h.test"]
+    v4, v6, name, again = [old.strip("[]") for old in virtual]
+    assert v4 == again and minitor.packed_address(v4)[:1] == b"\x7f"
+    assert minitor.packed_address(v4)[1] & 0xC0 == 0xC0 and v4.rpartition(".")[2] not in "0 255"
+    packed = minitor.packed_address(v6)
+    assert packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+    assert name[16:] == ".virtual" and not set(name[:16]) - set(minitor._BASE32)
+    assert "b.test c.test NEVER" in found
+    mapped = talk.daemon.mapped
+    assert [mapped(name) for name in (v4, v6, name, "b.test", "a.test", "A.test", "B.TEST")] == [
+        "h.test"] * 3 + ["c.test", "a.test", "A.test", "c.test"]
+    assert mapped("deep.in.d.test") == "deep.in.e.test" and mapped("d.test") == "e.test"
+    assert mapped("x.d.test") == "a.test" and mapped("y.f.test") == ONION + ".onion"
+    assert mapped("xd.test") == "xd.test"
+
+
+def test_mappings_in_a_circle_and_without_end(talk):
+    lines = ["MAPADDRESS a.test=b.test b.test=a.test *.c.test=x.c.test"]
+    lines += ["MAPADDRESS " + " ".join(["%d.n.test=z" % (1000 * j + i) for i in range(1000)])
+              for j in range(11)]
+    found = talk("", *lines)
+    assert talk.daemon.mapped("a.test") in ("a.test", "b.test")
+    assert talk.daemon.mapped("c.test") == "x.c.test"
+    assert len(talk.daemon.mapping) == 10000
+    assert found[-1].startswith("451 resource exhausted")
+
+
+class FakeCircuit:
+    """Stands for a Circuit that is built."""
+
+    closed, on_begin, built, made = None, None, True, 0
+
+    def __init__(self, hops=3):
+        self.path, self.streams, self.since, self.opened = [None] * hops, {}, 0, []
+
+
+def test_streams_wait_for_controllers(talk, tmp_path):
+    """__LeaveStreamsUnattached: NEW, ATTACHSTREAM, a second try, and what is refused."""
+
+    async def run():
+        daemon = FakeDaemon("", tmp_path)
+        await daemon.use(daemon.config)
+        tor, events, circuits = daemon.tor, [], [FakeCircuit(), FakeCircuit(1)]
+        daemon.event = lambda name, text: events.append("%s %s" % (name, text))
+        daemon.circuits = lambda: circuits
+        control = minitor.Control(daemon, None, Wire())
+        own = FakeCircuit()
+
+        async def take(key, port, isolation):
+            assert isolation == ("x",) and type(isolation) is tuple
+            return own
+
+        async def opens(host, port, timeout, isolation):
+            while True:
+                circuit = await tor._circuit(None, port, isolation)
+                circuit.opened.append(host)
+                if len(circuit.opened) < 3:
+                    stream = minitor.SimpleNamespace(circuit=circuit)
+                    return stream, stream
+
+        tor._circuit, tor.open_connection = take, opens
+        daemon._watch_streams(tor)
+        daemon.config["__LeaveStreamsUnattached"] = True
+        isolation = minitor.Isolation(("x",))
+        isolation.source = " SOURCE_ADDR=127.0.0.1:5"
+
+        async def ask(line):
+            name, _, text = line.partition(" ")
+            return (await control._answer(name, text, None) or [""])[0]
+
+        control.known, replies = True, []
+        await ask("MAPADDRESS a.test=b.test")
+        first = asyncio.ensure_future(tor.open_connection("a.test", 80, 9, isolation))
+        await asyncio.sleep(0.01)
+        (number,) = daemon.opening
+        good, short = [minitor.numbered(circuit) for circuit in circuits]
+        status = await ask("GETINFO stream-status")
+        for line in ("%d 99" % number, "%d %d HOP=x" % (number, good), "%d %d" % (number, short),
+                     "%d %d HOP=1" % (number, good), "%d %d HOP=4" % (number, good),
+                     "%d %d HOP=2" % (number, good), "%d %d HOP=3" % (number, good),
+                     "%d %d" % (number, good)):
+            replies.append((await ask("ATTACHSTREAM " + line))[:3])
+        stream, _ = await first
+        assert stream.circuit is circuits[0] and stream.number == number
+        # A circuit that fails it twice, and then minitor's own.
+        circuits[0].opened += [1, 2]
+        second = asyncio.ensure_future(tor.open_connection("c.test", 80, 9, isolation))
+        for circuit in (good, 0):
+            await asyncio.sleep(0.01)
+            (other,) = daemon.opening
+            assert await ask("ATTACHSTREAM %d %d" % (other, circuit)) == "250 OK"
+        assert (await second)[0].circuit is own
+        # One for an onion service, which a controller closes.
+        third = asyncio.ensure_future(tor.open_connection(ONION + ".onion", 80, 9, isolation))
+        await asyncio.sleep(0.01)
+        (last,) = daemon.opening
+        assert (await ask("ATTACHSTREAM %d %d" % (last, good)))[:3] == "551"
+        assert (await ask("CLOSESTREAM %d x" % last))[:3] == "552"
+        assert await ask("CLOSESTREAM %d 3" % last) == "250 OK"
+        with pytest.raises(minitor.StreamError):
+            await third
+        # One whose client goes away.
+        fourth = asyncio.ensure_future(tor.open_connection("d.test", 80, 9, isolation))
+        await asyncio.sleep(0.01)
+        fourth.cancel()
+        await asyncio.wait({fourth})
+        assert daemon.opening == {} and fourth.cancelled()
+        await daemon.tor.aclose()
+        daemon._lock.close()
+        return number, status, replies, events, (good, other, last)
+
+    number, status, replies, events, (good, other, last) = asyncio.run(run())
+    assert status == "250+stream-status=\r\n%d CONTROLLER_WAIT 0 b.test:80\r\n." % number
+    assert replies == ["552", "552", "551", "551", "551", "551", "250", "555"]
+    told = [event for event in events if event.startswith("STREAM ")]
+    assert told[:5] == ["STREAM %d %s" % (number, text) for text in (
+        "NEW 0 a.test:80 SOURCE_ADDR=127.0.0.1:5 PURPOSE=USER", "REMAP 0 b.test:80 SOURCE=CACHE",
+        "CONTROLLER_WAIT 0 b.test:80", "SENTCONNECT %d b.test:80" % good,
+        "SUCCEEDED %d b.test:80" % good)]
+    assert [event.split()[2] for event in told[5:12]] == [
+        "NEW", "CONTROLLER_WAIT", "SENTCONNECT", "DETACHED", "CONTROLLER_WAIT", "SENTCONNECT",
+        "SUCCEEDED"]
+    assert told[14] == "STREAM %d CLOSED 0 %s.onion:80 REASON=CONNECTREFUSED" % (last, ONION)
+    assert told[-1].endswith(" CLOSED 0 d.test:80 REASON=DONE")
+
+
+def test_who_does_not_read_is_let_go(talk, tmp_path):
+    async def run():
+        daemon = FakeDaemon("", tmp_path)
+        await daemon.use(daemon.config)
+        wire, reader = Wire(), Wire()
+        wire.get_write_buffer_size = lambda: len(wire.data)
+        wire.abort = lambda: setattr(wire, "aborted", True)
+        stalled, other = [minitor.Control(daemon, None, w) for w in (wire, reader)]
+        daemon.controls += [stalled, other]
+        for control in daemon.controls:
+            control.events = {"BW"}
+        for _ in range(6):
+            daemon.event("BW", "1" * (1 << 20))
+        assert wire.aborted and len(wire.data) < 5 << 20 and len(reader.data) > 6 << 20
+        # Nor does one find room for tasks without end.
+        for _ in range(1000):
+            other.spawn(asyncio.sleep(0.01))
+        found = await other._answer("RESOLVE", "a.test", None)
+        assert found[0].startswith("514")
+        other.known = True
+        assert (await other._answer("RESOLVE", "a.test", None))[0].startswith("451")
+        await asyncio.sleep(0.05)
+        assert other.tasks == set()
+        await daemon.tor.aclose()
+        daemon._lock.close()
+
+    asyncio.run(run())
+
+
+def test_words_of_events(talk, tmp_path):
+    """HS_DESC_CONTENT, also of what begins with a dot; CIRC_MINOR; REASONs."""
+    daemon = FakeDaemon("", tmp_path)
+    daemon.controls, key = [minitor.Control(daemon, None, Wire())], minitor.ed25519_public(ESK)
+    daemon.controls[0].events = {"HS_DESC", "HS_DESC_CONTENT"}
+    daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), "hs-descriptor 3\n.x\n")
+    daemon._watch("HS_DESC", key, "FAILED", bytes(20), bytes(32), "NOT_FOUND")
+    daemon._watch("HS_DESC", key, "UPLOADED", bytes(20))
+    daemon._lock.close()
+    site, blinded = minitor.onion_address(key)[:56], "A" * 43
+    directory = "$" + NOBODY
+    assert daemon.controls[0]._writer.data.decode().split("\r\n") == [
+        "650 HS_DESC RECEIVED %s UNKNOWN %s %s" % (site, directory, blinded),
+        "650+HS_DESC_CONTENT %s %s %s" % (site, blinded, directory),
+        "hs-descriptor 3", "..x", ".", "650 OK",
+        "650 HS_DESC FAILED %s UNKNOWN %s %s REASON=NOT_FOUND" % (site, directory, blinded),
+        "650+HS_DESC_CONTENT %s %s %s" % (site, blinded, directory), "", ".", "650 OK",
+        "650 HS_DESC UPLOADED %s UNKNOWN %s" % (site, directory), ""]
+    assert [minitor.end_name(e) for e in (
+        None, minitor.StreamError("", 4), minitor.TorTimeout(""), minitor.OnionError("", 0xF0))] == [
+        "DONE", "END REMOTE_REASON=EXITPOLICY", "TIMEOUT", "MISC"]

@@ -6270,10 +6270,17 @@ _PARSERS = {
 _HIDDEN = "HiddenServiceOptions"
 
 
+_geoip = {}
+
+
 def load_geoip(path):
     """Return arrays of the first and last addresses, and countries; ConfigError."""
     first, last, countries = array("I"), array("I"), []
     try:
+        # The last one is kept: it takes a second.
+        key = path, os.path.getmtime(path)
+        if key in _geoip:
+            return _geoip[key]
         with open(path) as f:
             for line in f:
                 parts = line.strip().split(",")
@@ -6283,7 +6290,9 @@ def load_geoip(path):
                     countries.append(sys.intern(parts[2]))
     except (OSError, OverflowError, ValueError) as e:
         raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
-    return first, last, countries
+    _geoip.clear()
+    _geoip[key] = first, last, countries
+    return _geoip[key]
 
 
 def country(geoip, address):
@@ -6298,12 +6307,12 @@ def country(geoip, address):
 class Config(dict):
     """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
 
-    _geoip = None
+    _table = None
 
     def country(self, address):
         """The country, by GeoIPFile, of an IPv4 address as a number; ConfigError."""
-        self._geoip = self._geoip or load_geoip(self["GeoIPFile"])
-        return country(self._geoip, address)
+        self._table = self._table or load_geoip(self["GeoIPFile"])
+        return country(self._table, address)
 
 
 def _assign(lines, entries):

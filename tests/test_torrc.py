@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import ipaddress
 import os
 import random
 import re
@@ -11,7 +12,7 @@ import subprocess
 import pytest
 
 import minitor
-from test_paths import Net, make_consensus, network
+from test_paths import KINDS, NOWHERE, Checks, Net, chi_square, make_consensus, network, public
 
 FINGERPRINT = "0123456789abcdef0123456789ABCDEF01234567"
 TOR = shutil.which("tor", path=os.environ["PATH"] + ":/usr/sbin")
@@ -553,3 +554,165 @@ def test_countries_choose_relays(tmp_path):
     assert found(paths, "exit") == {31}
     with pytest.raises(minitor.ConfigError, match="tor-geoipdb"):
         chosen("GeoIPFile %s\nExitNodes {de}" % (tmp_path / "no"))
+
+
+# The same on the public network, with real countries.
+
+GEOIP = "/usr/share/tor/geoip"
+assert public  # the fixture
+
+
+@pytest.fixture(scope="module")
+def countries(public):
+    """{index: country} of the public network's relays, found by going through the file's lines."""
+    table, _ = public
+    if not os.path.exists(GEOIP):
+        pytest.skip("Debian's tor-geoipdb is not installed: no " + GEOIP)
+    wanted = sorted((int(table.said[table.rsa_id(i)]["v4"]), i) for i in range(len(table)))
+    found = dict.fromkeys(range(len(table)), "??")
+    with open(GEOIP) as f:
+        for line in f:
+            if line[0] != "#" and wanted:
+                low, high, name = line.strip().split(",")
+                while wanted and wanted[0][0] < int(low):
+                    del wanted[0]
+                while wanted and wanted[0][0] <= int(high):
+                    found[wanted.pop(0)[1]] = name
+    return found
+
+
+def of_public(public, text):
+    table, consensus = public
+    return Checks(table, minitor.ChosenPaths(configure(text), table, consensus, NOWHERE))
+
+
+def test_countries_are_found_as_the_file_has_them(public, countries):
+    config = configure("")
+    for i, name in countries.items():
+        assert minitor.country_of(public[0].relay(i), config) == name
+    assert len(set(countries.values())) > 40
+
+
+@pytest.mark.parametrize("text", [
+    "ExcludeNodes {de},{fr}", "ExitNodes {nl},{se}\nEntryNodes {de}", "ExcludeExitNodes {us}",
+    "EntryNodes {fi},{is}\nExcludeNodes 65.108.0.0/16", "ExitNodes *:443\nExcludeNodes [2a00::]/12",
+])
+def test_restrictions_and_lists_hold_on_the_public_network(public, countries, text):
+    checks, rng, table = of_public(public, text), random.Random(text), public[0]
+    checks.sample |= {g.rsa_id for g in checks.paths.sample}
+    lists = dict(line.split(" ", 1) for line in text.split("\n"))
+
+    def among(relay, name):
+        said, items = table.said[relay.rsa_id], lists.get(name, "").split(",")
+        places = {"{%s}" % countries[relay.index].lower(), "*:%d" % said["port"]}
+        if "{" in "".join(items) and name[:3] == "Exc" and "{??}" in places:
+            return True
+        if said["v4"] in ipaddress.ip_network("65.108.0.0/16"):
+            places.add("65.108.0.0/16")
+        if said["v6"] and said["v6"] in ipaddress.ip_network("2a00::/12"):
+            places.add("[2a00::]/12")
+        return bool(places & set(items))
+
+    for kind in list(KINDS) * 40:
+        path = KINDS[kind](checks, rng) or [checks.paths.guard()]
+        ours = path[:3] if kind == "target" else path
+        assert not any(among(relay, "ExcludeNodes") for relay in ours)
+        assert "EntryNodes" not in lists or among(path[0], "EntryNodes")
+        if kind == "exit":
+            assert "ExitNodes" not in lists or among(path[2], "ExitNodes")
+            assert not among(path[2], "ExcludeExitNodes")
+
+
+def test_choice_among_exit_nodes_follows_the_weights(public, countries):
+    checks, table = of_public(public, "ExitNodes {de},{nl}"), public[0]
+    exits = [i for i in countries if countries[i] in ("DE", "NL")]
+    exits = {i: table.weights[i] for i in exits if table.said[table.rsa_id(i)]["flags"] >= {"Exit", "Fast"}
+             and "BadExit" not in table.said[table.rsa_id(i)]["flags"]}
+    # Weights of exits that are guards, too, are others.
+    w = public[1].bandwidth_weights
+    exact = {i: n * w["Wed" if table.flags[i] & minitor.GUARD else "Wee"] for i, n in exits.items()}
+    total, running, classes, expected, counts = sum(exact.values()), 0, {}, {}, {}
+    for i in sorted(exact, key=exact.get):
+        classes[i] = running * 10 // total
+        running += exact[i]
+        expected[classes[i]] = expected.get(classes[i], 0) + exact[i] * 1000 / total
+    for _ in range(1000):
+        c = classes[checks.paths.pick("exit", lambda i: True, 0)]
+        counts[c] = counts.get(c, 0) + 1
+    # The 0.999 quantile for 9 degrees of freedom is 27.9.
+    assert len(expected) > 5 and chi_square(counts, expected) < 28
+
+
+@pytest.mark.parametrize("kind", ["exit", "rendezvous", "target"])
+def test_hops_in_different_countries(public, countries, kind):
+    rng, table, seen = random.Random(kind), public[0], set()
+    for n in range(200):
+        if n % 20 == 0:
+            checks = of_public(public, "EnforceDistinctCountries 1")
+            guards = set()
+        path = KINDS[kind](checks, rng)
+        guards.add(path[0].rsa_id)
+        # The target of an onion circuit is not ours to choose.
+        found = [countries[relay.index] for relay in path[:3]]
+        assert len(set(found)) == 3 and "??" not in found
+        seen.add(tuple(found))
+    assert len(seen) > 50
+    # That is no reason to use more guards than else.
+    use = public[1].param("guard-n-primary-guards-to-use", 1)
+    assert guards <= {g.rsa_id for g in checks.paths.sample[:use]}
+
+
+def test_where_too_few_countries_are_left_it_says_so(public, countries):
+    for text, known in (("ExcludeNodes *4", 0), ("ExitNodes {de}\nEntryNodes {de}", None)):
+        paths = of_public(public, text + "\nEnforceDistinctCountries 1").paths
+        with pytest.raises(minitor.CircuitError, match="EnforceDistinctCountries .* another country"):
+            paths.exit_path(80)
+
+
+def test_distinct_countries_need_a_file(tmp_path):
+    with pytest.raises(minitor.ConfigError, match="torrc:2: EnforceDist.*%s.*geoipdb" % tmp_path):
+        configure("GeoIPFile %s/no\nEnforceDistinctCountries 1" % tmp_path)
+
+
+def test_private_networks_are_in_no_country(tmp_path):
+    file = tmp_path / "geoip"
+    file.write_text("16777216,16777471,AU\n")
+    _, paths = chosen("GeoIPFile %s\nEnforceDistinctCountries 1" % file, str(tmp_path / "guards"))
+    for choose in (lambda: paths.exit_path(80), paths.onion_path):
+        with pytest.raises(minitor.CircuitError, match="usable relays are in 0 by GeoIPFile"):
+            choose()
+
+
+def test_hops_in_different_countries_where_there_are_just_enough(tmp_path):
+    # Guards are 0 to 29, exits 30 to 39, the rest 40 to 59.
+    file, at = tmp_path / "geoip", lambda i: (10 << 24) + (i << 16)
+    for spans, good in (
+        ([(0, 30, "AA"), (30, 40, "BB"), (40, 60, "CC")], True),
+        ([(0, 30, "AA"), (30, 40, "AA"), (40, 60, "CC")], False),
+        ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "CC")], True),
+        ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "??")], False),
+    ):
+        file.write_text("".join("%d,%d,%s\n" % (at(a), at(b) - 1, c) for a, b, c in spans))
+        country = lambda relay: [c for a, b, c in spans if a <= relay.index < b][0]
+        for _ in range(20):
+            os.path.exists(tmp_path / "guards") and os.unlink(tmp_path / "guards")
+            _, paths = chosen("GeoIPFile %s\nEnforceDistinctCountries 1" % file,
+                              str(tmp_path / "guards"))
+            for choose in (lambda: paths.exit_path(80), paths.onion_path):
+                if good:
+                    path = choose()
+                    assert len({country(relay) for relay in path}) == 3
+                else:
+                    with pytest.raises(minitor.CircuitError, match="are in 2 by GeoIPFile"):
+                        choose()
+
+
+def test_diverse_is_an_option_of_the_command_line(monkeypatch):
+    assert minitor.parse_arguments(["--SocksPort", "9", "--diverse"])[1] == [
+        ("SocksPort", "9", "argument"), ("EnforceDistinctCountries", "1", "--diverse")]
+    assert not minitor.is_for_daemon(["--socks", "--diverse"])
+    monkeypatch.setattr(minitor.AsyncTor, "selector", minitor.PathSelector)
+    minitor.diversify()
+    net = network()
+    paths = minitor.AsyncTor.selector(None, net.table, make_consensus(), None)
+    assert paths.config["EnforceDistinctCountries"] is True

@@ -7467,6 +7467,10 @@ class Daemon:
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
+            # Circuits as they were wanted before get no new streams.
+            self.tor.newnym()
+            for circuit in self.tor._spares + (self.tor._exits or []):
+                circuit.close()
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines

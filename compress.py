@@ -59,7 +59,7 @@ PRESETS = {
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
         "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
-        " Proxy.start Proxy.close",
+        " Proxy.start Proxy.close diversify",
         "announce is_for_daemon proxies",
     ),
     "service": (
@@ -67,7 +67,7 @@ PRESETS = {
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
         " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " Proxy.close",
+        " Proxy.close diversify",
         "announce is_for_daemon proxies",
     ),
     "board": (
@@ -638,7 +638,7 @@ OVERLAYS = (
     "PathSelector.pick PathSelector._draw PathSelector.guard PathSelector.failed"
     " PathSelector.succeeded PathSelector.onion_path PathSelector._path PathSelector._layer_two"
     " PathSelector._until PathSelector._save PathSelector.primary PathSelector._order distinct"
-    " PathSelector._seconds PathSelector._primaries Guard.down"
+    " PathSelector._seconds PathSelector._primaries PathSelector._apart Guard.down"
     " FlashTable.same_family _Relays.subnets _Relays.relay",
     "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )

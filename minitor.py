@@ -3679,6 +3679,9 @@ class PathSelector:
     updates = 0
     # Indexes of relays that the configuration refuses as guards (guard-spec 4.2).
     refused = ()
+    if not MICROPYTHON:
+        # Whether a relay is one to avoid.
+        excluded = staticmethod(lambda relay: False)
 
     def __init__(self, table, consensus, path):
         # `online`: when a relay last answered; `layer_two`: {RSA identity: until}, as tor unstored.
@@ -3893,17 +3896,17 @@ class PathSelector:
     def _path(self, last, roles, second, stable=STABLE):
         # `second`: the layer-2 guards, one of which takes the first role.
         table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
-
-        def apart(i):
-            # As in tor: to avoid their families, or a guard as target, would tell of them.
-            if second:
-                return i not in path
-            return all([distinct(table, i, j) for j in path if j >= 0])
-
+        apart = lambda i: self._apart(i, path, second)
         path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
             path.append(self.pick(role, apart, stable, second if len(path) == 2 else ()))
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
+
+    def _apart(self, i, path, second):
+        # As in tor: to avoid their families, or a guard as target, would tell of them.
+        if second:
+            return i not in path
+        return all([distinct(self.table, i, j) for j in path if j >= 0])
 
     def _layer_two(self):
         # Their indexes.  Each lives for the longer of two random times.
@@ -4305,6 +4308,10 @@ class Directory:
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
+            if not MICROPYTHON:
+                places = places or network.fallbacks
+                if not places:
+                    raise DirectoryError("ExcludeNodes and StrictNodes leave no directory to ask")
             where = place(places[randbelow(len(places))])
         self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
@@ -4493,10 +4500,13 @@ async def hsdir_request(tor, rsa_id, path, body=None):
         circuit.close()
 
 
-async def _try_each(items, use, kind, text, reason):
+async def _try_each(tor, items, use, kind, text, reason):
     # What `use(item)` returns for the first of `items`, at random, that works.
     error = "none is known"
-    for item in sorted(items, key=lambda _: randbelow(1 << 30)):
+    items = sorted(items, key=lambda _: randbelow(1 << 30))
+    if not MICROPYTHON:
+        items.sort(key=tor.paths.excluded)
+    for item in items:
         try:
             return await use(item)
         except AuthorizationError:
@@ -4538,7 +4548,7 @@ async def _find_descriptor(tor, key, *servers):
                 announce("HS_DESC", key, *result)
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
-    found = await _try_each(ring, fetch, DescriptorError, text, 0xF0)
+    found = await _try_each(tor, ring, fetch, DescriptorError, text, 0xF0)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -4581,7 +4591,7 @@ async def meet(tor, key):
         intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(intros, use, OnionError, text, 0xF2)
+            return await _try_each(tor, intros, use, OnionError, text, 0xF2)
         except OnionError:
             descriptor.until = 0
             if now() > end:
@@ -5064,7 +5074,8 @@ class AsyncTor:
         if not MICROPYTHON:
             # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
             self.ready, self.proxies, self.wanted, self._exits = False, [], {}, None
-            self.dirty_ms, self._opening = DIRTY_MS, 0
+            # `pause`: before another circuit is built ahead where one failed, in seconds.
+            self.dirty_ms, self._opening, self.pause = DIRTY_MS, 0, 30
             # {identity key: descriptor, and what it takes to read it but for that key}.
             self._sealed = {}
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
@@ -5231,7 +5242,7 @@ class AsyncTor:
                 while len(self._spares) < SPARES:
                     self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
             except (MemoryError, TorError):
-                await asyncio.sleep(60)
+                await asyncio.sleep(self.pause)
             await asyncio.sleep(1)
 
     def _allows(self, circuit, port):
@@ -5272,7 +5283,7 @@ class AsyncTor:
                 except TorError as e:
                     log(INFO, "no circuit could be built ahead: %s", e)
                     self.wanted.pop(due[0], None)
-                    await asyncio.sleep(20)
+                    await asyncio.sleep(self.pause)
 
     async def _exit(self, port):
         # A circuit that nobody used, to an exit for `port`.
@@ -6063,12 +6074,13 @@ if not MICROPYTHON:
 _OPTIONS = {
     "Boolean": (
         "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
-        "CookieAuthFileGroupReadable=0 RunAsDaemon=0 StrictNodes=0 TestingTorNetwork=0 "
-        "UnixSocksGroupWritable=0 UseBridges=0 __LeaveStreamsUnattached=0 __ReloadTorrcOnSIGHUP=1"
+        "CookieAuthFileGroupReadable=0 EnforceDistinctCountries=0 RunAsDaemon=0 StrictNodes=0 "
+        "TestingTorNetwork=0 UnixSocksGroupWritable=0 UseBridges=0 __LeaveStreamsUnattached=0 "
+        "__ReloadTorrcOnSIGHUP=1"
     ),
     "Integer": "__OwningControllerProcess=0",
-    "TimeInterval": "MaxCircuitDirtiness=600",
-    "String": "SafeLogging=1 SyslogIdentityTag User",
+    "TimeInterval": "MaxCircuitDirtiness=600 NewCircuitPeriod=30",
+    "String": "GeoIPExcludeUnknown=auto SafeLogging=1 SyslogIdentityTag User",
     "Filename": (
         "ClientOnionAuthDir ControlPortWriteToFile CookieAuthFile DataDirectory "
         "GeoIPFile=/usr/share/tor/geoip PidFile"
@@ -6087,7 +6099,7 @@ _OPTIONS = {
         "AvoidDiskWrites CircuitBuildTimeout ClientOnly=1 DisableDebuggerAttachment "
         "EnforceDistinctSubnets=1 GeoIPv6File HardwareAccel HeartbeatPeriod "
         "HiddenServiceNonAnonymousMode=0 HiddenServiceSingleHopMode=0 "
-        "LearnCircuitBuildTimeout=1 LogTimeGranularity NewCircuitPeriod NumCPUs "
+        "LearnCircuitBuildTimeout=1 LogTimeGranularity NumCPUs "
         "ShutdownWaitLength UseEntryGuards=1 UseMicrodescriptors=1"
     ),
 }
@@ -6097,6 +6109,8 @@ _TYPES = {
     for word in words.split()
 }
 _NODES = _OPTIONS["RouterList"].split()
+# What decides over paths.
+_OF_PATHS = _NODES + "EnforceDistinctCountries GeoIPExcludeUnknown GeoIPFile StrictNodes".split()
 _ABBREVIATIONS = {"l": "log", "dirserver": "dirauthority"}
 _FOR_RELAYS = (
     "accel accounting alternate assume auth bandwidth bridge contactinfo consensusparams dirc "
@@ -6275,24 +6289,46 @@ def parse_log(text):
     return levels, kind, _path(match[3].strip()) if match[3] else None
 
 
-def parse_nodes(text):
-    """Return (fingerprints, [(network, mask)], countries) of a list of relays; ConfigError."""
+def _pattern(item):
+    # As in parse_nodes.
     import ipaddress
 
-    ids, networks, countries = set(), [], set()
+    if item[0] == "[":
+        net, _, rest = item[1:].partition("]")
+        bits, _, ports = rest.partition(":")
+        net += bits
+    else:
+        net, _, ports = (item, "", "") if item.count(":") > 1 else item.partition(":")
+    try:
+        net = ipaddress.ip_network({"*4": "0.0.0.0/0", "*6": "::/0"}.get(net, net), False)
+        span = [int(port) for port in (ports.strip("*") or "1-65535").split("-")]
+        low, high = span if len(span) > 1 else span * 2
+    except ValueError:
+        raise ConfigError("no fingerprint, no address pattern, no {cc}: " + item)
+    if net.version == 6 and net.prefixlen > 32:
+        raise ConfigError("minitor keeps no more than 32 bits of a relay's IPv6 address: " + item)
+    return net.max_prefixlen // 8, int(net.network_address), int(net.netmask), low, high
+
+
+def parse_nodes(text):
+    """Return (fingerprints, patterns, countries) of a list of relays; ConfigError.
+
+    A pattern: (size of addresses, network, mask, first port, last port).
+    """
+    ids, patterns, countries = set(), [], set()
     for item in text.replace(",", " ").split():
         match = re.fullmatch(r"\$?([0-9a-fA-F]{40})(?:[=~][a-zA-Z0-9]{1,19})?", item)
         if match:
             ids.add(bytes.fromhex(match[1]))
-        elif re.fullmatch(r"\{([a-zA-Z]{2}|\?\?)\}", item):
+        elif re.fullmatch(r"\{([a-zA-Z][a-zA-Z0-9]|\?\?)\}", item):
             countries.add(item[1:3].upper())
+        elif re.fullmatch("[a-zA-Z0-9]{1,19}", item):
+            raise ConfigError("minitor knows no nicknames, give the fingerprint of " + item)
+        elif item[0] == "*" and item[1:2] not in ("4", "6"):
+            patterns += [_pattern("*4" + item[1:]), _pattern("*6" + item[1:])]
         else:
-            try:
-                net = ipaddress.IPv4Network("0.0.0.0/0" if item == "*" else item, False)
-            except ValueError:
-                raise ConfigError("no fingerprint, no IPv4 address or network, no {cc}: " + item)
-            networks.append((int(net.network_address), int(net.netmask)))
-    return ids, networks, countries
+            patterns.append(_pattern(item))
+    return ids, patterns, countries
 
 
 def parse_password_hash(text):
@@ -6459,10 +6495,17 @@ _PARSERS = {
 _HIDDEN = "HiddenServiceOptions"
 
 
+_geoip = {}
+
+
 def load_geoip(path):
     """Return arrays of the first and last addresses, and countries; ConfigError."""
     first, last, countries = array("I"), array("I"), []
     try:
+        # The last one is kept: it takes a second.
+        key = path, os.path.getmtime(path)
+        if key in _geoip:
+            return _geoip[key]
         with open(path) as f:
             for line in f:
                 parts = line.strip().split(",")
@@ -6472,7 +6515,9 @@ def load_geoip(path):
                     countries.append(sys.intern(parts[2]))
     except (OSError, OverflowError, ValueError) as e:
         raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
-    return first, last, countries
+    _geoip.clear()
+    _geoip[key] = first, last, countries
+    return _geoip[key]
 
 
 def country(geoip, address):
@@ -6487,12 +6532,12 @@ def country(geoip, address):
 class Config(dict):
     """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
 
-    _geoip = None
+    _table = None
 
     def country(self, address):
         """The country, by GeoIPFile, of an IPv4 address as a number; ConfigError."""
-        self._geoip = self._geoip or load_geoip(self["GeoIPFile"])
-        return country(self._geoip, address)
+        self._table = self._table or load_geoip(self["GeoIPFile"])
+        return country(self._table, address)
 
 
 def _assign(lines, entries):
@@ -6569,8 +6614,14 @@ def _check(config):
             load_onion_keys(config["ClientOnionAuthDir"])
         except ConfigError as e:
             refuse("ClientOnionAuthDir", e)
-    if [nodes for name in _NODES if (nodes := config[name]) and nodes[2]]:
-        config.country(0)
+    if config["GeoIPExcludeUnknown"] not in ("0", "1", "auto"):
+        refuse("GeoIPExcludeUnknown", "neither 0 nor 1 nor auto")
+    for name in ["EnforceDistinctCountries"] + _NODES:
+        if config[name] is True or nodes_of(config, name)[2]:
+            try:
+                config.country(0)
+            except ConfigError as e:
+                refuse(name, e)
 
 
 def _check_bridges(config, refuse):
@@ -6592,43 +6643,169 @@ def _check_bridges(config, refuse):
 
 
 class ChosenPaths(PathSelector):
-    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes."""
+    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes, and perhaps
+    with each hop in another country."""
 
-    def __init__(self, config, *args):
-        self.config = config
-        super().__init__(*args)
+    # Whether few guards are left, which have a sample of their own (guard-spec 2.B); not yet known.
+    _restricted = None
+    # In which countries no layer-2 guard shall be.
+    _abroad = ()
+
+    def __init__(self, config, table, consensus, path):
+        self.config, self._default = config, path
+        super().__init__(table, consensus, path)
 
     def update(self, table, consensus):
         config, lists = self.config, {}
-        sets = {name: config[name] for name in _NODES if config[name]}
-        relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
-        for name, nodes in sets.items():
-            lists[name] = {r.index for r in relays if is_among(r, nodes, config)}
-        never = lists.get("ExcludeNodes", set())
-        self._within = {"g": lists.get("EntryNodes"), "e": lists.get("ExitNodes")}
-        self._without = {"e": never | lists.get("ExcludeExitNodes", set())}
-        self._never = never
+        # {index: country}, as far as was asked for.
+        self._countries = {}
+        for name in _NODES:
+            nodes = nodes_of(config, name)
+            if any(nodes):
+                relays = [(i, table.relay(i), table.subnets(i)[1]) for i, _, _ in table.rows()]
+                lists[name] = {i for i, r, net6 in relays if is_among(r, nodes, config, net6)}
+        never = self._never = lists.get("ExcludeNodes", set())
+        self._exits = lists.get("ExitNodes")
+        self._no_exits = never | lists.get("ExcludeExitNodes", set())
+        _, need, refused = _ROLES["guard"]
+        guards = {i for i, _, _ in table.rows(need | refused, need)}
+        self.refused = guards - (lists.get("EntryNodes", guards) - never)
+        if self._file:
+            self._choose_sample(len(guards), consensus.param)
         super().update(table, consensus)
 
+    def _choose_sample(self, count, param):
+        least = count * param("guard-meaningful-restriction-percent", 20, 1) / 100
+        # Not back and forth where it is nearly that many.
+        margin = {None: 1, False: 0.95, True: 1.05}[self._restricted]
+        left, before = count - len(self.refused), self._restricted
+        self._restricted = left < least * margin
+        if self._restricted != before and (self._restricted or before):
+            name, kind = os.path.splitext(self._default)
+            self._load(name + "_restricted" + kind if self._restricted else self._default)
+        if left < count * param("guard-extreme-restriction-percent", 1, 1, 100) // 100:
+            text = "EntryNodes and ExcludeNodes leave %d of %d guards: who uses these stands out"
+            log(WARN, text, left, count)
+
     def weigh(self, position, need, never=0):
-        within, without = self._within.get(position), self._without.get(position, self._never)
+        # What is refused as a guard is sampled all the same, unless that is most.
+        within, without = None, self._never
+        if position == "g":
+            without = self.refused if self._restricted else ()
+        elif position == "e":
+            within, without = self._exits, self._no_exits
         for i, weight in super().weigh(position, need, never):
             if i not in without and (within is None or i in within):
                 yield i, weight
 
     def excluded(self, relay):
-        return self.table.find(relay.rsa_id) in self._never
+        """Tell whether ExcludeNodes names a relay, or the one of an RSA identity."""
+        rsa_id = getattr(relay, "rsa_id", relay)
+        i = self.table.find(rsa_id)
+        if i >= 0 or rsa_id is relay:
+            return i in self._never
+        return is_among(relay, nodes_of(self.config, "ExcludeNodes"), self.config)
+
+    # EnforceDistinctCountries.
+
+    def _country(self, i):
+        if i not in self._countries:
+            self._countries[i] = country_of(self.table.relay(i), self.config)
+        return self._countries[i]
+
+    def _homes(self):
+        # Of the guards in use: what is chosen before them shall not make others necessary.
+        use = self.param("guard-n-primary-guards-to-use", 1, 1)
+        return {self._country(g.index) for g in self.primary()[:use]}
+
+    def _apart(self, i, path, second):
+        good = super()._apart(i, path, second)
+        if good and self.config["EnforceDistinctCountries"]:
+            # The target of an onion circuit is not ours; where a bridge is may be unknown.
+            ours, here = [j for j in path[bool(second) :] if j >= 0], self._country(i)
+            known = here != "??" or i >= len(self.table)
+            good = known and here not in map(self._country, ours)
+        return good
+
+    def _layer_two(self):
+        if self.config["EnforceDistinctCountries"]:
+            self._abroad = self._homes() | {"??"}
+            for rsa_id in list(self.layer_two):
+                i = self.table.find(rsa_id)
+                if i < 0 or self._country(i) in self._abroad:
+                    del self.layer_two[rsa_id]
+        try:
+            return super()._layer_two()
+        finally:
+            self._abroad = ()
+
+    def pick(self, role, accept, stable=STABLE, among=()):
+        distinct = self.config["EnforceDistinctCountries"]
+        not_in = self._homes() if distinct and role == "exit" else self._abroad
+        if not_in:
+            try:
+                abroad = lambda i: self._country(i) not in not_in and accept(i)
+                return super().pick(role, abroad, stable, among)
+            except CircuitError:
+                if role != "exit":
+                    raise
+        return super().pick(role, accept, stable, among)
+
+    def exit_path(self, port):
+        return self._explained(super().exit_path, port)
+
+    def onion_path(self, target=None):
+        return self._explained(super().onion_path, target)
+
+    def _explained(self, choose, *args):
+        try:
+            return choose(*args)
+        except CircuitError as e:
+            if not self.config["EnforceDistinctCountries"]:
+                raise
+            known = {self._country(i) for i, _, _ in self.table.rows(USABLE, USABLE)} - {"??"}
+            raise CircuitError("%s: EnforceDistinctCountries wants each hop in another country, "
+                               "and the usable relays are in %d by GeoIPFile" % (e, len(known)))
 
 
-def is_among(relay, nodes, config):
-    """Tell whether `relay` is one of parse_nodes' `nodes`."""
-    ids, networks, countries = nodes
-    address = uint(bytes(map(int, relay.address.split("."))))
+def nodes_of(config, name):
+    """What parse_nodes found, with unknown countries as GeoIPExcludeUnknown has it."""
+    ids, patterns, countries = config[name] or ((), (), set())
+    unknown = config["GeoIPExcludeUnknown"]
+    if name[:7] == "Exclude" and (unknown == "1" or unknown == "auto" and countries):
+        countries = countries | {"??", "A1"}
+    return ids, patterns, countries
+
+
+def country_of(relay, config):
+    """The country of a relay, by its IPv4 address, or "??"."""
+    packed = packed_address(relay.address)
+    return config.country(uint(packed)) if len(packed) == 4 else "??"
+
+
+def is_among(relay, nodes, config, net6=0):
+    """Tell whether `relay`, in the IPv6 network `net6`, is one of nodes_of's `nodes`."""
+    ids, patterns, countries = nodes
+    packed = packed_address(relay.address)
+    places = {16: net6 << 96} if net6 else {}
+    places[len(packed)] = uint(packed)
     return (
         relay.rsa_id in ids
-        or any([address & mask == net for net, mask in networks])
-        or bool(countries) and config.country(address) in countries
+        or any([places[size] & mask == net and low <= relay.port <= high
+                for size, net, mask, low, high in patterns if size in places])
+        or bool(countries) and country_of(relay, config) in countries
     )
+
+
+def mirrors(places, config):
+    """Of directories, as in load_network, those outside ExcludeNodes; all where none is left."""
+    nodes, kept = nodes_of(config, "ExcludeNodes"), []
+    for entry in places:
+        relay = Record()
+        relay.address, relay.port, relay.rsa_id = place(entry)
+        if not is_among(relay, nodes, config):
+            kept.append(entry)
+    return kept if kept or config["StrictNodes"] else places
 
 
 # Bridges (dir-spec 2.1.1, guard-spec 4) and pluggable transports (pt-spec).
@@ -8230,6 +8407,8 @@ class Daemon:
         network = tor.directory.network
         network.testing = network.testing or config["TestingTorNetwork"]
         network.fallbacks = config["FallbackDir"] or network.fallbacks
+        self._mirrors = network.fallbacks, network.authorities
+        self._keep_from(config)
         tor.selector = lambda *args: ChosenPaths(self.config, *args)
         build = tor.circuit_to
 
@@ -8366,6 +8545,11 @@ class Daemon:
 
     def _bridges(self, config):
         return Bridges(config=config) if config["UseBridges"] else None
+
+    def _keep_from(self, config):
+        # Ask none of ExcludeNodes for the directory.
+        network = self.tor.directory.network
+        network.fallbacks, network.authorities = [mirrors(p, config) for p in self._mirrors]
 
     def _progress(self, *what):
         log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
@@ -8627,15 +8811,22 @@ class Daemon:
             raise
         self.running = True
         self._tell_changes(config)
-        changed = [name for name in _NODES if config[name] != self.config[name]]
+        changed = [name for name in _OF_PATHS if config[name] != self.config[name]]
         self.config = config
         self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
+        self.tor.pause = config["NewCircuitPeriod"]
         if entry:
             enter_by(self.tor, bridges)
+        if changed:
+            self._keep_from(config)
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
+            # Circuits as they were wanted before get no new streams.
+            self.tor.newnym()
+            for circuit in self.tor._spares + (self.tor._exits or []):
+                circuit.close()
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines
@@ -8811,12 +9002,14 @@ def parse_arguments(argv):
     while at < len(argv):
         word, at = argv[at], at + 1
         key = re.sub("^--?", "", word)
-        follows = _COMMANDS.get(word, key[:1] != "/")
+        follows = _COMMANDS.get(word, key[:1] != "/" and word != "--diverse")
         if follows and at == len(argv):
             raise ConfigError("%s needs a value" % word)
         value = argv[at] if follows else ""
         at += bool(follows)
-        if word in _COMMANDS:
+        if word == "--diverse":
+            lines.append(("EnforceDistinctCountries", "1", word))
+        elif word in _COMMANDS:
             commands["-f" if word == "--torrc-file" else word] = value
         else:
             lines.append((key, value, "argument"))
@@ -8974,9 +9167,17 @@ def make_client_key(name, address, key_dir, auth_dir):
         print("written: " + path, file=sys.stderr)
 
 
+def diversify():
+    """Have every AsyncTor of this process take hops in different countries; ConfigError."""
+    config = configure([("EnforceDistinctCountries", "1", "--diverse")])
+    AsyncTor.selector = lambda self, *args: ChosenPaths(config, *args)
+
+
 def run_command(options):
     import shutil
 
+    if options.diverse:
+        diversify()
     data_dir, _ = folders(options.data_dir, options.network)
     key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
@@ -9040,6 +9241,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("--diverse", action="store_true",
+        help="take the hops of each circuit in different countries (Debian: tor-geoipdb)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs what the tests and the demonstration need, where it is missing: tor, curl, Python's venv,
-# and for the tests torsocks, wget and obfs4proxy, from Debian (as root or through sudo), and a virtual
+# and for the tests torsocks, wget, obfs4proxy and tor-geoipdb, from Debian (as root or through sudo), and a virtual
 # environment in .venv.
 #     tests/setup.sh [EXTRA]      EXTRA: an optional dependency of pyproject.toml (default: test)
 set -euo pipefail
@@ -16,6 +16,7 @@ if [ "$extra" = test ]; then
     command -v torsocks >/dev/null || packages+=(torsocks)
     command -v wget >/dev/null || packages+=(wget)
     command -v obfs4proxy >/dev/null || packages+=(obfs4proxy)
+    [ -e /usr/share/tor/geoip ] || packages+=(tor-geoipdb)
 fi
 python3 -c 'import venv, ensurepip' 2>/dev/null || packages+=(python3-venv)
 if [ ${#packages[@]} -gt 0 ]; then

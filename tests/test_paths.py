@@ -1,9 +1,12 @@
 """Section 12: bandwidth weights, path restrictions, guards, vanguards-lite."""
 
+import base64
+import ipaddress
 import itertools
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -988,8 +991,42 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
 # ── the public network ──
 
 
+POLICIES = b"accept 80,443", b"accept 22,80,443,6667", b"reject 25", b"accept 443", b"reject 1-65535"
+
+
+def in_text(text):
+    """What the consensus says of each relay, by RSA identity; read without minitor's parser."""
+    found, last = {}, None
+    for line in text.decode().split("\n"):
+        word, _, rest = line.partition(" ")
+        if word == "r":
+            _, identity, _, _, address, port = rest.split()[:6]
+            last = found[base64.b64decode(identity + "=")] = {"v6": None, "flags": set()}
+            last["v4"], last["port"] = ipaddress.IPv4Address(address), int(port)
+        elif word == "a":
+            last["v6"] = last["v6"] or ipaddress.IPv6Address(rest.rpartition(":")[0].strip("[]"))
+        elif word == "s":
+            last["flags"] = set(rest.split())
+        elif word == "w":
+            last["weight"] = int(re.search(r"Bandwidth=(\d+)", rest)[1])
+        elif word == "pr":
+            last["protocols"] = dict(item.split("=") for item in rest.split())
+        elif word == "directory-footer":
+            return found
+
+
+def takes(policy, port):
+    word, ports = policy.decode().split()
+    spans = [(part.split("-") * 2)[:2] for part in ports.split(",")]
+    return (word == "accept") == any(int(a) <= port <= int(b) for a, b in spans)
+
+
 @pytest.fixture(scope="module")
 def public():
+    """The public network's table and consensus; policies and families are made up.
+
+    Families: three neighbours in the table each; and who names its successor in vain.
+    """
     file = REAL / "2024-05-17-17-00-consensus-microdesc"
     if not file.exists():
         pytest.skip("the real consensus is not here: %s (set MINITOR_REAL to its folder)" % file)
@@ -998,33 +1035,119 @@ def public():
     parser.feed(file.read_bytes())
     consensus = parser.finish()
     for i in range(len(table)):
-        policy = b"accept 80,443" if table.flags[i] & EXIT else b""
-        # families of three neighbours in the table
-        near = [i - i % 3 + k for k in range(3)]
+        policy = POLICIES[i % 5] if table.flags[i] & EXIT else b""
+        near = [i - i % 3 + k for k in range(3)] + [i + 3]
         members = [int.from_bytes(table.relay(k).rsa_id, "big") for k in near if k < len(table)]
         table.set_microdesc(i, *microdesc(i, policy, members))
+    table.said = in_text(file.read_bytes())
     return table, consensus
 
 
-def test_restrictions_hold_on_the_public_network(public, clock):
+class Checks:
+    """What every path of a selector has to keep to, by the consensus's text."""
+
+    NEEDED = {
+        "guard": {"Guard", "Fast", "Stable", "V2Dir"}, "middle": {"Fast"}, "exit": {"Exit", "Fast"},
+        "intro": {"Fast"}, "rend": {"Fast"},
+    }
+    REFUSED = {"guard": {"MiddleOnly"}, "exit": {"BadExit", "MiddleOnly"}, "intro": {"MiddleOnly"},
+               "rend": {"MiddleOnly"}, "middle": set()}
+    PROTOCOLS = {"intro": ("HSIntro", 4), "rend": ("HSRend", 2)}
+
+    def __init__(self, table, paths):
+        self.table, self.paths, self.said = table, paths, table.said
+        self.sample = {g.rsa_id for g in paths.sample}
+
+    def role(self, relay, role):
+        said = self.said[relay.rsa_id]
+        assert said["flags"] >= self.NEEDED[role] | {"Running", "Valid"}, role
+        assert not said["flags"] & (self.REFUSED[role] | {"NoEdConsensus"}), role
+        protocol, version = self.PROTOCOLS.get(role, ("Relay", 2))
+        low, _, high = said["protocols"][protocol].rpartition(",")[2].partition("-")
+        assert int(high or low) >= version
+        if role == "guard":
+            assert relay.rsa_id in self.sample
+
+    def apart(self, relays):
+        for a, b in itertools.combinations(relays, 2):
+            assert a.rsa_id != b.rsa_id
+            one, two = self.said[a.rsa_id], self.said[b.rsa_id]
+            assert int(one["v4"]) >> 16 != int(two["v4"]) >> 16
+            assert not (one["v6"] and two["v6"]) or int(one["v6"]) >> 96 != int(two["v6"]) >> 96
+            assert a.index // 3 != b.index // 3
+
+    def roles(self, relays, *roles):
+        assert len(relays) == len(roles)
+        for relay, role in zip(relays, roles):
+            self.role(relay, role)
+
+    def exit(self, port):
+        path = self.paths.exit_path(port)
+        self.roles(path, "guard", "middle", "exit")
+        self.apart(path)
+        assert takes(POLICIES[path[2].index % 5], port)
+        return path
+
+    def onion(self, target=None):
+        path = self.paths.onion_path(target)
+        self.roles(path[:3], "guard", "middle", "middle" if target else "rend")
+        assert path[3:] == ([target] if target else [])
+        ids = [relay.rsa_id for relay in path]
+        # The target may be the guard, but else none is there twice.
+        assert len(set(ids[:3])) == 3 and len(set(ids[1:])) == len(ids) - 1
+        assert ids[1] in self.paths.layer_two and len(self.paths.layer_two) == 4
+        return path
+
+
+KINDS = {
+    "exit": lambda checks, rng: checks.exit(rng.choice((22, 80, 443, 6667, 8080))),
+    # What a client waits at, and what a service or a client has ready.
+    "rendezvous": lambda checks, rng: checks.onion(),
+    # Directories of descriptors, introduction points, others' rendezvous points.
+    "target": lambda checks, rng: checks.onion(checks.table.relay(rng.randrange(len(checks.table)))),
+    "introduction": lambda checks, rng: checks.role(
+        checks.table.relay(checks.paths.pick("intro", lambda i: True)), "intro"),
+    "directory": lambda checks, rng: checks.role(
+        checks.paths.guard(kind="dir-guards", use=3), "guard"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restrictions_hold_on_the_public_network(public, clock, kind):
     table, consensus = public
     assert minitor.PathSelector(table, consensus, None).percent() == 100
-    for n in range(60):
-        if n % 10 == 0:
-            paths = minitor.PathSelector(table, consensus, NOWHERE)
-        path = paths.exit_path((80, 443, 22)[n % 2])
-        assert path[0].flags & GUARD and path[2].flags & EXIT
-        for a, b in itertools.combinations(path, 2):
-            assert a.address.split(".")[:2] != b.address.split(".")[:2]
-            v6 = table.subnets(a.index)[1], table.subnets(b.index)[1]
-            assert not v6[0] or v6[0] != v6[1]
-            assert a.index // 3 != b.index // 3
-        for relay in path:
-            assert relay.flags & FAST and relay.flags & minitor.USABLE
-            assert not relay.flags & NOEDCONSENSUS
-        assert not path[2].flags & (BADEXIT | MIDDLEONLY)
-        assert len(paths.onion_path()) == 3
-    
+    rng = random.Random(kind)
+    for n in range(1000):
+        if n % 50 == 0:
+            # Another client, in the end one whose guards fail.
+            checks = Checks(table, minitor.PathSelector(table, consensus, NOWHERE))
+            guards = set()
+            checks.paths.online = START
+            clock[0] += 1
+        if n % 50 > 40:
+            checks.paths.failed(checks.paths.guard().rsa_id)
+        path = KINDS[kind](checks, rng)
+        if path and n % 50 <= 40:
+            guards.add(path[0].rsa_id)
+            primary = [g.rsa_id for g in checks.paths.primary()]
+            # As many as the consensus wants; others only where the exit is too near.
+            use = consensus.param("guard-n-primary-guards-to-use", 1)
+            assert guards <= set(primary[: use if kind != "exit" else 3])
+
+
+def test_restrictions_hold_without_vanguards(public, clock):
+    table, consensus = public
+    params = dict(consensus.params, **{"vanguards-lite-enabled": 0})
+    consensus = minitor.SimpleNamespace(
+        bandwidth_weights=consensus.bandwidth_weights,
+        param=lambda name, default, *_: params.get(name, default))
+    checks, rng = Checks(table, minitor.PathSelector(table, consensus, NOWHERE)), random.Random(4)
+    for n in range(300):
+        target = table.relay(rng.randrange(len(table))) if n % 2 else None
+        path = checks.paths.onion_path(target)
+        checks.roles(path[:3], "guard", "middle", "middle" if target else "rend")
+        checks.apart(path)
+
 
 @pytest.mark.parametrize("role, position", [("middle", "m"), ("exit", "e"), ("guard", "g")])
 def test_distribution_on_the_public_network(public, clock, role, position):

@@ -84,7 +84,8 @@ def fake_tor(testing=False, **fields):
     turn = minitor.Turn()
     directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
     caches = {"descriptors": {}}
-    paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40)
+    paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40,
+                  excluded=lambda relay: False)
     return Thing(directory=directory, paths=paths, onion_keys={}, **caches, **fields)
 
 

@@ -112,6 +112,33 @@ def test_authentication(daemon):
             stem.connection.authenticate_none(controller)
 
 
+def test_hops_in_different_countries(daemon, controller, tornet, target):
+    """EnforceDistinctCountries, set while it runs, holds for what is built from then on."""
+    def known():
+        found = [c for c in controller.get_circuits() if c.status == "BUILT" and len(c.path) > 2]
+        return {c.id: [country[fingerprint] for fingerprint, _ in c.path[:3]] for c in found}
+
+    country = {r.fingerprint: "AA BB CC DD".split()[n % 4] for n, r in enumerate(tornet.relays)}
+    lines = []
+    for relay in tornet.relays:
+        start = 127 << 24 | int(relay.address.split(".")[1]) << 16
+        lines.append("%d,%d,%s\n" % (start, start + 65535, country[relay.fingerprint]))
+    (daemon.folder / "countries").write_text("".join(sorted(lines)))
+    before, seen = set(known()), {}
+    controller.set_options(
+        {"GeoIPFile": str(daemon.folder / "countries"), "EnforceDistinctCountries": "1"})
+    try:
+        while len(seen) < 8:
+            assert fetch(daemon, "http://127.0.0.1:%d/" % target.port) == HELLO
+            wait_for(lambda: set(known()) - before - set(seen), 30, "a new circuit")
+            seen.update({n: path for n, path in known().items() if n not in before})
+            controller.signal("NEWNYM")
+        assert all(len(set(path)) == 3 for path in seen.values()), seen
+    finally:
+        controller.set_options(
+            {"GeoIPFile": str(daemon.folder / "geoip"), "EnforceDistinctCountries": "0"})
+
+
 def test_what_stem_asks(daemon, controller):
     assert controller.get_pid() == daemon.pid
     assert controller.get_listeners(stem.control.Listener.SOCKS) == [("127.0.0.1", daemon.socks)]

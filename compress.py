@@ -47,7 +47,11 @@ ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 # What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
 # raises an error when it is called, and reaches nothing else.
 PRESETS = {
-    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", ""),
+    "host": (
+        False,
+        "Tor AsyncTor Bridges Stream OnionService Proxy set_log main __version__ __all__",
+        "",
+    ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
@@ -75,7 +79,9 @@ SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
 # Attributes that are None on a board: it has no congestion control.
 ABSENT = ("vegas",)
 # What programs name, and these attributes, stay.
-PUBLIC = "Tor AsyncTor Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR".split()
+PUBLIC = (
+    "Tor AsyncTor Bridges Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR"
+).split()
 CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 

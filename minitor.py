@@ -6810,8 +6810,8 @@ def mirrors(places, config):
 
 # Bridges (dir-spec 2.1.1, guard-spec 4) and pluggable transports (pt-spec).
 
-# So long a plugin may take to be ready; the pauses before it is started again, in seconds.
-_PLUGIN_SECONDS, _PLUGIN_PAUSES = 30, (1, 300)
+# So long a plugin may take to be ready, and to end; the pauses before it is started again.
+_PLUGIN_SECONDS, _PLUGIN_END, _PLUGIN_PAUSES = 30, 1, (1, 300)
 # So long a link through a transport may take; when a bridge is asked for its descriptor again.
 _TRANSPORT_SECONDS, _BRIDGE_PAUSES, _DESCRIPTOR_SECONDS = 60, (15, 3600), 3 * 3600
 _SOCKS_ERRORS = (
@@ -6905,7 +6905,7 @@ class Plugin:
             try:
                 await self._serve()
             except asyncio.TimeoutError:
-                error = "is not ready within %d s" % _PLUGIN_SECONDS
+                error = "is not ready within %s s" % _PLUGIN_SECONDS
             except (OSError, ValueError, TorError) as e:
                 error = str(e)
             finally:
@@ -6977,7 +6977,7 @@ class Plugin:
         for stop in (lambda: None, process.terminate, process.kill):
             try:
                 stop()
-                await asyncio.wait_for(process.wait(), 1)
+                await asyncio.wait_for(process.wait(), _PLUGIN_END)
                 break
             except (asyncio.TimeoutError, ProcessLookupError):
                 pass

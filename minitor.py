@@ -7572,7 +7572,11 @@ class Daemon:
         async def circuit_to(target=None, *args, **named):
             if target and self.config["StrictNodes"] and tor.paths.excluded(target):
                 raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
-            return await build(target, *args, **named)
+            lists = tor.paths.config
+            circuit = await build(target, *args, **named)
+            if tor.paths.config is not lists:
+                raise circuit.close("the lists of relays are others now")
+            return circuit
 
         tor.circuit_to = circuit_to
         self._watch_streams(tor)
@@ -7960,6 +7964,10 @@ class Daemon:
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
+            # As tor: what was built by other lists takes no new stream.
+            self.tor.newnym()
+            for circuit in (self.tor._exits or []) + self.tor._spares:
+                circuit.close("the lists of relays are others now")
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines

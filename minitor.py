@@ -8415,7 +8415,11 @@ class Daemon:
         async def circuit_to(target=None, *args, **named):
             if target and self.config["StrictNodes"] and tor.paths.excluded(target):
                 raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
-            return await build(target, *args, **named)
+            lists = tor.paths.config
+            circuit = await build(target, *args, **named)
+            if tor.paths.config is not lists:
+                raise circuit.close("the lists of relays are others now")
+            return circuit
 
         tor.circuit_to = circuit_to
         self._watch_streams(tor)

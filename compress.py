@@ -1113,20 +1113,38 @@ def shorten(tree, stay):
             inside = member.args if isinstance(member, FUNCTIONS) else member
             never |= {names.get(name) for name in used(inside)} | binds(member) - set(users)
     never |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} - set(users)
-    fresh = {n: set() for n in FRESH if n not in never}
-    attributes = {}
-    for a in sorted(users, key=lambda a: (None not in users[a], a)):
-        for n, others in fresh.items():
-            if not others or not (others & users[a] or None in others | users[a]):
-                others |= users[a]
-                attributes[a] = n
-                break
+    order = sorted(users, key=lambda a: (None not in users[a], a))
+    attributes = allot(order, users, [n for n in FRESH if n not in never])
     tree = Rename(names, attributes).visit(tree)
     stay = module_names(tree) | keywords
     for _, part in parts(tree):
         if isinstance(part, FUNCTIONS):
             shorten_arguments(part, stay)
     return tree, names, attributes
+
+
+def allot(attributes, users, fresh):
+    """Return {attribute: one of `fresh`}: those of unrelated `users` may share a name."""
+    found, taken = {}, {n: set() for n in fresh}
+    for a in attributes:
+        for n, others in taken.items():
+            if not others or not (others & users[a] or None in others | users[a]):
+                others |= users[a]
+                found[a] = n
+                break
+    return found
+
+
+def shorten_private(tree, stay):
+    """Shorten attributes that begin with one underline, those used most the most."""
+    users = own_attributes(tree, stay)
+    users = {a: u for a, u in users.items() if a[0] == "_" and a not in given(tree, stay)}
+    every = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    order = sorted(users, key=lambda a: (-every.count(a), a))
+    fresh = ["_" + n for n in LETTERS.replace("_", "")]
+    fresh += [n + other for n in fresh for other in LETTERS]
+    every = set(every) - set(users)
+    return Rename({}, allot(order, users, [n for n in fresh if n not in every])).visit(tree)
 
 
 def shorten_arguments(function, stay):
@@ -1238,6 +1256,8 @@ class Build:
             self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
             tree = by_position(check(Shake(tree, entries).result()), stay, more)
+            # The host's stay: programs may look at them, as tests do.
+            tree = tree if what == "host" else shorten_private(tree, stay)
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_texts(self, tree, whole):

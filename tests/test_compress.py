@@ -6,6 +6,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -329,6 +330,30 @@ def test_arguments_that_nobody_gives_by_keyword_can_be_renamed(monkeypatch):
     text = "def f(a, b, c):\n    pass\ndef g(a, b):\n    f(1, b=lambda x: x, c=2)"
     out = ast.unparse(compress.by_position(ast.parse(text), {"g"}, ()))
     assert "f(a, /, b, c)" in out and "g(a, b)" in out and "lambda x, /" in out
+
+
+def test_private_attributes_are_shortened():
+    tree = compress.shorten_private(ast.parse(SMALL + """
+class _Other:
+    _count = 1
+    def more(self):
+        self._hidden = self._lonely = self._count
+        return self.__class__, getattr(self, "_kept"), self._kept
+"""), set())
+    out = ast.unparse(tree)
+    for gone in "_hidden _private _lonely _count".split():
+        assert gone not in out, gone
+    for there in "_kept __class__ __init__ srv_a shown".split():
+        assert there in out, there
+    space = {"__name__": "small"}
+    exec(out, space)
+    space["set_log"]([])
+    assert space["OnionService"]("x").start("y")[0] == "xy y 7"
+    # Unrelated classes may share names, the same class not.
+    other = [ast.unparse(s) for s in tree.body if getattr(s, "name", "") == "_Other"][0]
+    assert len(set(re.findall(r"_\w+(?= =)", other))) == 3
+    for what, gone in ("client", True), ("service", True), ("host", False):
+        assert ("._channels" not in builds.build(what).text) == gone
 
 
 def test_what_is_nothing(monkeypatch):

@@ -1282,7 +1282,8 @@ def check_ed_cert(data, kind, public, when):
     require(good and not r.left(), what + " is malformed")
     require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
     # Type 5, for a TLS certificate, and 10, by an ntor key, need not name it.
-    good = signer == public or kind in (5, 10) and not signer
+    named = kind != 5 and (MICROPYTHON or kind != 10)
+    good = signer == public or not (named or signer)
     good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
     return key
@@ -2659,8 +2660,8 @@ class Channel:
 
     async def _run(self, seconds):
         try:
-            dial = self._dial if not MICROPYTHON else tls_connect
-            reader, writer, self._certificate = await dial(self.address, self.port, seconds)
+            opening = (tls_connect if MICROPYTHON else self._dial)(self.address, self.port, seconds)
+            reader, writer, self._certificate = await opening
             read = self._read_cells if MICROPYTHON else self._read_batches
             self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
@@ -2872,8 +2873,8 @@ class Channels:
         """The relay's one open Channel, or a new one; ChannelError."""
         self.open = {r: c for r, c in self.open.items() if not c.closed}
         if rsa_id not in self.open:
-            make = self.link if not MICROPYTHON else Channel
-            self.open[rsa_id] = make(address, port, rsa_id, ed_id, seconds)
+            link = (Channel if MICROPYTHON else self.link)(address, port, rsa_id, ed_id, seconds)
+            self.open[rsa_id] = link
         return await self.open[rsa_id].opened.wait()
 
     def close(self):
@@ -4205,8 +4206,7 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority; with bridges to
         # those alone.
         network, paths, failures = self.network, self.paths, self._failures
-        alone = not MICROPYTHON and getattr(paths, "alone", False)
-        if paths and (failures < _TRIES or alone):
+        if paths and (failures < _TRIES or not MICROPYTHON and getattr(paths, "alone", False)):
             relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
@@ -6853,15 +6853,16 @@ class Bridges(ChosenPaths):
         if transports:
             report(1, "conn_pt", "Connecting to pluggable transport")
         self.begin()
+        failed = lambda: all([bridge.error for bridge in self.bridges])
+        if failed():
+            # Whoever comes again has them tried at once.
+            for bridge in self.bridges:
+                bridge.error = None
+            again, self._again = self._again, asyncio.Event()
+            again.set()
         while not self._order():
-            if all([bridge.error for bridge in self.bridges]):
-                # Whoever comes again finds them trying.
-                error = ChannelError("no bridge can be used: " + self._errors())
-                for bridge in self.bridges:
-                    bridge.error = None
-                again, self._again = self._again, asyncio.Event()
-                again.set()
-                raise error
+            if failed():
+                raise ChannelError("no bridge can be used: " + self._errors())
             await asyncio.sleep(0.05)
         if transports:
             report(2, "conn_done_pt", "Connected to pluggable transport")

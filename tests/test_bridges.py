@@ -1,5 +1,6 @@
 """Bridges and pluggable transports: lines, plugins that misbehave, descriptors, paths."""
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -406,6 +407,7 @@ class Fake:
     def __init__(self, folder):
         self.data_dir, self.bridges, self._channels = str(folder), None, minitor.Channels()
         self.directory = minitor.Record()
+        self.directory._report = lambda *what: None
 
 
 def bridges(tmp_path, *lines):
@@ -506,3 +508,56 @@ def test_no_link_leads_elsewhere(tmp_path):
 
     asyncio.run(run())
     assert not channels.open
+
+
+def test_links_are_made_in_one_place():
+    """What connects to a relay goes through Channels.get, and so through `link`."""
+    makers, dialers = set(), set()
+    for top in ast.parse(Path(minitor.__file__).read_text()).body:
+        for part in [top] + list(getattr(top, "body", [])):
+            for node in ast.walk(part):
+                name = getattr(part, "name", None)
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BridgeLink":
+                    makers.add(name)
+                if isinstance(node, ast.Name) and node.id in ("Channel", "tls_connect"):
+                    (makers if node.id == "Channel" else dialers).add(name)
+    assert makers - {None} == {"Channels", "get", "BridgeLink", "Bridges", "link", "_fetch", "enter_by"}
+    assert dialers - {None} == {"Channel", "_run", "BridgeLink", "_dial"}
+
+
+def test_a_program_is_told_why_no_bridge_can_be_used(tmp_path):
+    lines = ["DirAuthority a orport=1 v3ident=%s 127.0.0.1:1 %s" % ("A" * 40, "B" * 40)]
+    refused = "127.0.0.1:1 " + FINGERPRINT
+    with pytest.raises(minitor.ChannelError) as caught:
+        minitor.Tor(str(tmp_path), lines, bridges=minitor.Bridges(
+            [refused, "x 127.0.0.1:2"], ["x exec /nowhere/x"]))
+    assert "no bridge can be used: " in str(caught.value)
+    assert "bridge 127.0.0.1:1 (bridge 1): cannot be reached" in str(caught.value)
+    assert "(bridge 2): cannot be reached: the transport plugin /nowhere/x cannot" in str(
+        caught.value)
+
+
+def test_bridges_are_asked_again_when_one_comes_again(tmp_path, monkeypatch):
+    """As the daemon does after pauses: it does not wait for the bridges' own, longer ones."""
+    found = minitor.Bridges(["1.2.3.4:5 " + FINGERPRINT])
+    found.attach(Fake(tmp_path))
+    asked = []
+
+    async def fetch(bridge):
+        asked.append(bridge)
+        if len(asked) < 3:
+            raise minitor.ChannelError("not now")
+        bridge.ntor_key = bytes(32)
+        found._list_guards()
+
+    found._fetch = fetch
+
+    async def run():
+        for _ in range(2):
+            with pytest.raises(minitor.ChannelError, match="1.2.3.4:5 .*: not now"):
+                await found.start()
+        await found.start()
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(asked) == 3

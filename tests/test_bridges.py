@@ -561,3 +561,78 @@ def test_bridges_are_asked_again_when_one_comes_again(tmp_path, monkeypatch):
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert len(asked) == 3
+
+
+def link_through(tmp_path, serve, seconds=0.5):
+    """What becomes of a link to a bridge through a proxy that runs already, `serve`."""
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            where = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+            found = minitor.Bridges(["x 1.2.3.4:5 %s a=b" % FINGERPRINT], ["x socks5 " + where])
+            found.attach(Fake(tmp_path))
+            found._fetch = lambda bridge: asyncio.sleep(600)
+            found.begin()
+            link = found.link("1.2.3.4", 5, ID, None, seconds)
+            try:
+                await link.opened.wait(20)
+            finally:
+                await found.close()
+                await asyncio.sleep(0.1)
+
+    with pytest.raises(minitor.ChannelError) as caught:
+        asyncio.run(run())
+    return str(caught.value)
+
+
+def test_a_transport_that_never_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(minitor, "_TRANSPORT_SECONDS", 0.5)
+
+    async def silent(reader, writer):
+        await reader.read(99)
+        await asyncio.sleep(5)
+
+    text = link_through(tmp_path, silent)
+    assert text.startswith("bridge x 1.2.3.4:5 (bridge 1): cannot be reached: no answer within")
+
+
+def test_what_comes_through_a_transport_is_no_bridge(tmp_path):
+    heard = []
+
+    async def garbage(reader, writer):
+        for answer in (b"\5\2", b"\1\0", OK5, b"no TLS\r\n\r\n"):
+            heard.append(await reader.read(2000))
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    text = link_through(tmp_path, garbage, 20)
+    assert text.startswith("bridge x 1.2.3.4:5 (bridge 1): cannot be reached: [SSL")
+    assert heard[:3] == [b"\5\1\2", b"\1\3a=b\1\0", b"\5\1\0\1\1\2\3\4\0\5"]
+    # TLS, as to any relay.
+    assert heard[3][:2] == b"\x16\3"
+
+
+def test_what_a_plugin_logs_is_passed_on(tmp_path, monkeypatch):
+    logged, told = [], []
+    monkeypatch.setattr(minitor, "_log", [minitor.DEBUG, lambda *what: logged.append(what)])
+    monkeypatch.setattr(minitor, "watchers", [lambda *what: told.append(what)])
+    say = """print('LOG SEVERITY=warning MESSAGE="a \\\\n b"\\nSTATUS TRANSPORT=a K=v')
+print('LOG SEVERITY=odd MESSAGE=x\\x07', file=sys.stderr, flush=True)
+"""
+
+    async def run():
+        async with plugin(tmp_path, say + GOOD + WAIT) as found:
+            await found.method("a")
+            for _ in range(100):
+                if len(told) == 3:
+                    break
+                await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    name = "the transport plugin %s: " % sys.executable
+    assert (minitor.WARN, name + 'LOG SEVERITY=warning MESSAGE="a \\n b"') in logged
+    assert (minitor.INFO, name + "STATUS TRANSPORT=a K=v") in logged
+    assert (minitor.INFO, name + "LOG SEVERITY=odd MESSAGE=x?") in logged
+    assert ("PT_LOG", sys.executable, 'SEVERITY=warning MESSAGE="a \\n b"') in told
+    assert ("PT_STATUS", sys.executable, "TRANSPORT=a K=v") in told

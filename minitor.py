@@ -6495,7 +6495,7 @@ class Plugin:
                 await self._serve()
             except asyncio.TimeoutError:
                 error = "is not ready within %s s" % _PLUGIN_SECONDS
-            except (OSError, ValueError, TorError) as e:
+            except Exception as e:  # or who waits would wait for ever
                 error = str(e)
             finally:
                 await self._end()
@@ -6847,6 +6847,12 @@ class Bridges(ChosenPaths):
                 self._plugins.update({name: how for name in names if name not in self._plugins})
         self._tasks = [spawn(self._keep(bridge)) for bridge in self.bridges]
 
+    def _hoped(self):
+        # Those that served before, come before any that can be used, and are being asked.
+        asked = [b.rsa_id for b in self.bridges if not b.ntor_key and not b.error]
+        better = self.sample[: self.sample.index(self._order()[0])]
+        return [g for g in better if g.confirmed and g.rsa_id in asked]
+
     async def start(self):
         """Return once there is a bridge to use; ChannelError when there is none."""
         report, transports = self._tor.directory._report, [b for b in self.bridges if b.transport]
@@ -6860,7 +6866,9 @@ class Bridges(ChosenPaths):
                 bridge.error = None
             again, self._again = self._again, asyncio.Event()
             again.set()
-        while not self._order():
+        end = time.monotonic() + BUILD_SECONDS
+        # Those that served before are better than new ones.
+        while not self._order() or self._hoped() and time.monotonic() < end:
             if failed():
                 raise ChannelError("no bridge can be used: " + self._errors())
             await asyncio.sleep(0.05)
@@ -6875,7 +6883,7 @@ class Bridges(ChosenPaths):
             try:
                 await self._fetch(bridge)
                 bridge.error, pause, delay = None, first, _DESCRIPTOR_SECONDS
-            except (OSError, TorError) as e:
+            except Exception as e:  # whatever it is, another may serve
                 text = str(e) if str(bridge) in str(e) else "%s: %s" % (bridge, e)
                 log(INFO if bridge.ntor_key else WARN, "%s", text)
                 bridge.error, delay, pause = ChannelError(text), pause, min(2 * pause, most)

@@ -603,7 +603,7 @@ def test_what_comes_through_a_transport_is_no_bridge(tmp_path):
         for answer in (b"\5\2", b"\1\0", OK5, b"no TLS\r\n\r\n"):
             heard.append(await reader.read(2000))
             writer.write(answer)
-            await writer.drain()
+        await reader.read()
         writer.close()
 
     text = link_through(tmp_path, garbage, 20)
@@ -636,3 +636,29 @@ print('LOG SEVERITY=odd MESSAGE=x\\x07', file=sys.stderr, flush=True)
     assert (minitor.INFO, name + "LOG SEVERITY=odd MESSAGE=x?") in logged
     assert ("PT_LOG", sys.executable, 'SEVERITY=warning MESSAGE="a \\n b"') in told
     assert ("PT_STATUS", sys.executable, "TRANSPORT=a K=v") in told
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_bridge_that_served_before_is_waited_for(tmp_path, works):
+    (tmp_path / "bridges.json").write_text(json.dumps([IDS[1]]))
+    found = minitor.Bridges(["1.2.3.%d:5 %s" % (n, IDS[n]) for n in range(3)])
+    found.attach(Fake(tmp_path))
+
+    async def fetch(bridge):
+        if bridge.rsa_id.hex() == IDS[1]:
+            await asyncio.sleep(0.3)
+            if not works:
+                raise minitor.ChannelError("not now")
+        bridge.ntor_key = bytes(32)
+        found._list_guards()
+
+    found._fetch = fetch
+
+    async def run():
+        await found.start()
+        chosen = {found.guard().rsa_id.hex() for _ in range(9)}
+        await found.close()
+        return chosen
+
+    chosen = asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(chosen) == 1 and (chosen == {IDS[1]}) == works

@@ -6662,7 +6662,7 @@ class BridgeLink(Channel):
         # As parse_certs has it, which then proves it.
         at = certs.get(2, b"").find(b"0\x81\x89\2\x81\x81\0")
         rsa_id = sha1(certs.get(2, b"")[at : at + 140])
-        if at >= 0 and rsa_id != (self.rsa_id or rsa_id):
+        if rsa_id != (self.rsa_id or rsa_id):
             text = "its fingerprint is %s, which the Bridge line does not say: that is wrong, or"
             text += " another answers in its place"
             raise ProtocolError(text % rsa_id.hex().upper())

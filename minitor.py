@@ -1286,7 +1286,8 @@ def check_ed_cert(data, kind, public, when):
     require(good and not r.left(), what + " is malformed")
     require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
     # Type 5, for a TLS certificate, and 10, by an ntor key, need not name it.
-    good = signer == public or kind in (5, 10) and not signer
+    named = kind != 5 and (MICROPYTHON or kind != 10)
+    good = signer == public or not (named or signer)
     good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
     return key
@@ -2703,8 +2704,8 @@ class Channel:
 
     async def _run(self, seconds):
         try:
-            dial = self._dial if not MICROPYTHON else tls_connect
-            reader, writer, self._certificate = await dial(self.address, self.port, seconds)
+            opening = (tls_connect if MICROPYTHON else self._dial)(self.address, self.port, seconds)
+            reader, writer, self._certificate = await opening
             read = self._read_cells if MICROPYTHON else self._read_batches
             self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
@@ -2916,8 +2917,8 @@ class Channels:
         """The relay's one open Channel, or a new one; ChannelError."""
         self.open = {r: c for r, c in self.open.items() if not c.closed}
         if rsa_id not in self.open:
-            make = self.link if not MICROPYTHON else Channel
-            self.open[rsa_id] = make(address, port, rsa_id, ed_id, seconds)
+            link = (Channel if MICROPYTHON else self.link)(address, port, rsa_id, ed_id, seconds)
+            self.open[rsa_id] = link
         return await self.open[rsa_id].opened.wait()
 
     def close(self):
@@ -4302,8 +4303,7 @@ class Directory:
         # One hop: to a directory guard, else a mirror, in the end an authority; with bridges to
         # those alone.
         network, paths, failures = self.network, self.paths, self._failures
-        alone = not MICROPYTHON and getattr(paths, "alone", False)
-        if paths and (failures < _TRIES or alone):
+        if paths and (failures < _TRIES or not MICROPYTHON and getattr(paths, "alone", False)):
             relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
@@ -6906,7 +6906,7 @@ class Plugin:
                 await self._serve()
             except asyncio.TimeoutError:
                 error = "is not ready within %s s" % _PLUGIN_SECONDS
-            except (OSError, ValueError, TorError) as e:
+            except Exception as e:  # or who waits would wait for ever
                 error = str(e)
             finally:
                 await self._end()
@@ -7073,7 +7073,7 @@ class BridgeLink(Channel):
         # As parse_certs has it, which then proves it.
         at = certs.get(2, b"").find(b"0\x81\x89\2\x81\x81\0")
         rsa_id = sha1(certs.get(2, b"")[at : at + 140])
-        if at >= 0 and rsa_id != (self.rsa_id or rsa_id):
+        if rsa_id != (self.rsa_id or rsa_id):
             text = "its fingerprint is %s, which the Bridge line does not say: that is wrong, or"
             text += " another answers in its place"
             raise ProtocolError(text % rsa_id.hex().upper())
@@ -7258,21 +7258,30 @@ class Bridges(ChosenPaths):
                 self._plugins.update({name: how for name in names if name not in self._plugins})
         self._tasks = [spawn(self._keep(bridge)) for bridge in self.bridges]
 
+    def _hoped(self):
+        # Those that served before, come before any that can be used, and are being asked.
+        asked = [b.rsa_id for b in self.bridges if not b.ntor_key and not b.error]
+        better = self.sample[: self.sample.index(self._order()[0])]
+        return [g for g in better if g.confirmed and g.rsa_id in asked]
+
     async def start(self):
         """Return once there is a bridge to use; ChannelError when there is none."""
         report, transports = self._tor.directory._report, [b for b in self.bridges if b.transport]
         if transports:
             report(1, "conn_pt", "Connecting to pluggable transport")
         self.begin()
-        while not self._order():
-            if all([bridge.error for bridge in self.bridges]):
-                # Whoever comes again finds them trying.
-                error = ChannelError("no bridge can be used: " + self._errors())
-                for bridge in self.bridges:
-                    bridge.error = None
-                again, self._again = self._again, asyncio.Event()
-                again.set()
-                raise error
+        failed = lambda: all([bridge.error for bridge in self.bridges])
+        if failed():
+            # Whoever comes again has them tried at once.
+            for bridge in self.bridges:
+                bridge.error = None
+            again, self._again = self._again, asyncio.Event()
+            again.set()
+        end = time.monotonic() + BUILD_SECONDS
+        # Those that served before are better than new ones.
+        while not self._order() or self._hoped() and time.monotonic() < end:
+            if failed():
+                raise ChannelError("no bridge can be used: " + self._errors())
             await asyncio.sleep(0.05)
         if transports:
             report(2, "conn_done_pt", "Connected to pluggable transport")
@@ -7285,7 +7294,7 @@ class Bridges(ChosenPaths):
             try:
                 await self._fetch(bridge)
                 bridge.error, pause, delay = None, first, _DESCRIPTOR_SECONDS
-            except (OSError, TorError) as e:
+            except Exception as e:  # whatever it is, another may serve
                 text = str(e) if str(bridge) in str(e) else "%s: %s" % (bridge, e)
                 log(INFO if bridge.ntor_key else WARN, "%s", text)
                 bridge.error, delay, pause = ChannelError(text), pause, min(2 * pause, most)

@@ -1,5 +1,6 @@
 """Bridges and pluggable transports: lines, plugins that misbehave, descriptors, paths."""
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -406,6 +407,7 @@ class Fake:
     def __init__(self, folder):
         self.data_dir, self.bridges, self._channels = str(folder), None, minitor.Channels()
         self.directory = minitor.Record()
+        self.directory._report = lambda *what: None
 
 
 def bridges(tmp_path, *lines):
@@ -506,3 +508,157 @@ def test_no_link_leads_elsewhere(tmp_path):
 
     asyncio.run(run())
     assert not channels.open
+
+
+def test_links_are_made_in_one_place():
+    """What connects to a relay goes through Channels.get, and so through `link`."""
+    makers, dialers = set(), set()
+    for top in ast.parse(Path(minitor.__file__).read_text()).body:
+        for part in [top] + list(getattr(top, "body", [])):
+            for node in ast.walk(part):
+                name = getattr(part, "name", None)
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BridgeLink":
+                    makers.add(name)
+                if isinstance(node, ast.Name) and node.id in ("Channel", "tls_connect"):
+                    (makers if node.id == "Channel" else dialers).add(name)
+    assert makers - {None} == {"Channels", "get", "BridgeLink", "Bridges", "link", "_fetch", "enter_by"}
+    assert dialers - {None} == {"Channel", "_run", "BridgeLink", "_dial"}
+
+
+def test_a_program_is_told_why_no_bridge_can_be_used(tmp_path):
+    lines = ["DirAuthority a orport=1 v3ident=%s 127.0.0.1:1 %s" % ("A" * 40, "B" * 40)]
+    refused = "127.0.0.1:1 " + FINGERPRINT
+    with pytest.raises(minitor.ChannelError) as caught:
+        minitor.Tor(str(tmp_path), lines, bridges=minitor.Bridges(
+            [refused, "x 127.0.0.1:2"], ["x exec /nowhere/x"]))
+    assert "no bridge can be used: " in str(caught.value)
+    assert "bridge 127.0.0.1:1 (bridge 1): cannot be reached" in str(caught.value)
+    assert "(bridge 2): cannot be reached: the transport plugin /nowhere/x cannot" in str(
+        caught.value)
+
+
+def test_bridges_are_asked_again_when_one_comes_again(tmp_path, monkeypatch):
+    """As the daemon does after pauses: it does not wait for the bridges' own, longer ones."""
+    found = minitor.Bridges(["1.2.3.4:5 " + FINGERPRINT])
+    found.attach(Fake(tmp_path))
+    asked = []
+
+    async def fetch(bridge):
+        asked.append(bridge)
+        if len(asked) < 3:
+            raise minitor.ChannelError("not now")
+        bridge.ntor_key = bytes(32)
+        found._list_guards()
+
+    found._fetch = fetch
+
+    async def run():
+        for _ in range(2):
+            with pytest.raises(minitor.ChannelError, match="1.2.3.4:5 .*: not now"):
+                await found.start()
+        await found.start()
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(asked) == 3
+
+
+def link_through(tmp_path, serve, seconds=0.5):
+    """What becomes of a link to a bridge through a proxy that runs already, `serve`."""
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            where = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+            found = minitor.Bridges(["x 1.2.3.4:5 %s a=b" % FINGERPRINT], ["x socks5 " + where])
+            found.attach(Fake(tmp_path))
+            found._fetch = lambda bridge: asyncio.sleep(600)
+            found.begin()
+            link = found.link("1.2.3.4", 5, ID, None, seconds)
+            try:
+                await link.opened.wait(20)
+            finally:
+                await found.close()
+                await asyncio.sleep(0.1)
+
+    with pytest.raises(minitor.ChannelError) as caught:
+        asyncio.run(run())
+    return str(caught.value)
+
+
+def test_a_transport_that_never_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(minitor, "_TRANSPORT_SECONDS", 0.5)
+
+    async def silent(reader, writer):
+        await reader.read(99)
+        await asyncio.sleep(5)
+
+    text = link_through(tmp_path, silent)
+    assert text.startswith("bridge x 1.2.3.4:5 (bridge 1): cannot be reached: no answer within")
+
+
+def test_what_comes_through_a_transport_is_no_bridge(tmp_path):
+    heard = []
+
+    async def garbage(reader, writer):
+        for answer in (b"\5\2", b"\1\0", OK5, b"no TLS\r\n\r\n"):
+            heard.append(await reader.read(2000))
+            writer.write(answer)
+        await reader.read()
+        writer.close()
+
+    text = link_through(tmp_path, garbage, 20)
+    assert text.startswith("bridge x 1.2.3.4:5 (bridge 1): cannot be reached: [SSL")
+    assert heard[:3] == [b"\5\1\2", b"\1\3a=b\1\0", b"\5\1\0\1\1\2\3\4\0\5"]
+    # TLS, as to any relay.
+    assert heard[3][:2] == b"\x16\3"
+
+
+def test_what_a_plugin_logs_is_passed_on(tmp_path, monkeypatch):
+    logged, told = [], []
+    monkeypatch.setattr(minitor, "_log", [minitor.DEBUG, lambda *what: logged.append(what)])
+    monkeypatch.setattr(minitor, "watchers", [lambda *what: told.append(what)])
+    say = """print('LOG SEVERITY=warning MESSAGE="a \\\\n b"\\nSTATUS TRANSPORT=a K=v')
+print('LOG SEVERITY=odd MESSAGE=x\\x07', file=sys.stderr, flush=True)
+"""
+
+    async def run():
+        async with plugin(tmp_path, say + GOOD + WAIT) as found:
+            await found.method("a")
+            for _ in range(100):
+                if len(told) == 3:
+                    break
+                await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    name = "the transport plugin %s: " % sys.executable
+    assert (minitor.WARN, name + 'LOG SEVERITY=warning MESSAGE="a \\n b"') in logged
+    assert (minitor.INFO, name + "STATUS TRANSPORT=a K=v") in logged
+    assert (minitor.INFO, name + "LOG SEVERITY=odd MESSAGE=x?") in logged
+    assert ("PT_LOG", sys.executable, 'SEVERITY=warning MESSAGE="a \\n b"') in told
+    assert ("PT_STATUS", sys.executable, "TRANSPORT=a K=v") in told
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_bridge_that_served_before_is_waited_for(tmp_path, works):
+    (tmp_path / "bridges.json").write_text(json.dumps([IDS[1]]))
+    found = minitor.Bridges(["1.2.3.%d:5 %s" % (n, IDS[n]) for n in range(3)])
+    found.attach(Fake(tmp_path))
+
+    async def fetch(bridge):
+        if bridge.rsa_id.hex() == IDS[1]:
+            await asyncio.sleep(0.3)
+            if not works:
+                raise minitor.ChannelError("not now")
+        bridge.ntor_key = bytes(32)
+        found._list_guards()
+
+    found._fetch = fetch
+
+    async def run():
+        await found.start()
+        chosen = {found.guard().rsa_id.hex() for _ in range(9)}
+        await found.close()
+        return chosen
+
+    chosen = asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(chosen) == 1 and (chosen == {IDS[1]}) == works

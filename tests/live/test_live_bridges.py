@@ -23,7 +23,7 @@ DataDirectory %(folder)s/data
 SocksPort auto
 ControlPort unix:%(folder)s/control
 Log info stdout
-UseBridges 1
+UseBridges %(use)d
 ClientTransportPlugin obfs4 exec %(obfs4)s
 HiddenServiceDir %(folder)s/service
 HiddenServicePort 80 %(port)d
@@ -46,7 +46,8 @@ class Bridged:
     def __init__(self, net, folder, port, *lines):
         self.folder, self.torrc, self.notes = folder, folder / "torrc", folder / "notes"
         self.text = TORRC % {
-            "network": net.network_file, "folder": folder, "obfs4": OBFS4, "port": port}
+            "network": net.network_file, "folder": folder, "obfs4": OBFS4, "port": port,
+            "use": bool(lines)}
         self.write(*lines)
         self.program = Program([HERE / "bridged.py", self.notes, MINITOR, "-f", self.torrc])
 
@@ -149,6 +150,25 @@ def test_nothing_goes_to_other_relays(tornet, bridges, target, tmp_path):
         daemon.program.kill()
         wait_for(lambda: not os.path.exists("/proc/%d" % list(plugins)[0]), 10)
     client.stop()
+
+
+def test_a_controller_turns_bridges_on_and_off(tornet, bridges, target, tmp_path):
+    """What was open to other relays is closed, and nothing new goes there."""
+    plain, page = bridges[0], "http://127.0.0.1:%d/" % target.port
+    with Bridged(tornet, tmp_path, target.port) as daemon:
+        daemon.program.wait_out(r"Bootstrapped 100% \(done\): Done", 60)
+        proxy = daemon.proxy()
+        assert "no Bridge line" in daemon.ask("SETCONF UseBridges=1")
+        daemon.ask('SETCONF UseBridges=1 Bridge="%s"' % plain.line)
+        before = len(daemon.connected())
+        assert retry(lambda: curl_ok(proxy, page, seconds=10), 60) == HELLO
+        own = "127.0.0.1:%d" % target.port
+        assert set(daemon.connected()[before:]) - {own} <= {place(plain)}
+        answer = daemon.ask("GETINFO orconn-status")
+        assert answer.count(" CONNECTED\r\n") == 1 and plain.fingerprint in answer
+        daemon.ask("SETCONF UseBridges=0")
+        assert retry(lambda: curl_ok(proxy, page, seconds=10), 60) == HELLO
+        assert plain.fingerprint not in daemon.ask("GETINFO orconn-status entry-guards")
 
 
 def test_bridges_that_are_not_what_they_should_be(tornet, bridges, target, tmp_path):

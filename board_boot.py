@@ -20,10 +20,8 @@ import sys
 import time
 
 # Defaults, or the type of what must not be missing.  "heap_budget": as AsyncTor's, 0: its own.
-# "clients": the keys of those who are admitted, as in .auth files; empty: everybody is.
 SETTINGS = {"ssid": str, "password": str, "app": str, "port": 80, "ntp_host": "pool.ntp.org"}
-SETTINGS.update({"watchdog_seconds": 120, "data_dir": "minitor", "network": "", "heap_budget": 0,
-                 "clients": []})
+SETTINGS.update({"watchdog_seconds": 120, "data_dir": "minitor", "network": "", "heap_budget": 0})
 REJOIN, NTP_TRIES, FIRST_PAUSE, LONGEST_PAUSE, STEADY = 30, 5, 5, 600, 600
 SettingsError = type("SettingsError", (Exception,), {})
 
@@ -41,8 +39,7 @@ def load_settings(path):
         default = SETTINGS.get(name)
         kind = default if default is str else type(default)
         if type(settings.setdefault(name, default)) is not kind:
-            kinds = {int: "has to be a number", str: "has to be a text", list: "has to be a list"}
-            what = kinds.get(kind, "is not known")
+            what = {int: "has to be a number", str: "has to be a text"}.get(kind, "is not known")
             what = "is missing" if settings[name] is str else what
             raise SettingsError('%s: "%s" %s' % (path, name, what))
     return settings
@@ -98,8 +95,7 @@ async def serve(settings, wlan, minitor, app, up, progress):
     more = settings["network"] or None, progress, settings["heap_budget"]
     async with minitor.AsyncTor(settings["data_dir"], *more) as tor:
         if hasattr(app, "handler"):
-            known = None, settings["clients"] or None
-            service = await tor.create_onion_service(settings["port"], app.handler, *known)
+            service = await tor.create_onion_service(settings["port"], app.handler)
             print("This board is at %s, port %d" % (service.address, settings["port"]))
         up.append(time.time())
         serving = hasattr(app, "handler") and not hasattr(app, "main")

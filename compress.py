@@ -57,9 +57,9 @@ PRESETS = {
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
-        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
-        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " run_daemon",
+        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr AsyncTor.add_onion_key"
+        " Tor.add_onion_key load_onion_keys Tor.create_connection Tor.resolve Tor.resolve_ptr"
+        " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start run_daemon",
     ),
     "board": (
         True,

@@ -8293,8 +8293,6 @@ def make_client_key(name, address, key_dir, auth_dir):
             private_dir(folder)
         if folder and os.path.lexists(os.path.join(folder, file)):
             raise ConfigError("%s/%s is there already" % (folder, file))
-    if auth_dir and identity in load_onion_keys(auth_dir):
-        raise ConfigError("there is a key for %s in %s already" % (host, auth_dir))
     for folder, file, text in places:
         if not folder:
             print("what %s has to hold:" % file, file=sys.stderr)

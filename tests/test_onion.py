@@ -1,7 +1,7 @@
 """Section 9: addresses, time periods, the hash ring, descriptors, revision counters.
 
 Vectors: from the test suite of tor 0.4.9 (test_hs_common, test_crypto_ope, hs_indexes), the
-addresses of rend-spec-v3, and a descriptor that C tor 0.4.9.11 made, with its key.
+addresses of rend-spec-v3, and descriptors that C tor 0.4.9.11 made, with keys.
 """
 
 import base64
@@ -533,6 +533,26 @@ def test_descriptor_of_c_tor():
     again = make((H(made["besk"]), blinded, subcred), found.intro_points, when, found.revision)
     assert len(again) == len(data)
     refused(data, (0, blinded, subcred), when + 60 * 3600, "expired")
+
+
+def test_descriptor_of_c_tor_for_some_clients():
+    made = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["restricted"]
+    key, data, when, secret = H(made["key"]), made["text"].encode(), made["when"], H(made["client"])
+    blinded = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+    subcred = minitor.subcredential(key, blinded)
+    found = minitor.parse_descriptor(data, blinded, subcred, when, secret)
+    assert found.revision == made["revision"] and made["intro"] == [
+        [i.address, i.port, i.rsa_id.hex(), i.auth_key.hex(), i.enc_key.hex()]
+        for i in found.intro_points]
+    for wrong, reason in ((None, 0xF4), (minitor.x25519(secret), 0xF5)):
+        with pytest.raises(minitor.AuthorizationError) as caught:
+            minitor.parse_descriptor(data, blinded, subcred, when, wrong)
+        assert caught.value.reason == reason
+    # As long as what we make for as many.
+    clients, file = [minitor.x25519(bytes([n]) * 32) for n in (1, 2, 3)], minitor.spool("")
+    keys = minitor.ed25519_expand(b"any"), blinded, subcred, found.revision
+    minitor.make_descriptor(file, *keys, found.intro_points, when, found.flow, clients)
+    assert len(file.getvalue()) == len(data)
 
 
 def test_enc_key_form():

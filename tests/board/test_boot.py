@@ -35,8 +35,8 @@ class AsyncTor:
     async def __aexit__(self, *_):
         print("(tor closed)")
 
-    async def create_onion_service(self, port, target, key_dir, clients):
-        print("(service: %%d)" %% port, *clients or ())
+    async def create_onion_service(self, port, target):
+        print("(service: %%d)" %% port)
         return Service
 """ % ADDRESS
 HANDLER = "async def handler(reader, writer):\n    pass\n"
@@ -139,12 +139,11 @@ def test_starts(board):
 
 def test_all_settings(board):
     more = {"port": 8080, "watchdog_seconds": 0, "ntp_host": "192.0.2.1", "data_dir": "state"}
-    more["clients"] = ["alice", "bob"]
     board.settings(network="torrc", heap_budget=90000, **SETTINGS, **more)
     board.write(HANDLER + FAILS % 1)
     out = board.boot()
     assert "watchdog" not in out and "(asked 192.0.2.1: 2026)" in out
-    assert "(tor state torrc, budget 90000)" in out and "(service: 8080) alice bob" in out
+    assert "(tor state torrc, budget 90000)" in out and "(service: 8080)" in out
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,6 @@ def test_all_settings(board):
         (dict(SETTINGS, ssid=None), 'settings.json: "ssid" has to be a text'),
         (dict(SETTINGS, port="80"), 'settings.json: "port" has to be a number'),
         (dict(SETTINGS, port=True), 'settings.json: "port" has to be a number'),
-        (dict(SETTINGS, clients="A"), 'settings.json: "clients" has to be a list'),
         (dict(SETTINGS, watchdog=1), 'settings.json: "watchdog" is not known'),
         (dict(SETTINGS, app="elsewhere"), "no module named 'elsewhere'"),
     ],

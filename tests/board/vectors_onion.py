@@ -105,7 +105,14 @@ assert refused(error, parse, text.replace(b"counter 7", b"counter 8"), blinded, 
 assert refused(error, parse, text, blinded, bytes(32), when)
 assert refused(error, parse, text, blinded, subcred, when + 200000)
 
-# For some clients.
+# For some clients; of C tor first.
+made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["restricted"]
+key = H(made["key"])
+hidden = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+text, known = made["text"].encode(), (minitor.subcredential(key, hidden), made["when"])
+found = parse(text, hidden, known[0], known[1], H(made["client"]))
+assert [i.enc_key.hex() for i in found.intro_points] == [row[4] for row in made["intro"]]
+assert refused(minitor.AuthorizationError, parse, text, hidden, known[0], known[1])
 secret, reasons = b"s" * 32, []
 clients = [b"q" * 32, minitor.x25519(secret)]
 with minitor.spool("descriptor.test") as file:

@@ -9266,7 +9266,10 @@ def main(argv=None):
         parser.error("--http-tunnel goes with --socks")
     if len(options.make_client_key or ()) > 2:
         parser.error("--make-client-key takes a NAME and an ADDRESS")
-    set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
+    # No onion address of others, as with SafeLogging.
+    write, _ = log_writer("stderr", None, {})
+    scrubbed = lambda severity, text: write(severity, _ADDRESS_TEXT.sub("[scrubbed]", text))
+    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], scrubbed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(options)

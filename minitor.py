@@ -4460,11 +4460,11 @@ async def _find_descriptor(tor, key, *servers):
             text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
             descriptor = parse_descriptor(text, blinded, subcred, now(), tor.onion_keys.get(key))
             if not MICROPYTHON:
-                result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
+                result = "RECEIVED", rsa_id, blinded, text
             return descriptor
         except AuthorizationError as e:
             if not MICROPYTHON:
-                result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
+                result = "RECEIVED", rsa_id, blinded, text
                 tor.keep_sealed(key, (text, blinded, subcred))
             raise AuthorizationError("%s %s" % (onion_address(key), e), e.reason)
         except ProtocolError as e:
@@ -6654,7 +6654,7 @@ def quoted_lines(text):
     return "\r\n".join(["." * (line[:1] == ".") + line for line in lines])
 
 
-def coded(code, lines):
+def reply_lines(code, lines):
     """The lines of a reply with their status `code`."""
     lines = ["%d%s%s" % (code, "-" * (line[:1] != "+"), line) for line in lines]
     return lines[:-1] + [line.replace("-", " ", 1) for line in lines[-1:]]
@@ -6763,10 +6763,10 @@ class Control:
             lines = await _CONTROL[name](self, *args)
         except TorError as e:
             code = e.reason if e.reason > 450 else 552
-            return coded(code, str(e).splitlines())
+            return reply_lines(code, str(e).splitlines())
         if isinstance(lines, str):
             return [lines]
-        return coded(250, ["OK"] if lines is None else lines)
+        return reply_lines(250, ["OK"] if lines is None else lines)
 
     async def _line(self):
         try:
@@ -7746,7 +7746,8 @@ class Daemon:
             self.event(name, " ".join(words + (["REASON=" + more[3]] if failed else [])))
             if more[0] == "RECEIVED" or failed and more[3] == "NOT_FOUND":
                 words = words[1], words[4], words[3]
-                self.event("HS_DESC_CONTENT", " ".join(words), "" if failed else more[3])
+                text = "" if failed else more[3].decode("utf-8", "replace")
+                self.event("HS_DESC_CONTENT", " ".join(words), text)
 
     async def _measure(self):
         # BW: bytes in the last second.
@@ -8383,9 +8384,9 @@ def main(argv=None):
     if len(options.make_client_key or ()) > 2:
         parser.error("--make-client-key takes a NAME and an ADDRESS")
     # No onion address of others, as with SafeLogging.
-    write, _ = log_writer("stderr", None, {})
-    scrubbed = lambda severity, text: write(severity, _ADDRESS_TEXT.sub("[scrubbed]", text))
-    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], scrubbed)
+    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], lambda severity, text: print(
+        time.strftime("%H:%M:%S [") + _SEVERITIES[severity],
+        _ADDRESS_TEXT.sub("[scrubbed]", text), sep="] ", file=sys.stderr))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(options)

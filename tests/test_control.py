@@ -659,7 +659,7 @@ def test_words_of_events(talk, tmp_path):
     daemon = FakeDaemon("", tmp_path)
     daemon.controls, key = [minitor.Control(daemon, None, Wire())], minitor.ed25519_public(ESK)
     daemon.controls[0].events = {"HS_DESC", "HS_DESC_CONTENT"}
-    daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), "hs-descriptor 3\n.x\n")
+    daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), b"hs-descriptor 3\n.x\n")
     daemon._watch("HS_DESC", key, "FAILED", bytes(20), bytes(32), "NOT_FOUND")
     daemon._watch("HS_DESC", key, "UPLOADED", bytes(20))
     daemon._lock.close()

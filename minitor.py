@@ -6763,7 +6763,7 @@ class Control:
             lines = await _CONTROL[name](self, *args)
         except TorError as e:
             code = e.reason if e.reason > 450 else 552
-            return reply_lines(code, str(e).splitlines())
+            return reply_lines(code, str(e).splitlines() or [""])
         if isinstance(lines, str):
             return [lines]
         return reply_lines(250, ["OK"] if lines is None else lines)
@@ -7039,9 +7039,10 @@ class Control:
                 choose = lambda: path or self.tor.paths.exit_path(443)
                 await close_idle(await self.tor.circuit_to(attempts=1, choose=choose))
             except TorError as e:
-                launched.set(error=TorError("Couldn't start circuit: %s" % e, 551))
+                log(INFO, "a controller's circuit: %s", e)
             finally:
                 self.daemon.launching.pop(asyncio.current_task(), None)
+                launched.set(error=TorError("Couldn't start circuit", 551))
 
         self.spawn(build())
         return await launched.wait()
@@ -7171,6 +7172,8 @@ class Control:
         service = OnionService(self.tor, (esk, ed25519_public(esk)), {}, keys)
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
+        if len(self.daemon.onions) >= 1000:
+            raise TorError("Failed to add Onion Service: there are 1000", 551)
         set_service(service, wanted)
         self.daemon.onions[service.address] = service, None if "detach" in flags else self
         self.daemon.start(service)
@@ -7311,12 +7314,12 @@ _FEATURES = "VERBOSE_NAMES", "EXTENDED_EVENTS"
 
 
 def config_text(config):
-    """The lines of a torrc for `config`."""
-    lines = [entry for entries in config.lines.values() for entry in entries]
+    """The lines of a torrc for `config`; as by tor, without options for the moment (__…)."""
+    entries = [entry for entries in config.lines.values() for entry in entries]
     plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
     return "".join([
         "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
-        for name, text, _ in lines
+        for name, text, _ in entries if name[:2] != "__"
     ])
 
 
@@ -7599,6 +7602,8 @@ class Daemon:
         tor._circuit = lambda key, port, wish=None: self._attach(takes, key, port, wish)
 
     async def _open(self, use, host, port, isolation):
+        # What is no address shall not look like more words of an event.
+        check_target(host, port or 443)
         wish, kind, more = Isolation(isolation or ()), "" if port else "RESOLVE", " REASON=DONE"
         wish.target, wish.circuit, wish.ended, wish.tries = "%s:%d" % (host, port), None, 0, 0
         self.opening[numbered(wish)] = wish

@@ -49,10 +49,11 @@ def talk(tmp_path, monkeypatch):
     """talk(torrc, *lines): the replies to a controller's lines, split."""
     monkeypatch.setattr(minitor, "_log", list(minitor._log))
 
-    def talk(torrc, *lines, known=True):
+    def talk(torrc, *lines, known=True, setup=lambda daemon: None):
         async def run():
             daemon = FakeDaemon(torrc, tmp_path)
             await daemon.use(daemon.config)
+            setup(daemon)
             reader, wire = asyncio.StreamReader(limit=1 << 16), Wire()
             control = minitor.Control(daemon, reader, wire)
             control.known = known
@@ -325,6 +326,17 @@ def test_onions(talk):
     assert talk.daemon.onions == {}
 
 
+def test_onions_have_a_limit(talk):
+    line = "ADD_ONION ED25519-V3:%s Flags=Detach Port=80" % (
+        minitor.binascii.b2a_base64(ESK).decode().strip())
+
+    class Full(dict):
+        __len__ = lambda self: 1000
+
+    assert talk("", line, setup=lambda daemon: setattr(daemon, "onions", Full()))[0][:3] == "551"
+    assert talk("", line)[-1] == "250 OK"
+
+
 def test_onions_of_a_given_key(talk):
     blob = minitor.binascii.b2a_base64(ESK).decode().strip()
     line = "ADD_ONION ED25519-V3:%s Flags=Detach,DiscardPK MaxStreams=3 Port=80" % blob
@@ -591,6 +603,9 @@ def test_streams_wait_for_controllers(talk, tmp_path):
             (other,) = daemon.opening
             assert await ask("ATTACHSTREAM %d %d" % (other, circuit)) == "250 OK"
         assert (await second)[0].circuit is own
+        # A name that would be more words of an event.
+        with pytest.raises(minitor.AddressError):
+            await tor.open_connection("a.test:1 REASON=DONE", 80, 9, isolation)
         # One for an onion service, which a controller closes.
         third = asyncio.ensure_future(tor.open_connection(ONION + ".onion", 80, 9, isolation))
         await asyncio.sleep(0.01)
@@ -646,7 +661,8 @@ def test_who_does_not_read_is_let_go(talk, tmp_path):
         assert found[0].startswith("514")
         other.known = True
         assert (await other._answer("RESOLVE", "a.test", None))[0].startswith("451")
-        await asyncio.sleep(0.05)
+        await asyncio.wait(other.tasks)
+        await asyncio.sleep(0)
         assert other.tasks == set()
         await daemon.tor.aclose()
         daemon._lock.close()

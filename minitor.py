@@ -7646,7 +7646,10 @@ class Daemon:
         if self.config["__LeaveStreamsUnattached"]:
             wish.choice = Promise()
             self.tell(wish, "CONTROLLER_WAIT")
-            wish.circuit = await wish.choice.wait()
+            try:
+                wish.circuit = await wish.choice.wait(PROXY_SECONDS)
+            except asyncio.TimeoutError:
+                raise TorTimeout("no controller attached the stream within %d s" % PROXY_SECONDS)
         if wish.circuit:
             wish.circuit.since = ticks_ms()
         else:

@@ -44,10 +44,17 @@ class FakeDaemon(minitor.Daemon):
         super().__init__(minitor.configure(list(minitor.parse_torrc(self.texts))), None)
 
 
+@pytest.fixture(autouse=True)
+def log():
+    """Daemons log where theirs says, and others after them as before."""
+    before = list(minitor._log)
+    yield
+    minitor._log[:] = before
+
+
 @pytest.fixture
-def talk(tmp_path, monkeypatch):
+def talk(tmp_path):
     """talk(torrc, *lines): the replies to a controller's lines, split."""
-    monkeypatch.setattr(minitor, "_log", list(minitor._log))
 
     def talk(torrc, *lines, known=True, setup=lambda daemon: None):
         async def run():
@@ -547,7 +554,7 @@ class FakeCircuit:
         self.path, self.streams, self.since, self.opened = [None] * hops, {}, 0, []
 
 
-def test_streams_wait_for_controllers(talk, tmp_path):
+def test_streams_wait_for_controllers(tmp_path, monkeypatch):
     """__LeaveStreamsUnattached: NEW, ATTACHSTREAM, a second try, and what is refused."""
 
     async def run():
@@ -615,6 +622,11 @@ def test_streams_wait_for_controllers(talk, tmp_path):
         assert await ask("CLOSESTREAM %d 3" % last) == "250 OK"
         with pytest.raises(minitor.StreamError):
             await third
+        # One that no controller attaches.
+        with monkeypatch.context() as patch:
+            patch.setattr(minitor, "PROXY_SECONDS", 0.01)
+            with pytest.raises(minitor.TorTimeout):
+                await tor.open_connection("e.test", 80, 9, isolation)
         # One whose client goes away.
         fourth = asyncio.ensure_future(tor.open_connection("d.test", 80, 9, isolation))
         await asyncio.sleep(0.01)
@@ -640,7 +652,7 @@ def test_streams_wait_for_controllers(talk, tmp_path):
     assert told[-1].endswith(" CLOSED 0 d.test:80 REASON=DONE")
 
 
-def test_who_does_not_read_is_let_go(talk, tmp_path):
+def test_who_does_not_read_is_let_go(tmp_path):
     async def run():
         daemon = FakeDaemon("", tmp_path)
         await daemon.use(daemon.config)
@@ -670,7 +682,7 @@ def test_who_does_not_read_is_let_go(talk, tmp_path):
     asyncio.run(run())
 
 
-def test_words_of_events(talk, tmp_path):
+def test_words_of_events(tmp_path):
     """HS_DESC_CONTENT, also of what begins with a dot; CIRC_MINOR; REASONs."""
     daemon = FakeDaemon("", tmp_path)
     daemon.controls, key = [minitor.Control(daemon, None, Wire())], minitor.ed25519_public(ESK)

@@ -5269,12 +5269,14 @@ class AsyncTor:
             self.descriptors.pop(key, None)
             return False
         self.onion_keys[key] = secret = auth_key(secret)
+        sealed = not MICROPYTHON and self._sealed.pop(key, None)
         try:
-            text, blinded, subcred = self._sealed.pop(key)
-            self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
-        except (KeyError, TorError):
+            if sealed:
+                text, blinded, subcred = sealed
+                self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except TorError:
             return False
-        return True
+        return bool(sealed)
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.

@@ -306,7 +306,7 @@ def test_a_key_that_reads_a_descriptor(talk, monkeypatch):
     class Sealed(dict):
         def pop(self, key, *default):
             tries.append(key)
-            return (plain if len(tries) > 1 else None), b"", b""
+            return (plain if len(tries) > 1 else b""), b"", b""
 
     start = FakeDaemon.__init__
 

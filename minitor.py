@@ -4653,6 +4653,9 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if MICROPYTHON and clients is None and "authorized_clients" in os.listdir(key_dir):
+            # There is no code for these.
+            raise ConfigError("%s/authorized_clients is for hosts: give `clients`" % key_dir)
         if not MICROPYTHON and clients is None and not given:
             clients = load_clients(key_dir) or None
         if clients is not None and not clients:

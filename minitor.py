@@ -2581,6 +2581,8 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
     file.write(b"revision-counter %d\n" % revision)
     for piece in _armour(b"superencrypted", b"MESSAGE", text):
         file.write(piece)
+    if not MICROPYTHON:
+        require(file.tell() < 49900, "descriptor: too large for directories, fewer clients may do")
     signature = ed25519_sign(signer, public, _SIGNED, file)
     file.write(b"signature %s\n" % b64encode(signature).encode())
 
@@ -6993,7 +6995,9 @@ class Control:
             key = b64decode(blob.encode(), 32)
         except (ProtocolError, ValueError):
             raise TorError("Failed to decode x25519 private key", 512)
-        if not any(key):
+        try:
+            auth_key(key)
+        except ConfigError:
             raise TorError("Invalid private key", 553)
         for name, value in words:
             if (name or "").lower() == "flags":

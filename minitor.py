@@ -2581,6 +2581,8 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
     file.write(b"revision-counter %d\n" % revision)
     for piece in _armour(b"superencrypted", b"MESSAGE", text):
         file.write(piece)
+    if not MICROPYTHON:
+        require(file.tell() < 49900, "descriptor: too large for directories, fewer clients may do")
     signature = ed25519_sign(signer, public, _SIGNED, file)
     file.write(b"signature %s\n" % b64encode(signature).encode())
 
@@ -4656,6 +4658,9 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if MICROPYTHON and clients is None and "authorized_clients" in os.listdir(key_dir):
+            # There is no code for these.
+            raise ConfigError("%s/authorized_clients is for hosts: give `clients`" % key_dir)
         if not MICROPYTHON and clients is None and not given:
             clients = load_clients(key_dir) or None
         if clients is not None and not clients:
@@ -5272,12 +5277,14 @@ class AsyncTor:
             self.descriptors.pop(key, None)
             return False
         self.onion_keys[key] = secret = auth_key(secret)
+        sealed = not MICROPYTHON and self._sealed.pop(key, None)
         try:
-            text, blinded, subcred = self._sealed.pop(key)
-            self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
-        except (KeyError, TorError):
+            if sealed:
+                text, blinded, subcred = sealed
+                self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except TorError:
             return False
-        return True
+        return bool(sealed)
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -7230,7 +7237,9 @@ class Control:
             key = b64decode(blob.encode(), 32)
         except (ProtocolError, ValueError):
             raise TorError("Failed to decode x25519 private key", 512)
-        if not any(key):
+        try:
+            auth_key(key)
+        except ConfigError:
             raise TorError("Invalid private key", 553)
         for name, value in words:
             if name.lower() == "flags":

@@ -162,6 +162,7 @@ def test_safecookie_needs_the_challenge(talk):
     ("ONION_CLIENT_AUTH_ADD %s x25519:%s" % (SITE, "\xe9" * 43), "512 Failed to decode"),
     ("ONION_CLIENT_AUTH_ADD %s x448%s" % (SITE, BLOB[6:]), '552 Unrecognized key type "x448"'),
     ("ONION_CLIENT_AUTH_ADD %s x25519:%s=" % (SITE, "A" * 43), "553 Invalid private key"),
+    ("ONION_CLIENT_AUTH_ADD %s x25519:AQ%s=" % (SITE, "A" * 41), "553 Invalid private key"),
     ("ONION_CLIENT_AUTH_ADD %s %s Flags=Eternal" % (SITE, BLOB), "512 Invalid 'Flags' argument"),
     ("ONION_CLIENT_AUTH_ADD %s %s ClientName=%s" % (SITE, BLOB, "x" * 17), "512 ClientName longer"),
     ("ONION_CLIENT_AUTH_ADD %s %s Flags=Permanent" % (SITE, BLOB), "553 Unable to store creds"),
@@ -425,7 +426,7 @@ def test_a_key_that_reads_a_descriptor(talk, monkeypatch):
     class Sealed(dict):
         def pop(self, key, *default):
             tries.append(key)
-            return (plain if len(tries) > 1 else None), b"", b""
+            return (plain if len(tries) > 1 else b""), b"", b""
 
     start = FakeDaemon.__init__
 

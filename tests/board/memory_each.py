@@ -264,7 +264,9 @@ class FakeTable:
         return bytes([i]) * 20
 
     def relay(self, i):
-        return thing(rsa_id=bytes([i]) * 20, ntor_key=b"", specifiers=b"")
+        relay = thing(rsa_id=bytes([i]) * 20, ntor_key=b"", specifiers=b"")
+        relay.address, relay.port = "127.0.0.1", 9001
+        return relay
 
 
 class Asyncio:

@@ -2587,6 +2587,8 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
     file.write(b"revision-counter %d\n" % revision)
     for piece in _armour(b"superencrypted", b"MESSAGE", text):
         file.write(piece)
+    if not MICROPYTHON:
+        require(file.tell() < 49900, "descriptor: too large for directories, fewer clients may do")
     signature = ed25519_sign(signer, public, _SIGNED, file)
     file.write(b"signature %s\n" % b64encode(signature).encode())
 
@@ -4534,11 +4536,11 @@ async def _find_descriptor(tor, key, *servers):
             text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
             descriptor = parse_descriptor(text, blinded, subcred, now(), tor.onion_keys.get(key))
             if not MICROPYTHON:
-                result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
+                result = "RECEIVED", rsa_id, blinded, text
             return descriptor
         except AuthorizationError as e:
             if not MICROPYTHON:
-                result = "RECEIVED", rsa_id, blinded, text.decode("utf-8", "replace")
+                result = "RECEIVED", rsa_id, blinded, text
                 tor.keep_sealed(key, (text, blinded, subcred))
             raise AuthorizationError("%s %s" % (onion_address(key), e), e.reason)
         except ProtocolError as e:
@@ -4730,6 +4732,9 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if MICROPYTHON and clients is None and "authorized_clients" in os.listdir(key_dir):
+            # There is no code for these.
+            raise ConfigError("%s/authorized_clients is for hosts: give `clients`" % key_dir)
         if not MICROPYTHON and clients is None and not given:
             clients = load_clients(key_dir) or None
         if clients is not None and not clients:
@@ -5366,12 +5371,14 @@ class AsyncTor:
             self.descriptors.pop(key, None)
             return False
         self.onion_keys[key] = secret = auth_key(secret)
+        sealed = not MICROPYTHON and self._sealed.pop(key, None)
         try:
-            text, blinded, subcred = self._sealed.pop(key)
-            self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
-        except (KeyError, TorError):
+            if sealed:
+                text, blinded, subcred = sealed
+                self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except TorError:
             return False
-        return True
+        return bool(sealed)
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -7502,7 +7509,7 @@ def quoted_lines(text):
     return "\r\n".join(["." * (line[:1] == ".") + line for line in lines])
 
 
-def coded(code, lines):
+def reply_lines(code, lines):
     """The lines of a reply with their status `code`."""
     lines = ["%d%s%s" % (code, "-" * (line[:1] != "+"), line) for line in lines]
     return lines[:-1] + [line.replace("-", " ", 1) for line in lines[-1:]]
@@ -7611,10 +7618,10 @@ class Control:
             lines = await _CONTROL[name](self, *args)
         except TorError as e:
             code = e.reason if e.reason > 450 else 552
-            return coded(code, str(e).splitlines())
+            return reply_lines(code, str(e).splitlines() or [""])
         if isinstance(lines, str):
             return [lines]
-        return coded(250, ["OK"] if lines is None else lines)
+        return reply_lines(250, ["OK"] if lines is None else lines)
 
     async def _line(self):
         try:
@@ -7887,9 +7894,10 @@ class Control:
                 choose = lambda: path or self.tor.paths.exit_path(443)
                 await close_idle(await self.tor.circuit_to(attempts=1, choose=choose))
             except TorError as e:
-                launched.set(error=TorError("Couldn't start circuit: %s" % e, 551))
+                log(INFO, "a controller's circuit: %s", e)
             finally:
                 self.daemon.launching.pop(asyncio.current_task(), None)
+                launched.set(error=TorError("Couldn't start circuit", 551))
 
         self.spawn(build())
         return await launched.wait()
@@ -8019,6 +8027,8 @@ class Control:
         service = OnionService(self.tor, (esk, ed25519_public(esk)), {}, keys)
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
+        if len(self.daemon.onions) >= 1000:
+            raise TorError("Failed to add Onion Service: there are 1000", 551)
         set_service(service, wanted)
         self.daemon.onions[service.address] = service, None if "detach" in flags else self
         self.daemon.start(service)
@@ -8075,7 +8085,9 @@ class Control:
             key = b64decode(blob.encode(), 32)
         except (ProtocolError, ValueError):
             raise TorError("Failed to decode x25519 private key", 512)
-        if not any(key):
+        try:
+            auth_key(key)
+        except ConfigError:
             raise TorError("Invalid private key", 553)
         for name, value in words:
             if name.lower() == "flags":
@@ -8159,12 +8171,12 @@ _FEATURES = "VERBOSE_NAMES", "EXTENDED_EVENTS"
 
 
 def config_text(config):
-    """The lines of a torrc for `config`."""
-    lines = [entry for entries in config.lines.values() for entry in entries]
+    """The lines of a torrc for `config`; as by tor, without options for the moment (__…)."""
+    entries = [entry for entries in config.lines.values() for entry in entries]
     plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
     return "".join([
         "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
-        for name, text, _ in lines
+        for name, text, _ in entries if name[:2] != "__"
     ])
 
 
@@ -8451,6 +8463,8 @@ class Daemon:
         tor._circuit = lambda key, port, wish=None: self._attach(takes, key, port, wish)
 
     async def _open(self, use, host, port, isolation):
+        # What is no address shall not look like more words of an event.
+        check_target(host, port or 443)
         wish, kind, more = Isolation(isolation or ()), "" if port else "RESOLVE", " REASON=DONE"
         wish.target, wish.circuit, wish.ended, wish.tries = "%s:%d" % (host, port), None, 0, 0
         self.opening[numbered(wish)] = wish
@@ -8493,7 +8507,10 @@ class Daemon:
         if self.config["__LeaveStreamsUnattached"]:
             wish.choice = Promise()
             self.tell(wish, "CONTROLLER_WAIT")
-            wish.circuit = await wish.choice.wait()
+            try:
+                wish.circuit = await wish.choice.wait(PROXY_SECONDS)
+            except asyncio.TimeoutError:
+                raise TorTimeout("no controller attached the stream within %d s" % PROXY_SECONDS)
         if wish.circuit:
             wish.circuit.since = ticks_ms()
         else:
@@ -8610,7 +8627,8 @@ class Daemon:
             self.event(name, " ".join(words + (["REASON=" + more[3]] if failed else [])))
             if more[0] == "RECEIVED" or failed and more[3] == "NOT_FOUND":
                 words = words[1], words[4], words[3]
-                self.event("HS_DESC_CONTENT", " ".join(words), "" if failed else more[3])
+                text = "" if failed else more[3].decode("utf-8", "replace")
+                self.event("HS_DESC_CONTENT", " ".join(words), text)
 
     async def _measure(self):
         # BW: bytes in the last second.
@@ -9267,9 +9285,9 @@ def main(argv=None):
     if len(options.make_client_key or ()) > 2:
         parser.error("--make-client-key takes a NAME and an ADDRESS")
     # No onion address of others, as with SafeLogging.
-    write, _ = log_writer("stderr", None, {})
-    scrubbed = lambda severity, text: write(severity, _ADDRESS_TEXT.sub("[scrubbed]", text))
-    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], scrubbed)
+    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], lambda severity, text: print(
+        time.strftime("%H:%M:%S [") + _SEVERITIES[severity],
+        _ADDRESS_TEXT.sub("[scrubbed]", text), sep="] ", file=sys.stderr))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(options)

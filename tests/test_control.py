@@ -44,15 +44,23 @@ class FakeDaemon(minitor.Daemon):
         super().__init__(minitor.configure(list(minitor.parse_torrc(self.texts))), None)
 
 
-@pytest.fixture
-def talk(tmp_path, monkeypatch):
-    """talk(torrc, *lines): the replies to a controller's lines, split."""
-    monkeypatch.setattr(minitor, "_log", list(minitor._log))
+@pytest.fixture(autouse=True)
+def log():
+    """Daemons log where theirs says, and others after them as before."""
+    before = list(minitor._log)
+    yield
+    minitor._log[:] = before
 
-    def talk(torrc, *lines, known=True):
+
+@pytest.fixture
+def talk(tmp_path):
+    """talk(torrc, *lines): the replies to a controller's lines, split."""
+
+    def talk(torrc, *lines, known=True, setup=lambda daemon: None):
         async def run():
             daemon = FakeDaemon(torrc, tmp_path)
             await daemon.use(daemon.config)
+            setup(daemon)
             reader, wire = asyncio.StreamReader(limit=1 << 16), Wire()
             control = minitor.Control(daemon, reader, wire)
             control.known = known
@@ -154,6 +162,7 @@ def test_safecookie_needs_the_challenge(talk):
     ("ONION_CLIENT_AUTH_ADD %s x25519:%s" % (SITE, "\xe9" * 43), "512 Failed to decode"),
     ("ONION_CLIENT_AUTH_ADD %s x448%s" % (SITE, BLOB[6:]), '552 Unrecognized key type "x448"'),
     ("ONION_CLIENT_AUTH_ADD %s x25519:%s=" % (SITE, "A" * 43), "553 Invalid private key"),
+    ("ONION_CLIENT_AUTH_ADD %s x25519:AQ%s=" % (SITE, "A" * 41), "553 Invalid private key"),
     ("ONION_CLIENT_AUTH_ADD %s %s Flags=Eternal" % (SITE, BLOB), "512 Invalid 'Flags' argument"),
     ("ONION_CLIENT_AUTH_ADD %s %s ClientName=%s" % (SITE, BLOB, "x" * 17), "512 ClientName longer"),
     ("ONION_CLIENT_AUTH_ADD %s %s Flags=Permanent" % (SITE, BLOB), "553 Unable to store creds"),
@@ -325,6 +334,17 @@ def test_onions(talk):
     assert talk.daemon.onions == {}
 
 
+def test_onions_have_a_limit(talk):
+    line = "ADD_ONION ED25519-V3:%s Flags=Detach Port=80" % (
+        minitor.binascii.b2a_base64(ESK).decode().strip())
+
+    class Full(dict):
+        __len__ = lambda self: 1000
+
+    assert talk("", line, setup=lambda daemon: setattr(daemon, "onions", Full()))[0][:3] == "551"
+    assert talk("", line)[-1] == "250 OK"
+
+
 def test_onions_of_a_given_key(talk):
     blob = minitor.binascii.b2a_base64(ESK).decode().strip()
     line = "ADD_ONION ED25519-V3:%s Flags=Detach,DiscardPK MaxStreams=3 Port=80" % blob
@@ -406,7 +426,7 @@ def test_a_key_that_reads_a_descriptor(talk, monkeypatch):
     class Sealed(dict):
         def pop(self, key, *default):
             tries.append(key)
-            return (plain if len(tries) > 1 else None), b"", b""
+            return (plain if len(tries) > 1 else b""), b"", b""
 
     start = FakeDaemon.__init__
 
@@ -535,7 +555,7 @@ class FakeCircuit:
         self.path, self.streams, self.since, self.opened = [None] * hops, {}, 0, []
 
 
-def test_streams_wait_for_controllers(talk, tmp_path):
+def test_streams_wait_for_controllers(tmp_path, monkeypatch):
     """__LeaveStreamsUnattached: NEW, ATTACHSTREAM, a second try, and what is refused."""
 
     async def run():
@@ -591,6 +611,9 @@ def test_streams_wait_for_controllers(talk, tmp_path):
             (other,) = daemon.opening
             assert await ask("ATTACHSTREAM %d %d" % (other, circuit)) == "250 OK"
         assert (await second)[0].circuit is own
+        # A name that would be more words of an event.
+        with pytest.raises(minitor.AddressError):
+            await tor.open_connection("a.test:1 REASON=DONE", 80, 9, isolation)
         # One for an onion service, which a controller closes.
         third = asyncio.ensure_future(tor.open_connection(ONION + ".onion", 80, 9, isolation))
         await asyncio.sleep(0.01)
@@ -600,6 +623,11 @@ def test_streams_wait_for_controllers(talk, tmp_path):
         assert await ask("CLOSESTREAM %d 3" % last) == "250 OK"
         with pytest.raises(minitor.StreamError):
             await third
+        # One that no controller attaches.
+        with monkeypatch.context() as patch:
+            patch.setattr(minitor, "PROXY_SECONDS", 0.01)
+            with pytest.raises(minitor.TorTimeout):
+                await tor.open_connection("e.test", 80, 9, isolation)
         # One whose client goes away.
         fourth = asyncio.ensure_future(tor.open_connection("d.test", 80, 9, isolation))
         await asyncio.sleep(0.01)
@@ -625,7 +653,7 @@ def test_streams_wait_for_controllers(talk, tmp_path):
     assert told[-1].endswith(" CLOSED 0 d.test:80 REASON=DONE")
 
 
-def test_who_does_not_read_is_let_go(talk, tmp_path):
+def test_who_does_not_read_is_let_go(tmp_path):
     async def run():
         daemon = FakeDaemon("", tmp_path)
         await daemon.use(daemon.config)
@@ -646,7 +674,8 @@ def test_who_does_not_read_is_let_go(talk, tmp_path):
         assert found[0].startswith("514")
         other.known = True
         assert (await other._answer("RESOLVE", "a.test", None))[0].startswith("451")
-        await asyncio.sleep(0.05)
+        await asyncio.wait(other.tasks)
+        await asyncio.sleep(0)
         assert other.tasks == set()
         await daemon.tor.aclose()
         daemon._lock.close()
@@ -654,12 +683,12 @@ def test_who_does_not_read_is_let_go(talk, tmp_path):
     asyncio.run(run())
 
 
-def test_words_of_events(talk, tmp_path):
+def test_words_of_events(tmp_path):
     """HS_DESC_CONTENT, also of what begins with a dot; CIRC_MINOR; REASONs."""
     daemon = FakeDaemon("", tmp_path)
     daemon.controls, key = [minitor.Control(daemon, None, Wire())], minitor.ed25519_public(ESK)
     daemon.controls[0].events = {"HS_DESC", "HS_DESC_CONTENT"}
-    daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), "hs-descriptor 3\n.x\n")
+    daemon._watch("HS_DESC", key, "RECEIVED", bytes(20), bytes(32), b"hs-descriptor 3\n.x\n")
     daemon._watch("HS_DESC", key, "FAILED", bytes(20), bytes(32), "NOT_FOUND")
     daemon._watch("HS_DESC", key, "UPLOADED", bytes(20))
     daemon._lock.close()

@@ -363,6 +363,15 @@ def test_descriptor_for_some_clients(keys, count):
         assert len(data) == len(make(keys, [Intro(1), Intro(2)]))
 
 
+def test_too_many_clients(keys, monkeypatch):
+    """What directories would refuse is not made."""
+    monkeypatch.setattr(minitor, "x25519", lambda *_: b"x" * 32)
+    clients = [bytes([n % 251] * 32) for n in range(320)]
+    assert 40000 < len(make(keys, [Intro(1)] * 3, clients=clients)) < 50000
+    with pytest.raises(minitor.ProtocolError, match="fewer clients"):
+        make(keys, [Intro(1)] * 3, clients=clients * 2)
+
+
 def test_the_cookie_of_a_descriptor_by_other_means(keys):
     """As rend-spec-v3 2.5.1.2 has it, with the algorithms of another library."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey

@@ -186,6 +186,17 @@ def test_clients_of_a_service(tmp_path, capsys):
             clients(bad)
 
 
+def test_a_board_admits_nobody_by_mistake(tmp_path, monkeypatch):
+    """A folder of a host's that restricts its service is not read there, and not passed over."""
+    monkeypatch.setattr(minitor, "MICROPYTHON", True)
+    assert minitor.OnionService(fake_tor(), str(tmp_path), {}).clients == []
+    (tmp_path / "authorized_clients").mkdir()
+    with pytest.raises(minitor.ConfigError, match="authorized_clients"):
+        minitor.OnionService(fake_tor(), str(tmp_path), {})
+    key = minitor.x25519(b"c" * 32)
+    assert minitor.OnionService(fake_tor(), str(tmp_path), {}, [key]).clients == [key]
+
+
 @pytest.mark.parametrize("target", ["127.0.0.1:80", "http://x", 1.5, ("host",), None, b"unix:/x"])
 def test_bad_target(tmp_path, target):
     with pytest.raises(minitor.ConfigError, match="no target"):

@@ -394,6 +394,19 @@ def test_mirror_mirror_and_over_the_river(daemon, controller, client, target, tm
     assert controller.get_hidden_service_conf() == {}
 
 
+def test_down_the_rabbit_hole(daemon, tmp_path):
+    """stem's tutorial: its prompt."""
+    lines = ["GETINFO version", "GETCONF MaxCircuitDirtiness", "SETCONF Foo=1", "/info", "/quit"]
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [program("tor-prompt"), "-s", daemon.folder / "control", "--run", tmp_path / "lines"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    shown = done.stdout.decode()
+    for wanted in ("250-version=" + minitor.TOR_VERSION, "250 MaxCircuitDirtiness=600",
+                   "552 Unrecognized option", "We aren't a relay"):
+        assert wanted in shown, shown + done.stderr.decode()
+
+
 @pytest.mark.parametrize("public", [True, False])
 def test_onionshare(daemon, client, public, tmp_path):
     """onionshare-cli shares a file through minitor; C tor's client fetches it."""

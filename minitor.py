@@ -6763,7 +6763,9 @@ class Bridges(ChosenPaths):
         return found
 
     def attach(self, tor):
-        """Be the only way in for `tor`."""
+        """Be the only way in for `tor`; ConfigError where this is another's."""
+        if self._tor:
+            raise ConfigError("these Bridges are another AsyncTor's: make others for this one")
         self._tor, self._state = tor, tor.data_dir + "/bridges.json"
         try:
             stored = json.loads(read_file(self._state) or b"[]")

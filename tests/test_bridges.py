@@ -456,6 +456,12 @@ def test_guards_are_the_bridges(tmp_path):
         unknown.guard()
 
 
+def test_bridges_are_for_one_tor(tmp_path):
+    found = bridges(tmp_path, "1.2.3.4:5 " + FINGERPRINT)
+    with pytest.raises(minitor.ConfigError, match="another AsyncTor's"):
+        minitor.AsyncTor(str(tmp_path), bridges=found)
+
+
 def test_state_that_is_damaged_or_of_other_bridges_is_left(tmp_path, logged):
     for text in ("x", '["zz"]', '{"a": 1}', '["%s"]' % ("ab" * 20)):
         (tmp_path / "bridges.json").write_text(text)

@@ -595,8 +595,8 @@ def test_a_transport_that_never_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(minitor, "_TRANSPORT_SECONDS", 0.5)
 
     async def silent(reader, writer):
-        await reader.read(99)
-        await asyncio.sleep(5)
+        await reader.read()
+        writer.close()
 
     text = link_through(tmp_path, silent)
     assert text.startswith("bridge x 1.2.3.4:5 (bridge 1): cannot be reached: no answer within")
@@ -609,7 +609,8 @@ def test_what_comes_through_a_transport_is_no_bridge(tmp_path):
         for answer in (b"\5\2", b"\1\0", OK5, b"no TLS\r\n\r\n"):
             heard.append(await reader.read(2000))
             writer.write(answer)
-        await reader.read()
+        with contextlib.suppress(OSError):
+            await reader.read()
         writer.close()
 
     text = link_through(tmp_path, garbage, 20)

@@ -347,7 +347,7 @@ def test_a_transport_that_refuses(answer, words, what):
 
 # ── Its descriptor, from the bridge itself (dir-spec 2.1.1)
 
-MADE = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["router"]
+MADE = json.loads((Path(__file__).resolve().parent / "bridge_made.json").read_text())
 TEXT = MADE["text"].encode()
 KEYS = bytes.fromhex(MADE["rsa_id"]), bytes.fromhex(MADE["ed_id"])
 

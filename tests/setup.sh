@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what the tests and the demonstration need, where it is missing: tor, curl, Python's venv,
-# and for the tests torsocks, wget and obfs4proxy, from Debian (as root or through sudo), and a virtual
-# environment in .venv.
+# and for the tests torsocks, wget and obfs4proxy, from Debian (as root or through sudo), and a
+# virtual environment in .venv.
 #     tests/setup.sh [EXTRA]      EXTRA: an optional dependency of pyproject.toml (default: test)
 set -euo pipefail
 cd "$(dirname "$0")/.."

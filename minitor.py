@@ -6501,7 +6501,9 @@ class Plugin:
                 await self._end()
             if time.monotonic() - started > most:
                 pause = _PLUGIN_PAUSES[0]
-            error = ChannelError("%s %s; the last it said: %s" % (self, error, self._said or "-"))
+            if self._said:
+                error += "; the last it said: " + self._said
+            error, self._said = ChannelError("%s %s" % (self, error)), ""
             log(WARN, "%s; it is started again in %s s", error, pause)
             self._methods.set(error=error)  # for who waits
             self._methods = Promise()

@@ -6919,7 +6919,9 @@ class Plugin:
                 await self._end()
             if time.monotonic() - started > most:
                 pause = _PLUGIN_PAUSES[0]
-            error = ChannelError("%s %s; the last it said: %s" % (self, error, self._said or "-"))
+            if self._said:
+                error += "; the last it said: " + self._said
+            error, self._said = ChannelError("%s %s" % (self, error)), ""
             log(WARN, "%s; it is started again in %s s", error, pause)
             self._methods.set(error=error)  # for who waits
             self._methods = Promise()
@@ -7181,7 +7183,9 @@ class Bridges(ChosenPaths):
         return found
 
     def attach(self, tor):
-        """Be the only way in for `tor`."""
+        """Be the only way in for `tor`; ConfigError where this is another's."""
+        if self._tor:
+            raise ConfigError("these Bridges are another AsyncTor's: make others for this one")
         self._tor, self._state = tor, tor.data_dir + "/bridges.json"
         try:
             stored = json.loads(read_file(self._state) or b"[]")

@@ -9,6 +9,7 @@ From Python:
         net.network_file                    # torrc lines: for minitor --network, or tor's %include
         net.client().socks_port             # a C tor client
         net.onion_service({80: 8080}).address
+        net.bridge(obfs4="/usr/bin/obfs4proxy").line
 
 Three authorities and nine relays start in about half a minute: two name each other in MyFamily,
 two share a FamilyId, one is no HSDir, one is no exit, one exits to ports 80 and 443 only, the

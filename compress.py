@@ -1279,17 +1279,25 @@ class Build:
 
     def packed(self):
         """Return a module that unpacks itself, and is then as the original: bytes (Latin-1)."""
-        data, best = self.text.encode(), None
+        text, raw, best = self.text, b"", None
+        # To LZMA, digits to base 91 are a third longer than what they stand for: 26 bytes for 32.
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, ast.Constant) and re.fullmatch(r"[$-~\n]{5000,}", str(n.value)):
+                text = text.replace(ast.get_source_segment(self.text, n), "_p")
+                digits = [ord(c) - 36 for c in n.value.replace("\n", "")]
+                for i in range(0, len(digits), 32):
+                    number = sum([d * 91**j for j, d in enumerate(digits[i : i + 32][::-1])])
+                    raw += number.to_bytes(26, "big")
         for lc in range(5):
             filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=lc, pb=0)]
-            out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+            out = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
         # Every byte but these can stand in a literal as it is.
-        literal = best[1].decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+        literal = (raw + best[1]).decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
         literal = re.sub(r"\0(?=[0-7])", r"\\000", literal).replace("\0", r"\0")
-        literal = re.sub(r'"(?=""|$)', r'\\"', literal)
-        return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
+        literal = re.sub(r'"(?=""|\Z)', r'\\"', literal)
+        return (PACKED % (self.banner, literal, best[0], len(raw), len(raw))).encode("latin-1")
 
     def modules(self, architecture):
         """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
@@ -1315,8 +1323,11 @@ class Build:
 PACKED = '''# coding: latin-1
 # %s
 import linecache as _c,lzma as _l
+_d="""%s""".encode("latin-1")
 _f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
-_s=_l.decompress("""%s""".encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
+_s=_l.decompress(_d[%d:],_l.FORMAT_RAW,None,[_f]).decode()
+_b=[int.from_bytes(_d[i:i+26],"big")for i in range(0,%d,26)]
+_p="".join(chr(n//91**j%%91+36)for n in _b for j in range(31,-1,-1))
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))

@@ -1133,6 +1133,27 @@ def test_circuits_are_built_ahead_for_proxies(core, monkeypatch):
     asyncio.run(main())
 
 
+def test_where_a_circuit_that_is_built_ahead_fails_the_next_waits(core, monkeypatch):
+    pause, slept = asyncio.sleep, []
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or pause(0))
+
+    async def circuit_to(*_, **named):
+        raise minitor.CircuitError("none")
+
+    async def main():
+        # NewCircuitPeriod.
+        core.pause, core.circuit_to = 7, circuit_to
+        core.wanted = {80: minitor.ticks_ms()}
+        for keep in (core._keep_exits, core._keep_spares):
+            keeper = asyncio.ensure_future(keep())
+            await settle()
+            keeper.cancel()
+            assert slept.count(7) >= 1
+            slept.clear()
+
+    asyncio.run(main())
+
+
 def test_the_first_proxy_has_circuits_built_ahead(core, monkeypatch):
     core._exits, core.services, core._channels = None, [], Thing(close=lambda: None)
 

@@ -118,6 +118,11 @@ def test_include_of_what_is_not_there_or_of_itself(tmp_path):
 
 # Options.
 
+def test_new_circuit_period():
+    assert configure("")["NewCircuitPeriod"] == 30
+    assert configure("NewCircuitPeriod 2 minutes")["NewCircuitPeriod"] == 120
+
+
 def test_names_are_case_insensitive_and_may_be_shortened():
     assert configure("socksPORT 9")["SocksPort"] == [("9", "")]
     assert configure("MaxCirc 60")["MaxCircuitDirtiness"] == 60

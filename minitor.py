@@ -6747,16 +6747,15 @@ class ChosenPaths(PathSelector):
             self._abroad = ()
 
     def pick(self, role, accept, stable=STABLE, among=()):
-        distinct = self.config["EnforceDistinctCountries"]
-        not_in = self._homes() if distinct and role == "exit" else self._abroad
-        if not_in:
-            try:
-                abroad = lambda i: self._country(i) not in not_in and accept(i)
-                return super().pick(role, abroad, stable, among)
-            except CircuitError:
-                if role != "exit":
-                    raise
-        return super().pick(role, accept, stable, among)
+        given = accept
+        within = lambda refused: lambda i: self._country(i) not in refused and given(i)
+        if role != "exit" or not self.config["EnforceDistinctCountries"]:
+            accept = within(self._abroad) if self._abroad else accept
+            return super().pick(role, accept, stable, among)
+        try:
+            return super().pick(role, within(self._homes() | {"??"}), stable, among)
+        except CircuitError:
+            return super().pick(role, within({"??"}), stable, among)
 
     def exit_path(self, port):
         return self._explained(super().exit_path, port)

@@ -25,7 +25,7 @@ def test_size():
     # viper, the relay table on flash, admission by memory; 110 for proxies, torrc and control port;
     # 14 for client authorization.
     # A new feature raises it knowingly.
-    assert len(SOURCE.encode()) <= 345 * 1024
+    assert len(SOURCE.encode()) <= 346 * 1024
 
 
 def test_lines_are_short():

@@ -524,6 +524,7 @@ def test_a_descriptor_that_takes_a_key(monkeypatch):
     async def main():
         tor = minitor.AsyncTor("/none")
         tor.directory.consensus, tor.directory.table = Consensus(), Thing(rsa_id=lambda i: i)
+        tor.paths = Thing(excluded=lambda relay: False)
         address = minitor.onion_address(key)
         # No other directory would have another answer, and waiting would not help.
         for secret, reason in ((None, 0xF4), (b"w" * 32, 0xF5)):

@@ -54,16 +54,16 @@ PRESETS = {
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " Proxy.close diversify",
+        "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
+        " Proxy.start Proxy.close diversify",
         "announce is_for_daemon proxies",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
-        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
-        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " Proxy.close diversify",
+        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr AsyncTor.add_onion_key"
+        " Tor.add_onion_key load_onion_keys Tor.create_connection Tor.resolve Tor.resolve_ptr"
+        " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start Proxy.close diversify",
         "announce is_for_daemon proxies",
     ),
     "board": (

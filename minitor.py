@@ -357,6 +357,10 @@ class DescriptorError(OnionError):
     """An onion service's descriptor was not found, or is false."""
 
 
+class AuthorizationError(OnionError):
+    """An onion service admits some clients alone; `reason` 0xF4: by a key, 0xF5: by another key."""
+
+
 class TorTimeout(TorError):
     """Something took longer than it may."""
 
@@ -2500,20 +2504,41 @@ def _seal(keyword, secret, salt, pieces):
 
 
 def _unseal(item, keyword, secret):
+    # None for another secret.
     blob = item(keyword)[1]
+    require(len(blob) > 48, "descriptor: a layer is missing")
     crypt, mac = _layer(keyword, secret, blob[:16])
-    error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
     mac.update(blob[16:-32])
-    require(consteq(mac.digest(), blob[-32:]), error)
-    return crypt(blob[16:-32]).partition(b"\0")[0]
+    good = consteq(mac.digest(), blob[-32:])
+    return crypt(blob[16:-32]).partition(b"\0")[0] if good else None
+
+
+def _client_keys(subcred, secret, public):
+    # CLIENT-ID, COOKIE-KEY (2.5.1.2).
+    keys = shake256(subcred + x25519(secret, public), 40)
+    return keys[:8], keys[8:]
+
+
+def _cookie(text, item, subcred, secret):
+    # The descriptor cookie for the client with that key, b"" if there is none (2.5.1.3).
+    public = b64decode(item(b"desc-auth-ephemeral-key")[0].split(b" ")[0], 32)
+    client_id, key = _client_keys(subcred, secret, public)
+    for line in text.split(b"\nauth-client ")[1:]:
+        words = line.partition(b"\n")[0].split(b" ")
+        if len(words) > 2 and consteq(words[0].rstrip(b"="), b64encode(client_id).encode()):
+            return AesCtr(key, b64decode(words[1], 16)).crypt(b64decode(words[2], 16))
+    return b""
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
+def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0, clients=()):
+    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key.
+
+    `clients`: the X25519 keys of those who can read it, if not everybody.
+    """
+    signer, secret = ed25519_expand(urandom(32)), subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -2537,13 +2562,20 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
         for at in range(0, left, 480):
             yield bytes(min(480, left - at))
 
-    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
-    for _ in range(16):
-        # Made up: nobody shall see whether there are authorized clients.
-        made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
-        head += ("auth-client %s %s %s\n" % made_up).encode()
-    sealed = _seal(b"encrypted", secret, urandom(16), inner())
-    text = _seal(b"superencrypted", secret, urandom(16), outer())
+    x, X = x25519_keypair()
+    cookie, lines = urandom(16) if clients else b"", []
+    # Made up: nobody shall see how many clients are authorized, nor whether there are any.
+    for _ in range(-len(clients) % 16 or 16 * (not clients)):
+        lines.append([urandom(n) for n in (8, 16, 16)])
+    for client in clients:
+        (client_id, key), iv = _client_keys(subcred, x, client), urandom(16)
+        line = [client_id, iv, AesCtr(key, iv).crypt(cookie)]
+        lines.insert(randbelow(len(lines) + 1), line)
+    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(X)
+    for line in lines:
+        head += ("auth-client %s %s %s\n" % tuple([b64encode(word) for word in line])).encode()
+    sealed = _seal(b"encrypted", blinded + cookie + secret, urandom(16), inner())
+    text = _seal(b"superencrypted", blinded + secret, urandom(16), outer())
     file.write(b"hs-descriptor 3\ndescriptor-lifetime 180\n")
     file.write(cert(b"descriptor-signing-key-cert", 8, public, esk, blinded))
     file.write(b"revision-counter %d\n" % revision)
@@ -2570,8 +2602,11 @@ def _intro_point(text, signing, when):
     return target
 
 
-def parse_descriptor(data, blinded, subcred, when):
-    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
+def parse_descriptor(data, blinded, subcred, when, secret=None):
+    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified.
+
+    `secret`: the client's X25519 key.  AuthorizationError: it takes one, or another one.
+    """
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     item = document(text)
@@ -2582,9 +2617,18 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + pack(">Q", found.revision)
-    item = document(_unseal(item, b"superencrypted", secret))
-    sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
+    tail = subcred + pack(">Q", found.revision)
+    text = _unseal(item, b"superencrypted", blinded + tail)
+    require(text is not None, "descriptor: superencrypted is corrupt")
+    item = document(text)
+    cookie = _cookie(text, item, subcred, secret) if secret else b""
+    text = _unseal(item, b"encrypted", blinded + cookie + tail)
+    if text is None and secret:
+        raise AuthorizationError("does not admit this key: the right one, not withdrawn?", 0xF5)
+    if text is None:
+        raise AuthorizationError("admits clients by keys alone: give one (--auth-dir, "
+                                 "ClientOnionAuthDir, add_onion_key)", 0xF4)
+    sections = text.split(b"\nintroduction-point ")
     item = document(sections[0])
     require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
@@ -3101,7 +3145,7 @@ class Stream:
         self.opened.set(error=error)
         self._changed.set()
         if not MICROPYTHON:
-            announce("STREAM", self, "CLOSED", self)
+            announce("STREAM", self)
 
     def accept(self):
         if not self._ended:
@@ -4451,6 +4495,8 @@ async def _try_each(tor, items, use, kind, text, reason):
     for item in items:
         try:
             return await use(item)
+        except AuthorizationError:
+            raise
         except TorError as e:
             error = e
             log(INFO, "trying another: %s", e)
@@ -4458,21 +4504,29 @@ async def _try_each(tor, items, use, kind, text, reason):
     raise kind("%s %s" % (text, error), reason)
 
 
-async def _find_descriptor(tor, key):
+async def _find_descriptor(tor, key, *servers):
     found = tor.descriptors.get(key)
     if found and now() < found.until:
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
+    if not MICROPYTHON:
+        ring = servers or ring
 
     async def fetch(rsa_id):
-        result = "FAILED", rsa_id, blinded, "NOT_FOUND"
         if not MICROPYTHON:
+            result = "FAILED", rsa_id, blinded, "NOT_FOUND"
             announce("HS_DESC", key, "REQUESTED", rsa_id, blinded)
         try:
             text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
-            descriptor = parse_descriptor(text, blinded, subcred, now())
-            result = "RECEIVED", rsa_id, blinded
+            descriptor = parse_descriptor(text, blinded, subcred, now(), tor.onion_keys.get(key))
+            if not MICROPYTHON:
+                result = "RECEIVED", rsa_id, blinded, text
             return descriptor
+        except AuthorizationError as e:
+            if not MICROPYTHON:
+                result = "RECEIVED", rsa_id, blinded, text
+                tor.keep_sealed(key, (text, blinded, subcred))
+            raise AuthorizationError("%s %s" % (onion_address(key), e), e.reason)
         except ProtocolError as e:
             raise DescriptorError(str(e), 0xF1)
         finally:
@@ -4532,6 +4586,67 @@ async def meet(tor, key):
         pause = 3
 
 
+def auth_key(key):
+    """An X25519 key for client authorization: 32 bytes, or text as in its files; ConfigError."""
+    try:
+        if isinstance(key, str):
+            # In base32, what stands before it aside.
+            key = key.rpartition(":")[2].strip().lower()
+            key = b32decode(key + "aaaa")[:32] if len(key) == 52 else b""
+        # Refuses the points of low order, which share zeros with everybody.
+        x25519(key, key)
+    except ProtocolError:
+        raise ConfigError("no X25519 key: 32 bytes, or 52 characters of base32, are needed")
+    return key
+
+
+def auth_text(key):
+    """The X25519 key `key` as in files of client authorization."""
+    return "descriptor:x25519:" + b32encode(key + bytes(3))[:52].upper()
+
+
+def read_auth(folder, ending, parse):
+    """Return [(path, parse(words))] of the files of client authorization in `folder`; ConfigError.
+
+    Bad ones are passed over, as tor does.
+    """
+    found = []
+    try:
+        if ending == ".auth":
+            os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)
+        names = sorted(os.listdir(folder))
+    except OSError as e:
+        raise ConfigError("the folder %s cannot be used: %s" % (folder, e))
+    for name in names:
+        path = folder + "/" + name
+        try:
+            if name[-len(ending) :] != ending or name == ending:
+                raise ConfigError("its name does not end in " + ending)
+            text = (read_file(path) or b"").decode("utf-8", "replace")
+            words = [word.strip() for word in text.split(":")]
+            if words[-3:-1] != ["descriptor", "x25519"]:
+                raise ConfigError("it cannot be read, or is not …descriptor:x25519:<key>")
+            found.append((path, parse(words[:-3], words[-1])))
+        except TorError as e:
+            log(WARN, "%s is passed over: %s", path, e)
+    return found
+
+
+def load_onion_keys(folder):
+    """Return {public identity key: (the client's key, path)} of *.auth_private; ConfigError."""
+    found = {}
+
+    def parse(words, key):
+        return parse_onion_address("".join(words)[:56] + ".onion"), auth_key(key)
+
+    for path, (identity, key) in read_auth(folder, ".auth_private", parse):
+        if identity in found:
+            raise ConfigError("two files are for one address: %s, %s" % (found[identity][1], path))
+        found[identity] = key, path
+    return found
+
+
 # === 15. Onion service ===
 # Introduction points, publishing, introductions, streams (rend-spec-v3 2 to 4).
 
@@ -4567,6 +4682,21 @@ def load_service_key(key_dir):
     return data[32:], public
 
 
+def load_clients(key_dir):
+    """Return the keys in the authorized_clients of a HiddenServiceDir; ConfigError."""
+
+    def parse(words, key):
+        if words:
+            raise ConfigError("it is not descriptor:x25519:<key>")
+        return auth_key(key)
+
+    folder = key_dir + "/authorized_clients"
+    found = [key for _, key in read_auth(folder, ".auth", parse)]
+    if not found and [name for name in os.listdir(folder) if name[-5:] == ".auth"]:
+        log(WARN, "%s has no good key: everybody is admitted, as by tor", folder)
+    return found
+
+
 class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
@@ -4574,7 +4704,7 @@ class OnionService:
     intro_points = INTRO_POINTS
     max_streams, strict, export = _MAX_STREAMS, False, False
 
-    def __init__(self, tor, key_dir, ports):
+    def __init__(self, tor, key_dir, ports, clients=None):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
             if isinstance(target, int):
@@ -4586,6 +4716,11 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if not MICROPYTHON and clients is None and not given:
+            clients = load_clients(key_dir) or None
+        if clients is not None and not clients:
+            raise ConfigError("nobody is among `clients`: without it, everybody is admitted")
+        self.clients = [auth_key(key) for key in clients or ()]
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4599,6 +4734,14 @@ class OnionService:
 
     def _wanted(self):
         return self in self.tor.services
+
+    def admit(self, clients):
+        """Publish for the clients with these keys alone; without any, for everybody."""
+        if clients and not set(clients) >= set(self.clients or [None]):
+            # Whom it admits no more knows these.
+            for intro in self.intros:
+                intro.until = 0
+        self.clients = clients
 
     async def close(self):
         """Take the service down."""
@@ -4709,8 +4852,8 @@ class OnionService:
                 if updates != self.tor.paths.updates:
                     self._periods = self._new_periods()
                     updates = self.tor.paths.updates
-                if state != set(ready):
-                    state = set(ready)
+                if state != (set(ready), self.clients):
+                    state = set(ready), self.clients
                     for period in self._periods:
                         period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
@@ -4725,7 +4868,7 @@ class OnionService:
             # Clients look for one of both.
             good = [[t for t in p[4].values() if t > now() + 20 - p[0]] for p in self._periods]
             if all(good):
-                self._shown = state
+                self._shown = state[0]
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
@@ -4764,7 +4907,8 @@ class OnionService:
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
+            known = revision, intros, start + t, flow, self.clients
+            make_descriptor(file, esk, blinded, subcred, *known)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
@@ -4909,12 +5053,16 @@ class AsyncTor:
         self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {(isolation, key of an onion service, or port): Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
+        # {identity key of an onion service: the client's X25519 key}.
+        self.onion_keys = {}
         self._spares, self._tasks = [], []
         if not MICROPYTHON:
             # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
             self.ready, self.proxies, self.wanted, self._exits = False, [], {}, None
             # `pause`: before another circuit is built ahead where one failed, in seconds.
             self.dirty_ms, self._opening, self.pause = DIRTY_MS, 0, 30
+            # {identity key: descriptor, and what it takes to read it but for that key}.
+            self._sealed = {}
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
 
     async def start(self):
@@ -5175,6 +5323,32 @@ class AsyncTor:
             if promise.value:
                 promise.value.since -= OUTDATED
         self._shared, self.descriptors = {}, {}
+        if not MICROPYTHON:
+            self._sealed = {}
+
+    def keep_sealed(self, key, what):
+        if len(self._sealed) > 7:
+            self._sealed.clear()
+        self._sealed[key] = what
+
+    def add_onion_key(self, address, secret):
+        """Use the X25519 key `secret` for an onion service that admits some clients alone.
+
+        32 bytes, or text as in an .auth_private file; None: use none any more.  Returns whether it
+        reads a descriptor that could not be read before.  AddressError, ConfigError.
+        """
+        key = parse_onion_address(address)
+        if secret is None:
+            self.onion_keys.pop(key, None)
+            self.descriptors.pop(key, None)
+            return False
+        self.onion_keys[key] = secret = auth_key(secret)
+        try:
+            text, blinded, subcred = self._sealed.pop(key)
+            self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except (KeyError, TorError):
+            return False
+        return True
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -5187,19 +5361,13 @@ class AsyncTor:
         check_target(host, port)
         key = parse_onion_address(host) if is_onion(host) else None
         body = begin("" if key else host, port, flags)
-        opening, stream = self._on_circuit(key, port, BEGIN, body, isolation, early), None
-        if not MICROPYTHON:
-            wish = SimpleNamespace(target="%s:%d" % (host, port))
-            announce("STREAM", wish, "NEW")
+        opening = self._on_circuit(key, port, BEGIN, body, isolation, early)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
             raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
-        finally:
-            if not MICROPYTHON:
-                announce("STREAM", wish, "SUCCEEDED" if stream else "FAILED", stream)
         return stream, stream
 
     async def resolve(self, host, isolation=None):
@@ -5248,12 +5416,14 @@ class AsyncTor:
                 if last:
                     raise
 
-    async def create_onion_service(self, port, target=None, key_dir=None):
+    async def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """Host an onion service; return it, with `address` and `close`, once it is reachable.
 
         `target` of `port`: a local port (default: the same), (host, port), "unix:/path", or a
         coroutine function(reader, writer); for several ports, `port` is {port: target}.
         `key_dir`: as tor's HiddenServiceDir (default: onion_service in `data_dir`).
+        `clients`: X25519 keys (32 bytes, or text as in an .auth file) of those who are admitted
+        (default: as the files in `key_dir`/authorized_clients say; without any, everybody).
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
@@ -5261,7 +5431,7 @@ class AsyncTor:
         key_dir = key_dir or self.data_dir + "/onion_service"
         if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
-        service = OnionService(self, key_dir, ports)
+        service = OnionService(self, key_dir, ports, clients)
         self.services.append(service)
         try:
             await service.start()
@@ -5368,9 +5538,12 @@ class Tor:
     def newnym(self):
         self._loop.call_soon_threadsafe(self._tor.newnym)
 
-    def create_onion_service(self, port, target=None, key_dir=None):
+    def add_onion_key(self, address, secret):
+        return self._tor.add_onion_key(address, secret)
+
+    def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """As AsyncTor.create_onion_service; `close` waits, too."""
-        service = self.run(self._tor.create_onion_service(port, target, key_dir))
+        service = self.run(self._tor.create_onion_service(port, target, key_dir, clients))
         return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
 
     def create_connection(self, address, timeout=None, isolation=None):
@@ -5683,6 +5856,12 @@ _WARNINGS = {
 }
 
 
+class Isolation(tuple):
+    """What streams have in common that may share a circuit; `source`: their client's address."""
+
+    source = ""
+
+
 class Proxy:
     """A port for programs: `kind` "socks" (4, 4a, 5) or "http" (HTTP CONNECT).
 
@@ -5762,7 +5941,7 @@ class Proxy:
         values = peer, request.auth, request.version, request.port, request.host.lower()
         on = [flag in self._to.on for flag in _ISOLATE]
         group = self if self._to.group is None else self._to.group
-        return (group,) + tuple([(v,) if wanted else None for v, wanted in zip(values, on)])
+        return Isolation([group] + [(v,) if wanted else None for v, wanted in zip(values, on)])
 
     def _check(self, request):
         # Warn of what leaks, refuse what the flags refuse (END's reason 4: by policy).
@@ -5784,6 +5963,7 @@ class Proxy:
             return log(INFO, "%s: %s", self.address, request)
         peer = writer.get_extra_info("peername")
         isolation = self._isolation(request, peer[0] if peer else "")
+        isolation.source = " SOURCE_ADDR=%s:%d" % peer[:2] if peer else ""
         early = bytearray(data[request.used :])
         work = asyncio.ensure_future(self._open(request, isolation, early))
         watch = asyncio.ensure_future(self._watch(reader, early))
@@ -5871,7 +6051,8 @@ _OPTIONS = {
     "Boolean": (
         "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
         "CookieAuthFileGroupReadable=0 EnforceDistinctCountries=0 RunAsDaemon=0 StrictNodes=0 "
-        "TestingTorNetwork=0 UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
+        "TestingTorNetwork=0 UnixSocksGroupWritable=0 UseBridges=0 __LeaveStreamsUnattached=0 "
+        "__ReloadTorrcOnSIGHUP=1"
     ),
     "Integer": "__OwningControllerProcess=0",
     "TimeInterval": "MaxCircuitDirtiness=600 NewCircuitPeriod=30",
@@ -6387,7 +6568,10 @@ def _check(config):
     if config["UseBridges"]:
         refuse("UseBridges", "minitor cannot use bridges yet")
     if config["ClientOnionAuthDir"]:
-        refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
+        try:
+            load_onion_keys(config["ClientOnionAuthDir"])
+        except ConfigError as e:
+            refuse("ClientOnionAuthDir", e)
     if config["GeoIPExcludeUnknown"] not in ("0", "1", "auto"):
         refuse("GeoIPExcludeUnknown", "neither 0 nor 1 nor auto")
     for name in ["EnforceDistinctCountries"] + _NODES:
@@ -6396,14 +6580,6 @@ def _check(config):
                 config.country(0)
             except ConfigError as e:
                 refuse(name, e)
-    for folder, service in config[_HIDDEN].items():
-        try:
-            names = os.listdir(folder + "/authorized_clients")
-        except OSError:
-            continue
-        if [name for name in names if name[-5:] == ".auth"]:
-            text = "%s: minitor cannot restrict %s to its authorized_clients yet"
-            raise ConfigError(text % (service["where"], folder))
 
 
 class ChosenPaths(PathSelector):
@@ -6504,16 +6680,15 @@ class ChosenPaths(PathSelector):
             self._abroad = ()
 
     def pick(self, role, accept, stable=STABLE, among=()):
-        distinct = self.config["EnforceDistinctCountries"]
-        not_in = self._homes() if distinct and role == "exit" else self._abroad
-        if not_in:
-            try:
-                abroad = lambda i: self._country(i) not in not_in and accept(i)
-                return super().pick(role, abroad, stable, among)
-            except CircuitError:
-                if role != "exit":
-                    raise
-        return super().pick(role, accept, stable, among)
+        given = accept
+        within = lambda refused: lambda i: self._country(i) not in refused and given(i)
+        if role != "exit" or not self.config["EnforceDistinctCountries"]:
+            accept = within(self._abroad) if self._abroad else accept
+            return super().pick(role, accept, stable, among)
+        try:
+            return super().pick(role, within(self._homes() | {"??"}), stable, among)
+        except CircuitError:
+            return super().pick(role, within({"??"}), stable, among)
 
     def exit_path(self, port):
         return self._explained(super().exit_path, port)
@@ -6630,28 +6805,49 @@ def parse_words(text):
     """Split a controller's arguments: [(name, value)], name None for what has no `=`; TorError."""
     found, at = [], 0
     pattern = re.compile(
-        r'[ \t]*(?:(\w+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
+        r'[ \t]*(?:([^ \t"=]+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
     text = text.rstrip()
     while at < len(text):
         match = pattern.match(text, at)
         if not match or match.end() == at:
-            raise TorError("Couldn't parse the arguments", 512)
+            raise TorError("Cannot parse keyword argument(s)", 512)
         value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2])
         found.append((match[1], value))
         at = match.end()
     return found
 
 
-def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S"):
-    return time.strftime(form, time.gmtime(seconds))
+def parse_command(command, text):
+    """Return arguments and words, [(name, value)], of a command in _SYNTAX; TorError."""
+    least, most, names = _SYNTAX[command]
+    args, words = text.split(None, most), []
+    try:
+        if len(args) < least:
+            raise TorError("Need at least %d argument(s)" % least, 512)
+        if len(args) > most:
+            if names is None:
+                raise TorError("Cannot accept more than %d argument(s)" % most, 512)
+            words = parse_words(args.pop())
+        for name, _ in words if names != "*" else ():
+            if name is None or '"' in text:
+                raise TorError("Cannot parse keyword argument(s)", 512)
+            if names != "=" and name.lower() not in names.split():
+                raise TorError('Unrecognized keyword argument "%s"' % name, 512)
+    except TorError as e:
+        raise TorError("Bad arguments to %s: %s" % (command, e), 512)
+    return args, words
 
 
-def circuit_number(circuit):
-    """The number by which controllers know a circuit."""
-    if not hasattr(circuit, "number"):
+def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S", zone=time.gmtime):
+    return time.strftime(form, zone(seconds))
+
+
+def numbered(what):
+    """The number by which controllers know a circuit or stream."""
+    if not hasattr(what, "number"):
         _numbers[0] += 1
-        circuit.number, circuit.made = _numbers[0], time.time()
-    return circuit.number
+        what.number, what.made = _numbers[0], time.time()
+    return what.number
 
 
 _numbers = [0]
@@ -6659,8 +6855,9 @@ _numbers = [0]
 
 def describe_circuit(circuit):
     """What follows `650 CIRC` or stands in circuit-status."""
-    number = circuit_number(circuit)
-    state = "BUILT" if hasattr(circuit, "built") else "EXTENDED" if circuit.path else "LAUNCHED"
+    number = numbered(circuit)
+    built = getattr(circuit, "built", False)
+    state = "BUILT" if built else "EXTENDED" if circuit.path else "LAUNCHED"
     more = "BUILD_FLAGS=NEED_CAPACITY"
     if circuit.closed:
         state, reason = "CLOSED" if state == "BUILT" else "FAILED", circuit.closed.reason
@@ -6669,7 +6866,7 @@ def describe_circuit(circuit):
     path = ",".join(["$" + relay.rsa_id.hex().upper() for relay in relays])
     if relays == [circuit.channel]:
         more = more.replace("NEED_CAPACITY", "ONEHOP_TUNNEL,IS_INTERNAL,NEED_CAPACITY")
-    purpose = "HS_SERVICE_REND" if circuit.on_begin else "GENERAL"
+    purpose = "HS_SERVICE_REND" if circuit.on_begin else getattr(circuit, "purpose", "GENERAL")
     made = iso_time(circuit.made) + ".%06d" % (circuit.made % 1 * 1000000)
     words = str(number), state, path, more, "PURPOSE=" + purpose, "TIME_CREATED=" + made
     return " ".join([word for word in words if word])
@@ -6686,14 +6883,61 @@ def _router_lines(table, i):
     return "%s\ns %s\nw Bandwidth=%d" % (line, " ".join(flags), table.weights[i])
 
 
+def quoted_lines(text):
+    """`text` as data of the control protocol."""
+    lines = text.rstrip("\n").replace("\r", "").split("\n")
+    return "\r\n".join(["." * (line[:1] == ".") + line for line in lines])
+
+
+def reply_lines(code, lines):
+    """The lines of a reply with their status `code`."""
+    lines = ["%d%s%s" % (code, "-" * (line[:1] != "+"), line) for line in lines]
+    return lines[:-1] + [line.replace("-", " ", 1) for line in lines[-1:]]
+
+
+def end_name(error):
+    """Why a stream ended, as controllers read it."""
+    name = _ENDS[error.reason][0] if error and 0 < error.reason < len(_ENDS) else ""
+    if isinstance(error, TorTimeout):
+        return "TIMEOUT"
+    if isinstance(error, StreamError) and name:
+        return "END REMOTE_REASON=" + name
+    return "MISC" if error else "DONE"
+
+
+def _virtual(head, mask, size):
+    # A random address within a network: its first bytes, the bits of the last of them that stay.
+    packed = bytearray(urandom(size))
+    packed[: len(head)] = head[:-1] + bytes([head[-1] | packed[len(head) - 1] & mask])
+    packed[-1] = packed[-1] % 254 + 1
+    return socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, bytes(packed))
+
+
+# Addresses that stand for others, by what MAPADDRESS asks for, as tor's VirtualAddrNetwork….
+_VIRTUAL = {
+    "0.0.0.0": lambda: _virtual(b"\x7f\xc0", 63, 4),
+    "::": lambda: "[%s]" % _virtual(b"\xfe\x80", 63, 16),
+    ".": lambda: b32encode(urandom(10)) + ".virtual",
+}
+_HOST = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
+
+def _kind(address):
+    return len(packed_address(address.strip("[]")) or b"")
+
+
 class Control:
-    """A controller's connection; commands are functions(text, data) that return reply lines."""
+    """A controller's connection.
+
+    Commands are functions(text, data), those in _SYNTAX functions(arguments, words), that return
+    lines of a reply of 250, a whole line as text, or None: OK.
+    """
 
     known, owner, asked, nonces = False, False, False, None
 
     def __init__(self, daemon, reader, writer):
         self.daemon, self.tor, self._reader, self._writer = daemon, daemon.tor, reader, writer
-        self.events = set()
+        self.events, self.tasks = set(), set()
 
     def send(self, *lines):
         # Who does not read is let go, before all that waits fills memory.
@@ -6702,9 +6946,21 @@ class Control:
         text = "".join([line + "\r\n" for line in lines])
         self._writer.write(text.encode("utf-8", "surrogateescape"))
 
-    def event(self, name, text):
-        if name in self.events:
-            self.send("650 %s %s" % (name, " ".join(text.splitlines())))
+    def event(self, name, text, data=None):
+        text = " ".join(text.splitlines())
+        if name in self.events and data is None:
+            self.send("650 %s %s" % (name, text))
+        elif name in self.events:
+            self.send("650+%s %s" % (name, text), quoted_lines(data), ".", "650 OK")
+
+    def spawn(self, coroutine):
+        # Who floods finds an end.
+        if len(self.tasks) >= 1000:
+            coroutine.close()
+            raise TorError("Resource exhausted: too much is under way", 451)
+        task = spawn(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def serve(self):
         self.daemon.controls.append(self)
@@ -6714,7 +6970,7 @@ class Control:
                 name, _, text = (await self._line()).partition(" ")
                 data, name = None, name.upper()
                 if name[:1] == "+":
-                    data, name = await self._data(), name[1:]
+                    data = await self._data()
                 self.send(*await self._answer(name, text.strip(), data))
                 await self._writer.drain()
                 if not self.known and (name not in _BEFORE or name == "AUTHENTICATE"):
@@ -6736,12 +6992,16 @@ class Control:
                 raise TorError("Authentication required.", 514)
             if name not in _CONTROL:
                 raise TorError('Unrecognized command "%s"' % name, 510)
-            lines = await _CONTROL[name](self, text, data) or ["OK"]
+            if name[:1] == "+" and not data:
+                raise TorError("Bad arguments to %s: Empty body" % name, 512)
+            args = parse_command(name, text) if name in _SYNTAX else (text, data)
+            lines = await _CONTROL[name](self, *args)
         except TorError as e:
-            code = e.reason if e.reason > 499 else 552
-            return ["%d %s" % (code, " ".join(str(e).splitlines()))]
-        lines = ["250" + line if line[:1] == "+" else "250-" + line for line in lines]
-        return lines[:-1] + [lines[-1].replace("-", " ", 1)]
+            code = e.reason if e.reason > 450 else 552
+            return reply_lines(code, str(e).splitlines() or [""])
+        if isinstance(lines, str):
+            return [lines]
+        return reply_lines(250, ["OK"] if lines is None else lines)
 
     async def _line(self):
         try:
@@ -6772,9 +7032,9 @@ class Control:
         return found or ["NULL"]
 
     async def protocolinfo(self, text, data):
-        if self.asked and not self.known or text not in ("", "1"):
+        if self.asked and not self.known or not "".join(text.split() + ["1"]).isdecimal():
             self.asked = None
-            raise TorError("No such version %s, or asked twice" % text, 513)
+            raise TorError("No such version %s, or asked twice" % quote_c(text), 513)
         self.asked, methods = True, self._methods()
         line = "AUTH METHODS=" + ",".join(methods)
         if "COOKIE" in methods:
@@ -6782,6 +7042,8 @@ class Control:
         return ["PROTOCOLINFO 1", line, 'VERSION Tor="%s"' % TOR_VERSION, "OK"]
 
     async def authchallenge(self, text, data):
+        if not text:
+            raise TorError("Bad arguments to AUTHCHALLENGE: Need at least 1 argument(s)", 512)
         match = re.fullmatch(r'SAFECOOKIE[ ]+(?:"((?:[^"\\]|\\.)*)"|([0-9a-f]*))', text, re.I)
         if not match or "COOKIE" not in self._methods() or len(match[2] or "") % 2:
             raise TorError("Cookie authentication is disabled, or the nonce is wrong", 513)
@@ -6819,17 +7081,17 @@ class Control:
     # What it asks.
 
     async def getinfo(self, text, data):
-        lines = []
+        lines, unknown = [], []
         for key in text.split():
             value = self._info(key)
             if value is None:
-                raise TorError('Unrecognized key "%s"' % key, 552)
-            many = "\n" in value or key in _LISTS and value
-            if many:
-                value = "\n".join(["." * (line[:1] == ".") + line for line in value.split("\n")])
-                lines.append("+%s=\r\n%s\r\n." % (key, value.replace("\n", "\r\n")))
+                unknown.append('Unrecognized key "%s"' % key)
+            elif "\n" in value or key in _LISTS and value:
+                lines.append("+%s=\r\n%s\r\n." % (key, quoted_lines(value)))
             else:
                 lines.append("%s=%s" % (key, value))
+        if unknown:
+            raise TorError("\n".join(unknown), 552)
         return lines + ["OK"]
 
     def _info(self, key):
@@ -6839,7 +7101,7 @@ class Control:
         return _INFO[kind + "/"](self, what) if kind + "/" in _INFO else None
 
     async def getconf(self, text, data):
-        config, lines = self.daemon.config, []
+        config, lines, unknown = self.daemon.config, [], []
         for word in text.split():
             if word.lower() == _HIDDEN.lower():
                 name, group, default = _HIDDEN, _HIDDEN, ""
@@ -6847,7 +7109,8 @@ class Control:
                 try:
                     kind, name, default = _TYPES[option_name(word).lower()]
                 except ConfigError:
-                    raise TorError('Unrecognized configuration key "%s"' % word, 552)
+                    unknown.append('Unrecognized configuration key "%s"' % word)
+                    continue
                 group = _HIDDEN if kind == "Dependent" else name
             entries = [e for e in config.lines.get(group, ()) if name in (group, e[0])]
             for option, value, _ in entries:
@@ -6856,32 +7119,42 @@ class Control:
                 lines.append("%s=%s" % (option, value))
             if not entries:
                 lines.append("%s=%s" % (name, default) if default else name)
+        if unknown:
+            raise TorError("\n".join(unknown), 552)
         return lines or ["OK"]
 
-    async def setconf(self, text, data):
+    async def setconf(self, args, words):
         entries = []
-        for name, value in parse_words(text):
+        for name, value in words:
             name, value = (name, value) if name else (value, "")
             try:
                 option_name(name)
             except ConfigError:
                 raise TorError("Unrecognized option: Unknown option '%s'.  Failing." % name, 552)
             entries.append((name if value else "/" + name, value))
-        await self._configure(entries)
-
-    async def _configure(self, entries, base=True):
-        old = [e for lines in self.daemon.config.lines.values() for e in lines] if base else []
+        old = [e for lines in self.daemon.config.lines.values() for e in lines]
         entries = [(name, value, "controller") for name, value in entries]
+        await self._configure((old, entries), 513, "Unacceptable option value")
+
+    async def _configure(self, sources, code, text):
         try:
-            await self.daemon.use(configure(old, entries))
+            config = configure(*sources)
+            for name in _FIXED:
+                if name in config.lines and config[name] != self.daemon.config[name]:
+                    code, text = 553, "Transition not allowed"
+                    raise ConfigError(name + " cannot change while minitor runs")
+            await self.daemon.use(config)
         except ConfigError as e:
-            raise TorError("Unacceptable option value: %s" % e, 513)
+            raise TorError("%s: %s" % (text, " ".join(str(e).splitlines())), code)
 
     async def loadconf(self, text, data):
-        lines = [(name, value) for name, value, _ in parse_torrc(data or text)]
-        await self._configure(lines, False)
+        try:
+            lines = [(name, value, "controller") for name, value, _ in parse_torrc(data)]
+        except ConfigError as e:
+            raise TorError("Invalid config file: %s" % e, 552)
+        await self._configure((lines,), 552, "Invalid config file")
 
-    async def saveconf(self, text, data):
+    async def saveconf(self, args, words):
         if not self.daemon.torrc:
             raise TorError("Unable to write configuration to disk.", 551)
         try:
@@ -6897,117 +7170,336 @@ class Control:
         self.events = names
         self.daemon.set_severity()
 
-    async def signal(self, text, data):
-        name = _SIGNALS.get(text.upper())
+    async def signal(self, args, words):
+        name = _SIGNALS.get(args[0].upper())
         if not name:
-            raise TorError('Unrecognized signal code "%s"' % text, 552)
+            raise TorError('Unrecognized signal code "%s"' % args[0], 552)
         asyncio.get_running_loop().call_soon(self.daemon.signal, name)
+
+    async def usefeature(self, text, data):
+        for name in text.split():
+            if name.upper() not in _FEATURES:
+                raise TorError('Unrecognized feature "%s"' % name, 552)
 
     # Circuits and streams.
 
     def _circuit(self, number):
         for circuit in self.daemon.circuits():
-            if str(circuit_number(circuit)) == number:
+            if str(numbered(circuit)) == number:
                 return circuit
         raise TorError('Unknown circuit "%s"' % number, 552)
 
-    async def closecircuit(self, text, data):
-        self._circuit(text.partition(" ")[0]).close("closed by a controller", 3)
-
-    async def closestream(self, text, data):
-        number = text.partition(" ")[0]
-        for circuit in self.daemon.circuits():
-            for stream in list(circuit.streams.values()):
-                if str(getattr(stream, "number", 0)) == number != "0":
-                    return stream.send_end(1)
+    def _stream(self, number):
+        for stream in self.daemon.streams():
+            if str(stream.number) == number:
+                return stream
         raise TorError('Unknown stream "%s"' % number, 552)
 
-    async def extendcircuit(self, text, data):
-        words, relays = [word for word in text.split() if "=" not in word], []
-        for name in words[1].split(",") if words[1:] else ():
-            relays.append(self._relay(name))
-        if not words or words[0] != "0" and not relays:
-            raise TorError("Missing argument to EXTENDCIRCUIT", 512)
+    async def closecircuit(self, args, words):
+        circuit = self._circuit(args[0])
+        unused = "ifunused" in [value.lower() for name, value in words if name is None]
+        if not (unused and circuit.streams):
+            circuit.close("closed by a controller", 3)
+
+    async def closestream(self, args, words):
+        stream, reason = self._stream(args[0]), args[1]
+        if not reason.isdecimal() or len(reason) > 3 or int(reason) > 255:
+            raise TorError('Unrecognized reason "%s"' % reason, 552)
+        if isinstance(stream, Stream):
+            # Clients say no more than MISC.
+            return stream.send_end(1)
+        stream.ended = int(reason)
+        stream.work.cancel()
+
+    async def attachstream(self, args, words):
+        stream, circuit = self._stream(args[0]), args[1] != "0" and self._circuit(args[1])
+        for _, hop in words if circuit else ():
+            if not hop.isdecimal():
+                raise TorError("Bad value hop=" + hop, 552)
+        choice = getattr(stream, "choice", None)
+        if not choice or choice.done():
+            raise TorError("Connection is not managed by controller.", 555)
+        if circuit and not getattr(circuit, "built", False):
+            raise TorError("Can't attach stream to non-open origin circuit", 551)
+        for hop in [int(hop[:9]) for _, hop in words] + [0] if circuit else ():
+            if len(circuit.path) < 2 or hop == 1:
+                raise TorError("Can't attach stream to this one-hop circuit.", 551)
+            if hop > len(circuit.path):
+                raise TorError("Circuit doesn't have %d hops." % hop, 551)
+            if 0 < hop < len(circuit.path):
+                raise TorError("minitor opens streams at a circuit's last hop alone.", 551)
+        if circuit and (circuit.on_begin or is_onion(stream.target.rpartition(":")[0])):
+            raise TorError("Unable to attach stream", 551)
+        choice.set(circuit)
+
+    async def extendcircuit(self, args, words):
+        number, relays, purpose = args[0], None, ""
+        # A list of relays may hold `=`, after a fingerprint.
+        if words and (words[0][0] or "$")[0] == "$":
+            name, names = words.pop(0)
+            relays = (name + "=" if name else "") + names
+        for name, value in words:
+            purpose = value.upper() if (name or "").lower() == "purpose" else purpose
+        if purpose and purpose not in _PURPOSES:
+            raise TorError('Unknown purpose "%s"' % purpose.lower(), 552)
+        circuit = number != "0" and self._circuit(number)
+        if circuit and relays is None:
+            raise TorError("syntax error: path required.", 512)
+        path = [self._relay(name) for name in relays.split(",")] if relays is not None else []
         if not self.tor.ready:
-            raise TorError("There is no directory yet", 551)
-        if words[0] == "0":
-            choose = lambda: relays or self.tor.paths.exit_path(443)
-            circuit = await self.tor.circuit_to(attempts=1, choose=choose)
-            spawn(close_idle(circuit))
+            raise TorError("Couldn't start circuit", 551)
+        if circuit:
+            circuit.built = False
+            self.spawn(self._extend(circuit, path))
         else:
-            circuit = self._circuit(words[0])
-            for relay in relays:
+            circuit = await self._launch(path)
+            self._set_purpose(circuit, purpose or "GENERAL")
+        return ["EXTENDED %d" % numbered(circuit)]
+
+    async def _extend(self, circuit, path):
+        try:
+            for relay in path:
                 await circuit.extend(relay, BUILD_SECONDS)
             announce("BUILT", circuit)
-        return ["EXTENDED %d" % circuit_number(circuit)]
+        except CircuitError as e:
+            log(INFO, "a controller's circuit: %s", e)
 
-    def _relay(self, name):
+    async def _launch(self, path):
+        # A circuit as soon as there is one, which goes on building.
+        launched = Promise()
+
+        async def build():
+            self.daemon.launching[asyncio.current_task()] = launched
+            try:
+                choose = lambda: path or self.tor.paths.exit_path(443)
+                await close_idle(await self.tor.circuit_to(attempts=1, choose=choose))
+            except TorError as e:
+                log(INFO, "a controller's circuit: %s", e)
+            finally:
+                self.daemon.launching.pop(asyncio.current_task(), None)
+                launched.set(error=TorError("Couldn't start circuit", 551))
+
+        self.spawn(build())
+        return await launched.wait()
+
+    def _set_purpose(self, circuit, purpose):
+        circuit.purpose = purpose
+        # A controller's own stays, whatever its age.
+        circuit.dirty_ms = NO_LIMIT if purpose == "CONTROLLER" else self.tor.dirty_ms
+
+    async def setcircuitpurpose(self, args, words):
+        circuit = self._circuit(args[0])
+        purpose = dict([(name.lower(), value.upper()) for name, value in words]).get("purpose")
+        if purpose not in _PURPOSES:
+            text = 'Unknown purpose "%s"' % purpose.lower() if purpose else "No purpose given"
+            raise TorError(text, 552)
+        before = getattr(circuit, "purpose", "GENERAL")
+        self._set_purpose(circuit, purpose)
+        number, state, path = describe_circuit(circuit).split(" ")[:3]
+        self.daemon.event("CIRC_MINOR", "%s PURPOSE_CHANGED %s PURPOSE=%s OLD_PURPOSE=%s" % (
+            number, path, purpose, before))
+
+    def _relay(self, name, text='No such router "%s"', need=USABLE):
         table, match = self.tor.directory.table, re.match(r"\$?([0-9a-fA-F]{40})(?![^~=])", name)
         i = table.find(bytes.fromhex(match[1])) if match and table else -1
-        if i < 0 or not table.flags_of(i) & USABLE:
-            raise TorError('No such router "%s"' % name, 552)
+        if i < 0 or not table.flags_of(i) & need:
+            raise TorError(text % name, 552)
         return table.relay(i)
 
-    async def resolve(self, text, data):
-        back = text.lower().startswith("mode=reverse ")
-        names = text.split()[back:]
+    async def dropguards(self, args, words):
+        if self.tor.ready:
+            log(WARN, "DROPGUARDS: a controller has new guards chosen, which may harm anonymity")
+            self.tor.paths.sample.clear()
+            self.tor.paths.update(self.tor.directory.table, self.tor.directory.consensus)
+
+    async def droptimeouts(self, args, words):
+        times = self.tor.build_times
+        times.times, times._recent, times._known = [], [], None
+
+    async def mapaddress(self, args, words):
+        lines = []
+        for old, new in words:
+            try:
+                lines.append("250-%s=%s" % (self.daemon.map_address(old, new), new))
+            except TorError as e:
+                lines.append("%d-%s" % (e.reason, e))
+        if not lines:
+            raise TorError("syntax error: not enough arguments to mapaddress.", 512)
+        self.send(*lines[:-1], lines[-1].replace("-", " ", 1))
+        return []
+
+    async def resolve(self, args, words):
+        back = ("mode", "reverse") in [((n or "").lower(), value.lower()) for n, value in words]
 
         async def ask(name):
+            why = ""
             try:
+                await self.daemon.ready.wait()
                 found = await (self.tor.resolve_ptr if back else self.tor.resolve)(name)
             except TorError:
-                found = ["<error>"]
-            end = iso_time(time.time() + 60, '"%Y-%m-%d %H:%M:%S"')
-            self.daemon.event("ADDRMAP", '%s %s %s EXPIRES=%s CACHED="NO"' % (
-                name, found[0], end, end))
+                found, why = ["<error>"], " error=yes"
+            end, form = time.time() + 60, '"%Y-%m-%d %H:%M:%S"'
+            self.daemon.event("ADDRMAP", '%s %s %s%s EXPIRES=%s CACHED="NO"' % (
+                name, found[0], iso_time(end, form, time.localtime), why, iso_time(end, form)))
 
-        for name in names:
-            if not self.tor.ready:
-                raise TorError("There is no directory yet", 551)
-            spawn(ask(name))
+        for _, name in [word for word in words if word[0] is None]:
+            self.spawn(ask(name))
+
+    async def hsfetch(self, args, words):
+        if not re.fullmatch(r"[a-z2-7]{56}", args[0].lower()):
+            raise TorError('Invalid argument "%s"' % args[0], 513)
+        try:
+            key = parse_onion_address(args[0] + ".onion")
+        except TorError:
+            raise TorError('Invalid argument "%s"' % args[0], 513)
+        lost, every = 'Server "%s" not found', (1 << 32) - 1
+        servers = [(self._relay(value, lost, every).rsa_id,) for _, value in words]
+
+        async def fetch():
+            await self.daemon.ready.wait()
+            for server in servers or [()]:
+                self.tor.descriptors.pop(key, None)
+                try:
+                    await _find_descriptor(self.tor, key, *server)
+                except TorError as e:
+                    log(INFO, "HSFETCH: %s", e)
+
+        self.spawn(fetch())
 
     # Onion services of its own.
 
-    async def add_onion(self, text, data):
-        words, flags, lines = parse_words(text), set(), [("HiddenServiceDir", "/", "")]
-        kind, _, blob = (words.pop(0)[1] if words else "").partition(":")
+    async def add_onion(self, args, words):
+        flags, clients, lines = set(), [], [("HiddenServiceDir", "/", "")]
         for name, value in words:
-            name = (name or "").lower()
+            name = name.lower()
             if name == "flags":
-                flags |= set(value.lower().split(","))
-            elif name in ("port", "maxstreams"):
-                option = {"port": "HiddenServicePort"}.get(name, "HiddenServiceMaxStreams")
-                lines.append((option, value.replace(",", " ", 1), name))
-            else:
-                raise TorError("Invalid argument, or none that minitor has: %s" % name, 513)
-        if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
-            raise TorError("Invalid flag, or one that minitor does not have yet", 512)
+                flags |= set(value.lower().split(",")) - {""} or {value}
+            elif name == "port":
+                lines.append(("HiddenServicePort", value.replace(",", " ", 1), name))
+            elif name == "maxstreams":
+                lines.append(("HiddenServiceMaxStreams", value, name))
+            elif name == "clientauthv3":
+                clients.append(value)
+            elif value != "0":
+                raise TorError("minitor does not have " + name, 512)
+        for flag in flags - {"discardpk", "detach", "maxstreamsclosecircuit", "v3auth"}:
+            raise TorError("Invalid 'Flags' argument, or one that minitor lacks: " + flag, 512)
         if "maxstreamsclosecircuit" in flags:
             lines.append(("HiddenServiceMaxStreamsCloseCircuit", "1", "flag"))
-        if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
-            esk = ed25519_expand(urandom(32))
-        elif kind == "ED25519-V3":
-            esk = b64decode(blob.encode(), 64)
-        else:
-            raise TorError("Invalid key type", 513)
-        wanted = parse_services(lines)["/"]
-        service = OnionService(self.tor, (esk, ed25519_public(esk)), {})
+        try:
+            wanted = parse_services(lines)["/"]
+        except ConfigError as e:
+            raise TorError("Invalid VIRTPORT/TARGET, or MaxStreams: %s" % e, 512)
+        keys = self._client_keys(clients, "v3auth" in flags)
+        kind, colon, blob = args[0].partition(":")
+        kind = kind.upper()
+        try:
+            if not colon:
+                raise TorError("Invalid key type/blob", 512)
+            if kind == "NEW" and blob.upper() in ("BEST", "ED25519-V3"):
+                esk = ed25519_expand(urandom(32))
+            elif kind == "ED25519-V3":
+                esk = b64decode(blob.encode(), 64)
+            else:
+                raise TorError("Invalid key type", 513)
+        except ProtocolError:
+            raise TorError("Failed to decode ED25519-V3 key", 512)
+        service = OnionService(self.tor, (esk, ed25519_public(esk)), {}, keys)
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
+        if len(self.daemon.onions) >= 1000:
+            raise TorError("Failed to add Onion Service: there are 1000", 551)
         set_service(service, wanted)
         self.daemon.onions[service.address] = service, None if "detach" in flags else self
         self.daemon.start(service)
         lines = ["ServiceID=" + service.address[:56]]
         if kind == "NEW" and "discardpk" not in flags:
             lines.append("PrivateKey=ED25519-V3:" + binascii.b2a_base64(esk).decode().strip())
-        return lines + ["OK"]
+        return lines + ["ClientAuthV3=" + text for text in clients] + ["OK"]
 
-    async def del_onion(self, text, data):
-        service, owner = self.daemon.onions.get(text + ".onion", (None, None))
+    async def del_onion(self, args, words):
+        try:
+            address = onion_address(parse_onion_address(args[0] + ".onion"))
+        except TorError:
+            address = ""
+        if address[:56] != args[0].lower():
+            raise TorError("Malformed Onion Service id", 512)
+        service, owner = self.daemon.onions.get(address, (None, None))
         if not service or owner not in (None, self):
             raise TorError("Unknown Onion Service id", 552)
-        del self.daemon.onions[text + ".onion"]
+        del self.daemon.onions[address]
         await service.close()
+
+    # Client authorization.
+
+    def _client_keys(self, texts, wanted):
+        # What ClientAuthV3 says, None if there is none.
+        try:
+            keys = [auth_key(":" + text) for text in texts]
+        except ConfigError:
+            raise TorError("Cannot decode v3 client auth key", 512)
+        if wanted != bool(keys):
+            raise TorError("No auth %s specified" % ("clients" if wanted else "type"), 512)
+        return keys or None
+
+    def _onion(self, words, what):
+        # The first of `words`, an address without .onion.
+        name = words[0] if words else None
+        if name is None:
+            raise TorError("Incomplete %s command" % what, 512)
+        try:
+            parse_onion_address(name + ".onion")
+        except AddressError:
+            name = ""
+        if len(name) != 56:
+            raise TorError('Invalid v3 address "%s"' % words[0], 512)
+        return name.lower() + ".onion"
+
+    async def onion_client_auth_add(self, plain, words):
+        flags, client = set(), ""
+        address = self._onion(plain if len(plain) > 1 else (), "ONION_CLIENT_AUTH_ADD")
+        kind, mark, blob = plain[1].partition(":")
+        if mark and kind.lower() != "x25519":
+            raise TorError('Unrecognized key type "%s"' % kind, 552)
+        try:
+            key = b64decode(blob.encode(), 32)
+        except (ProtocolError, ValueError):
+            raise TorError("Failed to decode x25519 private key", 512)
+        if not any(key):
+            raise TorError("Invalid private key", 553)
+        for name, value in words:
+            if name.lower() == "flags":
+                flags |= set(value.lower().split(","))
+            elif name.lower() == "clientname":
+                client = value
+        if flags - {"permanent"}:
+            raise TorError("Invalid 'Flags' argument", 512)
+        if len(client) > 16:
+            raise TorError("ClientName longer than 16 chars", 512)
+        before = parse_onion_address(address) in self.tor.onion_keys
+        if self.daemon.keep_key(address, key, client, bool(flags)):
+            return "252 Registered client and decrypted desc"
+        if before:
+            return "251 Client for onion existed and replaced"
+
+    async def onion_client_auth_remove(self, text, data):
+        address = self._onion(text.split(), "ONION_CLIENT_AUTH_REMOVE")
+        if parse_onion_address(address) not in self.tor.onion_keys:
+            return '251 No credentials for "%s"' % address[:56]
+        self.daemon.forget_key(address)
+
+    async def onion_client_auth_view(self, text, data):
+        wanted = text and self._onion(text.split(), "ONION_CLIENT_AUTH_VIEW")
+        lines = []
+        for key, secret in self.tor.onion_keys.items():
+            path, client = self.daemon.client_keys.get(key, (None, ""))
+            line = "CLIENT %s x25519:%s" % (
+                onion_address(key)[:56], binascii.b2a_base64(secret).decode().strip())
+            line += " Flags=Permanent" * bool(path) + (client and " ClientName=" + client)
+            if wanted in ("", onion_address(key)):
+                lines.append(line)
+        head = "ONION_CLIENT_AUTH_VIEW " + wanted[:56]
+        return [head.strip()] + sorted(lines) + ["OK"]
 
     async def takeownership(self, text, data):
         self.owner = True
@@ -7018,8 +7510,8 @@ class Control:
     async def quit(self, text, data):
         return ["closing connection"]
 
-    async def nothing(self, text, data):
-        pass
+    async def obsolete(self, text, data):
+        raise TorError("SETROUTERPURPOSE is obsolete.", 511)
 
 
 # Before who asks is known.
@@ -7027,28 +7519,52 @@ _BEFORE = ("PROTOCOLINFO", "AUTHCHALLENGE", "AUTHENTICATE", "QUIT")
 _CONTROL = {
     "PROTOCOLINFO": Control.protocolinfo, "AUTHCHALLENGE": Control.authchallenge,
     "AUTHENTICATE": Control.authenticate, "GETINFO": Control.getinfo, "GETCONF": Control.getconf,
-    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "LOADCONF": Control.loadconf,
+    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "+LOADCONF": Control.loadconf,
     "SAVECONF": Control.saveconf, "SETEVENTS": Control.setevents, "SIGNAL": Control.signal,
-    "CLOSECIRCUIT": Control.closecircuit,
+    "DROPGUARDS": Control.dropguards, "DROPTIMEOUTS": Control.droptimeouts,
+    "MAPADDRESS": Control.mapaddress, "ATTACHSTREAM": Control.attachstream,
+    "CLOSECIRCUIT": Control.closecircuit, "SETCIRCUITPURPOSE": Control.setcircuitpurpose,
     "CLOSESTREAM": Control.closestream, "EXTENDCIRCUIT": Control.extendcircuit,
-    "RESOLVE": Control.resolve, "ADD_ONION": Control.add_onion,
-    "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
-    "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.nothing, "QUIT": Control.quit,
+    "RESOLVE": Control.resolve, "HSFETCH": Control.hsfetch, "ADD_ONION": Control.add_onion,
+    "DEL_ONION": Control.del_onion, "ONION_CLIENT_AUTH_ADD": Control.onion_client_auth_add,
+    "ONION_CLIENT_AUTH_REMOVE": Control.onion_client_auth_remove,
+    "ONION_CLIENT_AUTH_VIEW": Control.onion_client_auth_view,
+    "TAKEOWNERSHIP": Control.takeownership, "DROPOWNERSHIP": Control.dropownership,
+    "USEFEATURE": Control.usefeature, "SETROUTERPURPOSE": Control.obsolete, "QUIT": Control.quit,
 }  # fmt: skip
+# The least and most arguments, and the names of the words after them: None: there are none;
+# "*": any, also alone or quoted; "=": any with a value.
+_SYNTAX = {
+    "SETCONF": (0, 0, "*"), "RESETCONF": (0, 0, "*"), "SAVECONF": (0, 0, "*"),
+    "SIGNAL": (1, 1, None), "MAPADDRESS": (0, 0, "="), "ATTACHSTREAM": (2, 2, "hop"),
+    "CLOSECIRCUIT": (1, 1, "*"), "SETCIRCUITPURPOSE": (1, 1, "="), "EXTENDCIRCUIT": (1, 1, "*"),
+    "CLOSESTREAM": (2, 9, "*"), "RESOLVE": (0, 0, "*"), "HSFETCH": (1, 1, "server"),
+    "DEL_ONION": (1, 1, None), "DROPGUARDS": (0, 0, None), "DROPTIMEOUTS": (0, 0, None),
+    "ADD_ONION": (1, 1, "port flags maxstreams powdefensesenabled powqueuerate powqueueburst "
+                        "clientauth clientauthv3"),
+    "ONION_CLIENT_AUTH_ADD": (0, 2, "="),
+}  # fmt: skip
+_PURPOSES = "GENERAL", "CONTROLLER"
+_FEATURES = "VERBOSE_NAMES", "EXTENDED_EVENTS"
 
 
 def config_text(config):
-    """The lines of a torrc for `config`."""
-    lines = [entry for entries in config.lines.values() for entry in entries]
+    """The lines of a torrc for `config`; as by tor, without options for the moment (__…)."""
+    entries = [entry for entries in config.lines.values() for entry in entries]
     plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
     return "".join([
         "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
-        for name, text, _ in lines
+        for name, text, _ in entries if name[:2] != "__"
     ])
+
+
+_NO_LISTENERS = "or", "extor", "dir", "trans", "natd", "dns", "metrics"
 
 
 def _listening(control, kind):
     kinds = {"socks": "Socks", "httptunnel": "HTTP tunnel", "control": "Control"}
+    if kind not in kinds and kind not in _NO_LISTENERS:
+        return None
     found = control.daemon.listening.items()
     here = [what.address for key, what in found if _LISTENERS[key[0]][0] == kinds.get(kind)]
     return " ".join(['"%s"' % address for address in here])
@@ -7064,6 +7580,23 @@ def _routers(control, which):
         return None
     i = table.find(bytes.fromhex(rsa_id))
     return _router_lines(table, i) if i >= 0 else None
+
+
+def _mappings(control):
+    return "\n".join(["%s %s NEVER" % pair for pair in control.daemon.mapping.items()])
+
+
+def _descriptor_limit(control):
+    import resource
+
+    return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _refused(text, code=551):
+    def info(control, what=None):
+        raise TorError(text, code)
+
+    return info
 
 
 def _country(control, address):
@@ -7090,30 +7623,42 @@ def _onions(control, mine):
 def _time_of(name):
     def info(control):
         consensus = control.tor.directory.consensus
-        if not consensus:
-            raise TorError("There is no consensus yet", 551)
-        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S")
+        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S") if consensus else ""
 
     return info
+
+
+def _random_value(control, i):
+    consensus = control.tor.directory.consensus
+    value = consensus and (consensus.srv_previous, consensus.srv_current)[i]
+    return binascii.b2a_base64(value).decode().strip() if value else ""
 
 
 _INFO = {
     "version": lambda c: TOR_VERSION,
     "accounting/enabled": lambda c: "0",
-    "address-mappings/": lambda c, kind: "",  # none are kept
+    "address-mappings/all": _mappings,
+    "address-mappings/control": _mappings,
+    "address-mappings/cache": lambda c: "",  # none is kept
+    "address-mappings/config": lambda c: "",
     "config-file": lambda c: c.daemon.torrc or "",
+    "config-can-saveconf": lambda c: "%d" % bool(c.daemon.torrc),
     "config-defaults-file": lambda c: "",
     "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
-    "config/names": lambda c: "\n".join(sorted([
+    "config/names": lambda c: "\n".join(sorted([_HIDDEN + " Virtual"] + [
         "%s %s" % (t[1], t[0].replace("Ignored", "String")) for t in _TYPES.values()])),
+    "config/defaults": lambda c: "\n".join(["SocksPort 9050"] + sorted([
+        "%s %s" % option[1:] for option in _TYPES.values() if option[2]])),
     "info/names": lambda c: "\n".join(sorted([
         "%s%s -- see control-spec" % (key, "*" * (key[-1] == "/")) for key in _INFO])),
     "events/names": lambda c: " ".join(_EVENTS),
     "signal/names": lambda c: " ".join(_SIGNALS),
-    "features/names": lambda c: "VERBOSE_NAMES EXTENDED_EVENTS",
+    "features/names": lambda c: " ".join(_FEATURES),
+    "process/descriptor-limit": _descriptor_limit,
     "process/pid": lambda c: str(os.getpid()),
     "process/uid": lambda c: str(os.getuid()),
     "process/user": lambda c: os.environ.get("USER", ""),
+    "bw-event-cache": lambda c: " ".join(["%d,%d" % moved for moved in c.daemon.bandwidth]),
     "traffic/read": lambda c: str(traffic[0]),
     "traffic/written": lambda c: str(traffic[1]),
     "uptime": lambda c: "%d" % (time.time() - c.daemon.started),
@@ -7121,34 +7666,57 @@ _INFO = {
     "network-liveness": lambda c: "up" if c.tor.ready else "down",
     "circuit-status": lambda c: "\n".join(map(describe_circuit, c.daemon.circuits())),
     "stream-status": lambda c: "\n".join([
-        "%d SUCCEEDED %d %s" % (stream.number, circuit_number(circuit), stream.target)
-        for circuit in c.daemon.circuits() for stream in circuit.streams.values()
-        if hasattr(stream, "number")]),
+        "%d %s %d %s" % (stream.number, getattr(stream, "state", "SUCCEEDED"),
+                         numbered(stream.circuit) if stream.circuit else 0, stream.target)
+        for stream in c.daemon.streams()]),
     "orconn-status": lambda c: "\n".join([
         "$%s %s" % (channel.rsa_id.hex().upper(),
                     "CONNECTED" if channel.opened.done() else "LAUNCHED")
         for channel in c.daemon.channels()]),
     "entry-guards": _guards,
+    "helper-nodes": _guards,
     "net/listeners/": _listening,
     "ip-to-country/": _country,
+    "ip-to-country/ipv6-available": lambda c: "0",
     "ip-to-country/ipv4-available": lambda c: "1" if os.path.exists(
         c.daemon.config["GeoIPFile"]) else "0",
     "ns/all": lambda c: _routers(c, None),
     "ns/id/": _routers,
+    "ns/purpose/": lambda c, purpose: "",
     "consensus/valid-after": _time_of("valid_after"),
     "consensus/fresh-until": _time_of("fresh_until"),
     "consensus/valid-until": _time_of("valid_until"),
+    "current-time/local": lambda c: iso_time(time.time(), zone=time.localtime),
     "current-time/utc": lambda c: iso_time(time.time()),
+    "sr/current": lambda c: _random_value(c, 1),
+    "sr/previous": lambda c: _random_value(c, 0),
+    # What only relays have, or what is not kept here: microdescriptors are compiled at once.
+    "address": _refused("Address unknown"),
+    "address/": _refused("Address unknown"),
+    "fingerprint": _refused("Not running in server mode"),
+    "exit-policy/full": _refused("Not running in server mode", 552),
+    "desc/all-recent": lambda c: "",
+    "desc/download-enabled": lambda c: "0",
+    "desc/id/": _refused("minitor fetches microdescriptors, not router descriptors", 552),
+    "desc/name/": _refused("minitor fetches microdescriptors, not router descriptors", 552),
+    "md/all": lambda c: "",
+    "md/download-enabled": lambda c: "1",
+    "hs/client/desc/id/": _refused("Not found in cache"),
+    "hs/service/desc/id/": _refused("Not found in cache"),
+    "dir/status-vote/current/consensus": _refused("Could not open cached consensus."),
+    "dir/status-vote/current/consensus-microdesc": _refused("Could not open cached consensus."),
+    "limits/max-mem-in-queues": lambda c: "0",
     "onions/current": lambda c: _onions(c, c),
     "onions/detached": lambda c: _onions(c, None),
     "status/bootstrap-phase": lambda c: c.daemon.phase,
     "status/circuit-established": lambda c: "%d" % bool(c.tor.ready),
     "status/enough-dir-info": lambda c: "%d" % bool(c.tor.directory.consensus),
+    "status/version/recommended": lambda c: "?",
     "status/version/current": lambda c: "recommended",
 }
 # Several lines even where there is one.
 _LISTS = ("circuit-status", "stream-status", "orconn-status", "entry-guards", "ns/all",
-          "config/names", "info/names", "config-text")
+          "config/names", "config/defaults", "info/names", "config-text")
 
 
 # What a running daemon keeps.
@@ -7221,9 +7789,14 @@ class Daemon:
         self.config, self._load, self.torrc = config, load, torrc
         self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
         # `onions`: {address: (OnionService, the Control whose it is, or None)}.
-        self.controls, self.onions = [], {}
+        # `client_keys`: {identity key: (its file or None, a controller's name)} of tor.onion_keys.
+        self.controls, self.onions, self.client_keys = [], {}, {}
         # {(option, where, flags): what listens}, {folder: OnionService}.
         self.listening, self.services, self._logs = {}, {}, []
+        # `opening`: {number: Isolation of a stream that is not open yet}; `launching`: {task:
+        # Promise of the Circuit that it builds}; `mapping`: {address: the one in its place};
+        # `bandwidth`: bytes read and written in the last seconds.
+        self.opening, self.launching, self.mapping, self.bandwidth = {}, {}, {}, []
         self.open_logs(config)
         self._lock = self._take_folder()
         network = ["DirAuthority " + text for text in config["DirAuthority"]]
@@ -7239,9 +7812,139 @@ class Daemon:
         async def circuit_to(target=None, *args, **named):
             if target and self.config["StrictNodes"] and tor.paths.excluded(target):
                 raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
-            return await build(target, *args, **named)
+            lists = tor.paths.config
+            circuit = await build(target, *args, **named)
+            if tor.paths.config is not lists:
+                raise circuit.close("the lists of relays are others now")
+            return circuit
 
         tor.circuit_to = circuit_to
+        self._watch_streams(tor)
+
+    def _watch_streams(self, tor):
+        # Controllers are told of the streams of AsyncTor, and may map and attach them.
+        opens, finds, finds_names, takes = (
+            tor.open_connection, tor.resolve, tor.resolve_ptr, tor._circuit)
+
+        async def resolve(host, wish):
+            return [host] if packed_address(host) else await finds(host, wish)
+
+        def open_connection(host, port, timeout=120, isolation=None, *more):
+            use = lambda host, wish: opens(host, port, timeout, wish, *more)
+            return self._open(use, host, port, isolation)
+
+        tor.open_connection = open_connection
+        tor.resolve = lambda host, isolation=None: self._open(resolve, host, 0, isolation)
+        tor.resolve_ptr = lambda host, isolation=None: self._open(finds_names, host, 0, isolation)
+        tor._circuit = lambda key, port, wish=None: self._attach(takes, key, port, wish)
+
+    async def _open(self, use, host, port, isolation):
+        # What is no address shall not look like more words of an event.
+        check_target(host, port or 443)
+        wish, kind, more = Isolation(isolation or ()), "" if port else "RESOLVE", " REASON=DONE"
+        wish.target, wish.circuit, wish.ended, wish.tries = "%s:%d" % (host, port), None, 0, 0
+        self.opening[numbered(wish)] = wish
+        source = getattr(isolation, "source", "")
+        self.tell(wish, "NEW" + kind, source + " PURPOSE=" + ("USER" if port else "DNS_REQUEST"))
+        try:
+            mapped = self.mapped(host)
+            if mapped != host:
+                wish.target = "%s:%d" % (mapped, port)
+                self.tell(wish, "REMAP", " SOURCE=CACHE")
+            wish.work = asyncio.ensure_future(use(mapped, wish))
+            found = await wish.work
+            self.tell(wish, "SUCCEEDED")
+            if port:
+                found[0].number, found[0].target, more = wish.number, wish.target, ""
+            return found
+        except asyncio.CancelledError:
+            # Its client is gone, or a controller closed it.
+            if not wish.ended:
+                raise
+            error = StreamError("closed by a controller", wish.ended)
+            more = " REASON=" + end_name(error).rpartition("=")[2]
+            raise error
+        except TorError as e:
+            more = " REASON=" + end_name(e)
+            self.tell(wish, "FAILED", more)
+            raise
+        finally:
+            del self.opening[wish.number]
+            if more:
+                self.tell(wish, "CLOSED", more)
+
+    async def _attach(self, take, key, port, wish):
+        # A circuit for a stream: one that `take` finds or, where they do that, a controller.
+        if not isinstance(wish, Isolation):
+            return await take(key, port, wish)
+        if wish.tries:
+            self.tell(wish, "DETACHED", " REASON=END")
+        wish.circuit, wish.tries = None, wish.tries + 1
+        if self.config["__LeaveStreamsUnattached"]:
+            wish.choice = Promise()
+            self.tell(wish, "CONTROLLER_WAIT")
+            wish.circuit = await wish.choice.wait()
+        if wish.circuit:
+            wish.circuit.since = ticks_ms()
+        else:
+            wish.circuit = await take(key, port, tuple(wish))
+        self.tell(wish, "SENTCONNECT" if wish.target[-2:] != ":0" else "SENTRESOLVE")
+        return wish.circuit
+
+    def tell(self, stream, state, more=""):
+        """Tell controllers that a stream is in this state."""
+        stream.state = state
+        number = numbered(stream.circuit) if stream.circuit else 0
+        words = stream.number, state, number, stream.target, more
+        self.event("STREAM", "%d %s %d %s%s" % words)
+
+    def streams(self):
+        """The streams, and those that are wanted."""
+        streams = [s for c in self.circuits() for s in c.streams.values() if hasattr(s, "number")]
+        return streams + list(self.opening.values())
+
+    def mapped(self, host):
+        """The address in the place of `host`, by MAPADDRESS."""
+        for _ in range(16):
+            before, host = host, self._mapped(host)
+            if host == before:
+                break
+        return host
+
+    def _mapped(self, host):
+        key = host.lower()
+        labels = key.split(".")
+        found = [(self.mapping.get(key), 0)]
+        found += [(self.mapping.get("*." + ".".join(labels[i:])), i) for i in range(len(labels))]
+        for new, i in found:
+            if new and new[:2] == "*.":
+                return ".".join(labels[:i] + [new[2:]])
+            if new:
+                return new
+        return host
+
+    def map_address(self, old, new):
+        """Put `new` in the place of `old` (control-spec 3.8), which is returned; TorError."""
+        text = "syntax error: invalid address mapping  '%s=%s': %%s" % (old, new)
+        name = new[2:] if new[:2] == "*." else new
+        if name.strip(_HOST) and not packed_address(name.strip("[]")) and new != "*":
+            raise TorError("syntax error: invalid address '%s'" % new, 512)
+        if "*" in (old, new):
+            raise TorError(text % "can't remap from or to *", 512)
+        if new[:2] == "*." and old[:2] != "*.":
+            raise TorError(text % "only a wildcard can become one", 512)
+        if old in _VIRTUAL:
+            fresh = _VIRTUAL[old]()
+            alike = [a for a, to in self.mapping.items() if to == new and _kind(a) == _kind(fresh)]
+            old = (alike + [fresh])[0]
+        if len(self.mapping) >= 10000:
+            raise TorError("resource exhausted: skipping '%s=%s'" % (old, new), 451)
+        key = old.lower().strip("[]")
+        self.mapping.pop(key, None)
+        if new and key != new.lower().strip("[]"):
+            self.mapping[key] = new.strip("[]")
+            self.event("ADDRMAP", '%s %s NEVER CACHED="YES"' % (old, new))
+        return old
 
     def _keep_from(self, config):
         # Ask none of ExcludeNodes for the directory.
@@ -7253,9 +7956,9 @@ class Daemon:
         self.phase = 'NOTICE BOOTSTRAP PROGRESS=%d TAG=%s SUMMARY="%s"' % what
         self.event("STATUS_CLIENT", self.phase)
 
-    def event(self, name, text):
+    def event(self, *what):
         for control in self.controls:
-            control.event(name, text)
+            control.event(*what)
 
     def channels(self):
         return [c for c in list(self.tor._channels.open.values()) if not c.closed]
@@ -7270,10 +7973,15 @@ class Daemon:
         # What `announce` tells, as controllers have it.
         if name == "BUILT":
             name, subject.built = "CIRC", True
-        if name == "STREAM":
-            self._watch_stream(subject, *more)
-        elif not self.controls:
+        elif name == "CIRC" and self.launching:
+            launched = self.launching.get(asyncio.current_task())
+            if launched:
+                launched.set(subject)
+        if not self.controls:
             pass
+        elif name == "STREAM":
+            if hasattr(subject, "number"):
+                self.tell(subject, "CLOSED", " REASON=" + end_name(subject._error))
         elif name == "CIRC":
             self.event(name, describe_circuit(subject))
         elif name == "ORCONN":
@@ -7281,28 +7989,21 @@ class Daemon:
         elif name == "HS_DESC":
             words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
             words += [b64encode(more[2])] if more[2:] else []
-            words += ["REASON=" + more[3]] if more[3:] else []
-            self.event(name, " ".join(words))
-
-    def _watch_stream(self, subject, state, stream=None):
-        # `subject`: the Stream, or what asked for one.
-        if state == "NEW":
-            _numbers[0] += 1
-            subject.number = _numbers[0]
-        if hasattr(subject, "number"):
-            if stream:
-                stream.number, stream.target = subject.number, subject.target
-            circuit = circuit_number(stream.circuit) if stream else 0
-            more = {"CLOSED": " REASON=DONE", "FAILED": " REASON=MISC"}.get(state, "")
-            words = subject.number, state, circuit, subject.target, more
-            self.event("STREAM", "%d %s %d %s%s" % words)
+            failed = more[0] == "FAILED"
+            self.event(name, " ".join(words + (["REASON=" + more[3]] if failed else [])))
+            if more[0] == "RECEIVED" or failed and more[3] == "NOT_FOUND":
+                words = words[1], words[4], words[3]
+                text = "" if failed else more[3].decode("utf-8", "replace")
+                self.event("HS_DESC_CONTENT", " ".join(words), text)
 
     async def _measure(self):
         # BW: bytes in the last second.
         while True:
             before = traffic[:]
             await asyncio.sleep(1)
-            self.event("BW", "%d %d" % (traffic[0] - before[0], traffic[1] - before[1]))
+            moved = traffic[0] - before[0], traffic[1] - before[1]
+            self.bandwidth = self.bandwidth[-299:] + [moved]
+            self.event("BW", "%d %d" % moved)
 
     def _make_cookie(self, config):
         self.cookie_file = path = config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
@@ -7322,6 +8023,8 @@ class Daemon:
             self.stopping.set()
         elif name == "NEWNYM":
             self.tor.newnym()
+            # As tor.
+            self._forget_keys(lambda path: not path)
         elif name == "DEBUG":
             self._logs = [(range(5), write, close) for _, write, close in self._logs]
             self.set_severity()
@@ -7418,9 +8121,53 @@ class Daemon:
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
                 self.start(service)
+            else:
+                service.admit(load_clients(folder))
             set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
+
+    def open_keys(self, config):
+        """Have the keys for client authorization that `config` names; ConfigError."""
+        folder = config["ClientOnionAuthDir"]
+        found = load_onion_keys(folder) if folder else {}
+        self._forget_keys(lambda path: path)
+        for identity, (key, path) in found.items():
+            self.tor.add_onion_key(onion_address(identity), key)
+            self.client_keys[identity] = path, ""
+
+    def _forget_keys(self, which):
+        for identity, (path, _) in list(self.client_keys.items()):
+            if which(path):
+                del self.client_keys[identity]
+                self.tor.add_onion_key(onion_address(identity), None)
+
+    def keep_key(self, address, key, client, permanent):
+        """Have a controller's key of a client; as add_onion_key; TorError."""
+        identity, path = parse_onion_address(address), None
+        if permanent:
+            folder = self.config["ClientOnionAuthDir"]
+            path = self.client_keys.get(identity, (None,))[0]
+            path = path or "%s/%s.auth_private" % (folder, address[:56])
+            try:
+                if not folder:
+                    raise OSError("there is no ClientOnionAuthDir")
+                write_file(path, ("%s:%s\n" % (address[:56], auth_text(key))).encode())
+            except OSError as e:
+                log(WARN, "a client's key was not kept: %s", e)
+                raise TorError('Unable to store creds for "%s"' % address[:56], 553)
+        self.client_keys[identity] = path, client
+        return self.tor.add_onion_key(address, key)
+
+    def forget_key(self, address):
+        """Forget the key of a client, its file, too."""
+        path, _ = self.client_keys.pop(parse_onion_address(address), (None, ""))
+        self.tor.add_onion_key(address, None)
+        try:
+            if path:
+                os.unlink(path)
+        except OSError as e:
+            log(WARN, "%s cannot be removed: %s", path, e)
 
     def start(self, service):
         """Have a service published, once there is a network."""
@@ -7450,6 +8197,7 @@ class Daemon:
                 self._make_cookie(config)
             await self.open_listeners(config)
             self.open_services(config)
+            self.open_keys(config)
         except ConfigError:
             if self.running:
                 self.open_logs(self.config)
@@ -7467,10 +8215,10 @@ class Daemon:
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
-            # Circuits as they were wanted before get no new streams.
+            # As tor: what was built by other lists takes no new stream.
             self.tor.newnym()
-            for circuit in self.tor._spares + (self.tor._exits or []):
-                circuit.close()
+            for circuit in (self.tor._exits or []) + self.tor._spares:
+                circuit.close("the lists of relays are others now")
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines
@@ -7785,24 +8533,60 @@ def diversify():
     AsyncTor.selector = lambda self, *args: ChosenPaths(config, *args)
 
 
+def make_client_key(name, address, key_dir, auth_dir):
+    """Make a client's key for the service at `address`, or, None, with the key in `key_dir`.
+
+    The latter gets the client's file; `auth_dir`, if any, the file with the private key.  What is
+    not written is printed.  ConfigError.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError("%r names no client: letters, digits, - and _ can" % name)
+    identity = parse_onion_address(address) if address else load_service_key(key_dir)[1]
+    (secret, public), host = x25519_keypair(), onion_address(identity)[:56]
+    places = [
+        (auth_dir, host + ".auth_private", host + ":" + auth_text(secret)),
+        (not address and key_dir + "/authorized_clients", name + ".auth", auth_text(public)),
+    ]
+    for folder, file, _ in places:
+        if folder:
+            private_dir(folder)
+        if folder and os.path.lexists(os.path.join(folder, file)):
+            raise ConfigError("%s/%s is there already" % (folder, file))
+    for folder, file, text in places:
+        if not folder:
+            print("what %s has to hold:" % file, file=sys.stderr)
+            print(text, flush=True)
+            continue
+        path = os.path.join(folder, file)
+        with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+            f.write(text + "\n")
+        print("written: " + path, file=sys.stderr)
+
+
 def run_command(options):
     import shutil
 
     if options.diverse:
         diversify()
+    data_dir, _ = folders(options.data_dir, options.network)
+    key_dir = options.key_dir or data_dir + "/onion_service"
     if options.address:
-        data_dir, _ = folders(options.data_dir, options.network)
         private_dir(data_dir)
-        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
-        return print(onion_address(key))
+        return print(onion_address(load_service_key(key_dir)[1]))
+    if options.make_client_key:
+        name, address = (options.make_client_key + [None])[:2]
+        return make_client_key(name, address, key_dir, options.auth_dir)
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    keys = load_onion_keys(options.auth_dir) if options.auth_dir else {}
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
     target = options.get or not doors and serve_target(options.serve)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for identity, (key, _) in keys.items():
+            tor.add_onion_key(onion_address(identity), key)
         for proxy in doors:
             tor.run(proxy.start(tor))
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
@@ -7840,6 +8624,8 @@ def main(argv=None):
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--address", action="store_true", help="print the service's address")
+    add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
+        help="make the key of a client that the service, or the one at ADDRESS, admits")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
@@ -7849,6 +8635,7 @@ def main(argv=None):
         help="take the hops of each circuit in different countries (Debian: tor-geoipdb)")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
     add("--network", help="another Tor network ($MINITOR_NETWORK)")
     add("-v", action="count", default=0, help="say more")
@@ -7856,7 +8643,12 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.http_tunnel and not options.socks:
         parser.error("--http-tunnel goes with --socks")
-    set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
+    if len(options.make_client_key or ()) > 2:
+        parser.error("--make-client-key takes a NAME and an ADDRESS")
+    # No onion address of others, as with SafeLogging.
+    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], lambda severity, text: print(
+        time.strftime("%H:%M:%S [") + _SEVERITIES[severity],
+        _ADDRESS_TEXT.sub("[scrubbed]", text), sep="] ", file=sys.stderr))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(options)

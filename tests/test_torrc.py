@@ -12,7 +12,8 @@ import subprocess
 import pytest
 
 import minitor
-from test_paths import KINDS, NOWHERE, Checks, Net, chi_square, make_consensus, network, public
+from test_paths import (
+    KINDS, NOWHERE, Checks, Net, chi_square, clock, make_consensus, network, public)
 
 FINGERPRINT = "0123456789abcdef0123456789ABCDEF01234567"
 TOR = shutil.which("tor", path=os.environ["PATH"] + ":/usr/sbin")
@@ -153,7 +154,7 @@ def test_names_are_case_insensitive_and_may_be_shortened():
     ("HashedControlPassword secret", "hash-password"), ("ExcludeNodes {deu}", "deu"),
     ("DirAuthority x 1.2.3.4:5 " + "A" * 40, "v3ident"), ("FallbackDir 1.2.3.4:80", "orport"),
     ("Bridge obfs4", "port"), ("Bridge 1.2.3.4:5 xyz", "xyz"), ("ClientTransportPlugin x", "exec"),
-    ("UseBridges 1\nBridge 1.2.3.4:5", "bridges yet"), ("ClientOnionAuthDir /x", "yet"),
+    ("UseBridges 1\nBridge 1.2.3.4:5", "bridges yet"), ("ClientOnionAuthDir /x", "/x cannot be used"),
 ])
 def test_what_is_wrong_is_refused_with_its_line(text, what):
     with pytest.raises(minitor.ConfigError) as caught:
@@ -167,15 +168,35 @@ def test_an_error_shows_no_password():
     assert "my-secret" not in str(caught.value)
 
 
-def test_a_service_that_admits_some_clients_is_refused(tmp_path):
-    # As long as minitor would let in everybody.
-    folder = tmp_path / "authorized_clients"
-    folder.mkdir()
-    text = "HiddenServiceDir %s\nHiddenServicePort 80\n" % tmp_path
-    configure(text)
-    (folder / "a.auth").write_text("descriptor:x25519:x")
-    with pytest.raises(minitor.ConfigError, match="authorized_clients"):
-        configure(text)
+KEY = "descriptor:x25519:" + "M4" + 50 * "A"
+SITE = minitor.onion_address(minitor.ed25519_public(minitor.ed25519_expand(b"s" * 32)))
+
+
+def test_keys_for_client_authorization(tmp_path, capsys):
+    def read(**files):
+        for name, text in files.items():
+            (tmp_path / (name + ".auth_private")).write_text(text)
+        return minitor.load_onion_keys(str(tmp_path))
+
+    good = "%s:%s" % (SITE[:56], KEY)
+    identity, key = minitor.parse_onion_address(SITE), minitor.auth_key(KEY)
+    assert key == b"g" + bytes(31)
+    tmp_path.chmod(0o755)
+    found = read(a=" %s \n" % good.replace(":x", " : x"), b="", c="x" + good, d=good[:-1],
+                 e=good.replace("x25519", "x448"), f=good[:-52] + 52 * "a", g="\xff" * 100)
+    assert found == {identity: (key, str(tmp_path / "a.auth_private"))}
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+    warned = capsys.readouterr().err
+    assert warned.count("is passed over") == 6 and KEY[20:50] not in warned
+    (tmp_path / "notes.txt").write_text(good)
+    (tmp_path / ".auth_private").write_text(good)
+    assert read() == found and "notes.txt is passed over" in capsys.readouterr().err
+    configure("ClientOnionAuthDir %s" % tmp_path)
+    with pytest.raises(minitor.ConfigError, match="two files"):
+        read(h=good)
+    with pytest.raises(minitor.ConfigError, match="torrc:1: ClientOnionAuthDir: two files"):
+        configure("ClientOnionAuthDir %s" % tmp_path)
+    assert minitor.auth_text(key) == KEY and minitor.auth_key(KEY[18:].lower()) == key
 
 
 def test_listeners():
@@ -564,7 +585,7 @@ def test_countries_choose_relays(tmp_path):
 # The same on the public network, with real countries.
 
 GEOIP = "/usr/share/tor/geoip"
-assert public  # the fixture
+assert public and clock  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -602,7 +623,7 @@ def test_countries_are_found_as_the_file_has_them(public, countries):
     "ExcludeNodes {de},{fr}", "ExitNodes {nl},{se}\nEntryNodes {de}", "ExcludeExitNodes {us}",
     "EntryNodes {fi},{is}\nExcludeNodes 65.108.0.0/16", "ExitNodes *:443\nExcludeNodes [2a00::]/12",
 ])
-def test_restrictions_and_lists_hold_on_the_public_network(public, countries, text):
+def test_restrictions_and_lists_hold_on_the_public_network(public, countries, clock, text):
     checks, rng, table = of_public(public, text), random.Random(text), public[0]
     checks.sample |= {g.rsa_id for g in checks.paths.sample}
     lists = dict(line.split(" ", 1) for line in text.split("\n"))
@@ -628,7 +649,7 @@ def test_restrictions_and_lists_hold_on_the_public_network(public, countries, te
             assert not among(path[2], "ExcludeExitNodes")
 
 
-def test_choice_among_exit_nodes_follows_the_weights(public, countries):
+def test_choice_among_exit_nodes_follows_the_weights(public, countries, clock):
     checks, table = of_public(public, "ExitNodes {de},{nl}"), public[0]
     exits = [i for i in countries if countries[i] in ("DE", "NL")]
     exits = {i: table.weights[i] for i in exits if table.said[table.rsa_id(i)]["flags"] >= {"Exit", "Fast"}
@@ -649,7 +670,7 @@ def test_choice_among_exit_nodes_follows_the_weights(public, countries):
 
 
 @pytest.mark.parametrize("kind", ["exit", "rendezvous", "target"])
-def test_hops_in_different_countries(public, countries, kind):
+def test_hops_in_different_countries(public, countries, clock, kind):
     rng, table, seen = random.Random(kind), public[0], set()
     for n in range(200):
         if n % 20 == 0:
@@ -688,13 +709,14 @@ def test_private_networks_are_in_no_country(tmp_path):
             choose()
 
 
-def test_hops_in_different_countries_where_there_are_just_enough(tmp_path):
+def test_hops_in_different_countries_where_there_are_just_enough(tmp_path, clock):
     # Guards are 0 to 29, exits 30 to 39, the rest 40 to 59.
     file, at = tmp_path / "geoip", lambda i: (10 << 24) + (i << 16)
     for spans, good in (
         ([(0, 30, "AA"), (30, 40, "BB"), (40, 60, "CC")], True),
         ([(0, 30, "AA"), (30, 40, "AA"), (40, 60, "CC")], False),
         ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "CC")], True),
+        ([(0, 30, "AA"), (30, 32, "BB"), (32, 40, "??"), (40, 45, "??"), (45, 60, "CC")], True),
         ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "??")], False),
     ):
         file.write_text("".join("%d,%d,%s\n" % (at(a), at(b) - 1, c) for a, b, c in spans))
@@ -706,7 +728,8 @@ def test_hops_in_different_countries_where_there_are_just_enough(tmp_path):
             for choose in (lambda: paths.exit_path(80), paths.onion_path):
                 if good:
                     path = choose()
-                    assert len({country(relay) for relay in path}) == 3
+                    found = {country(relay) for relay in path}
+                    assert len(found) == 3 and "??" not in found
                 else:
                     with pytest.raises(minitor.CircuitError, match="are in 2 by GeoIPFile"):
                         choose()

@@ -308,3 +308,23 @@ def test_a_taken_port_is_told_at_once(tornet, proxy, tmp_path):
         assert program.wait(20) == 2 and "Bootstrapped" not in program.err
         assert re.match(r"minitor: cannot listen at \d+: .*in use", program.err)
     assert time.monotonic() - start < 15
+
+
+def test_verbose_shows_circuits_and_no_destination(tornet, service, tmp_path):
+    """`--socks -v`: progress, a line per listener, circuits as they are built."""
+    with minitor(tornet, tmp_path, "--socks", "0", "--http-tunnel", "0", "-v") as program:
+        port = program.wait_out(LISTENING % "SOCKS", 60)[1]
+        program.wait_out(LISTENING % "HTTP", 10)
+        names = service.address, "x" + service.address[1:], "nowhere.test:1", "127.3.2.1:1"
+        for name in names:
+            subprocess.run(
+                ["curl", "-sS", "-m", "30", "--socks5-hostname", "127.0.0.1:" + port,
+                 "http://%s/" % name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        program.process.terminate()
+        assert program.wait(15) == 0
+    shown = program.out + program.err
+    assert program.err.index("Bootstrapped 5%") < program.err.index("Bootstrapped 100% (done)")
+    built = r"\[info\] circuit \d+ over relay .* is built: 127\.[\d.]+:\d+, 127\.[\d.]+:\d+, 127"
+    assert len(re.findall(built, program.err)) >= 2
+    for secret in (service.address[:56], names[1][:56], "nowhere", "127.3.2.1"):
+        assert secret not in shown

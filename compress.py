@@ -49,8 +49,12 @@ ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 # and attributes of these names are None.  A board has no congestion control, and who has no
 # control port no one to announce things to.
 PRESETS = {
-    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", "",
-             ""),
+    "host": (
+        False,
+        "Tor AsyncTor Bridges Stream OnionService Proxy set_log main __version__ __all__",
+        "",
+        "",
+    ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
@@ -79,7 +83,9 @@ PRESETS = {
 # fallback mirrors; no words for reasons, which have numbers.
 SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
 # What programs name, and these attributes, stay.
-PUBLIC = "Tor AsyncTor Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR".split()
+PUBLIC = (
+    "Tor AsyncTor Bridges Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR"
+).split()
 CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 

@@ -11,7 +11,7 @@ MIT licence.
 """
 
 __version__ = "0.1.0"
-__all__ = ("AsyncTor", "Proxy", "Tor", "TorError")
+__all__ = ("AsyncTor", "Bridges", "Proxy", "Tor", "TorError")
 
 # === 1. Platform ===
 # Every difference between CPython and MicroPython.
@@ -276,8 +276,11 @@ def _noting(seen):
     return note
 
 
-async def tls_connect(address, port, seconds):
-    """Reader, writer, and a list: the certificate's SHA-256, once data was read."""
+async def tls_connect(address, port, seconds, through=None):
+    """Reader, writer, and a list: the certificate's SHA-256, once data was read.
+
+    `through`: on a host, a socket that is connected already.
+    """
     # CERTS proves the relay's identity (tor-spec 4.2).
     seen = [b""]
     if MICROPYTHON:
@@ -289,6 +292,8 @@ async def tls_connect(address, port, seconds):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     # As tor's: a fixed one, or none, would stand out.
     name = "www.%s.com" % b32encode(urandom(20))[: 4 + randbelow(22)]
+    if not MICROPYTHON and through:
+        address, port, limit["sock"] = None, None, through
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
@@ -1280,8 +1285,9 @@ def check_ed_cert(data, kind, public, when):
     signed, signature = data[: r.at], r.take(64)
     require(good and not r.left(), what + " is malformed")
     require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
-    # Only type 5, for a TLS certificate, need not name it.
-    good = signer == public or kind == 5 and not signer
+    # Type 5, for a TLS certificate, and 10, by an ntor key, need not name it.
+    named = kind != 5 and (MICROPYTHON or kind != 10)
+    good = signer == public or not (named or signer)
     good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
     return key
@@ -2698,7 +2704,8 @@ class Channel:
 
     async def _run(self, seconds):
         try:
-            reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
+            opening = (tls_connect if MICROPYTHON else self._dial)(self.address, self.port, seconds)
+            reader, writer, self._certificate = await opening
             read = self._read_cells if MICROPYTHON else self._read_batches
             self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
@@ -2729,6 +2736,9 @@ class Channel:
         await asyncio.sleep(2)
         for task in self._tasks:
             task.cancel()
+
+    if not MICROPYTHON:
+        _dial = staticmethod(tls_connect)
 
     def room(self):
         # In cells.
@@ -2900,12 +2910,15 @@ class Channel:
 
 class Channels:
     open = {}  # By RSA identity.
+    if not MICROPYTHON:
+        link = Channel  # what makes one, or refuses to
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """The relay's one open Channel, or a new one; ChannelError."""
         self.open = {r: c for r, c in self.open.items() if not c.closed}
         if rsa_id not in self.open:
-            self.open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+            link = (Channel if MICROPYTHON else self.link)(address, port, rsa_id, ed_id, seconds)
+            self.open[rsa_id] = link
         return await self.open[rsa_id].opened.wait()
 
     def close(self):
@@ -4287,9 +4300,10 @@ class Directory:
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
     async def _circuit(self):
-        # One hop: to a directory guard, else a mirror, in the end an authority.
+        # One hop: to a directory guard, else a mirror, in the end an authority; with bridges to
+        # those alone.
         network, paths, failures = self.network, self.paths, self._failures
-        if paths and failures < _TRIES:
+        if paths and (failures < _TRIES or not MICROPYTHON and getattr(paths, "alone", False)):
             relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
@@ -5042,11 +5056,12 @@ class AsyncTor:
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
     the tag "clock_skew" tells of each ClockError, also later.
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
+    `bridges`: on a host, the Bridges by which alone to enter the network.
     """
 
     selector = PathSelector
 
-    def __init__(self, data_dir=None, network=None, progress=None, budget=0):
+    def __init__(self, data_dir=None, network=None, progress=None, budget=0, bridges=None):
         _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
         network, self._channels = load_network(network), Channels()
@@ -5064,6 +5079,9 @@ class AsyncTor:
             # {identity key: descriptor, and what it takes to read it but for that key}.
             self._sealed = {}
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
+            self.bridges = bridges
+            if bridges:
+                bridges.attach(self)
 
     async def start(self):
         """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
@@ -5081,13 +5099,16 @@ class AsyncTor:
         return self
 
     async def _bootstrap(self):
-        directory = self.directory
+        directory, select = self.directory, PathSelector
+        if not MICROPYTHON and self.bridges:
+            await self.bridges.start()
         await directory.bootstrap()
         if MICROPYTHON:
             # What is dear there: a link to the guard alone stays.
             self._channels.close()
         file = self.data_dir + "/guards.json"
-        select = PathSelector if MICROPYTHON else self.selector
+        if not MICROPYTHON:
+            select = self.bridges.select if self.bridges else self.selector
         self.paths = directory.paths = select(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
@@ -5113,6 +5134,8 @@ class AsyncTor:
             self._exits = None
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
+        if not MICROPYTHON and self.bridges:
+            await self.bridges.close()
 
     __aenter__, __aexit__ = start, lambda self, *_: self.aclose()
 
@@ -5485,8 +5508,9 @@ def http_call(url, function, *arguments):
 class Tor:
     """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
 
-    def __init__(self, data_dir=None, network=None, progress=None):
-        self._tor, self._loop = AsyncTor(data_dir, network, progress), asyncio.new_event_loop()
+    def __init__(self, data_dir=None, network=None, progress=None, bridges=None):
+        self._tor = AsyncTor(data_dir, network, progress, 0, bridges)
+        self._loop = asyncio.new_event_loop()
         self._stop, run = self._loop.create_future(), self._loop.run_until_complete
         live = lambda: run(self._main()) or self._loop.close()
         self._thread = threading.Thread(target=live, daemon=True)
@@ -6333,26 +6357,44 @@ def _fallback(text):
     return _address(rest[0], 1)[0], port, bytes.fromhex(options["id"])
 
 
+def socks_arguments(words):
+    """How `name=value` words of a Bridge line reach a transport (pt-spec 3.5), as bytes."""
+    return ";".join([re.sub(r"([\\;])", r"\\\1", word) for word in words]).encode()
+
+
 def _bridge(text):
-    # (transport or None, (host, port), fingerprint or None, arguments).
+    # (transport or None, (host, port), RSA identity or b"", arguments).
     words = text.split()
-    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0]) else None
-    place = _address(words.pop(0) if words else "")
-    rsa_id = words.pop(0) if words and "=" not in words[0] else None
+    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0], re.A) else None
+    place, rsa_id = _address(words.pop(0) if words else "", 443), ""
+    if not packed_address(place[0]):
+        raise ConfigError("no IP address, and names are not looked up: " + place[0])
+    if transport and words and "=" not in words[0]:
+        rsa_id = words.pop(0)
+    elif not transport:
+        rsa_id, words = "".join(words), []
     if rsa_id and not re.fullmatch(r"\$?[0-9a-fA-F]{40}", rsa_id):
-        raise ConfigError("no fingerprint: " + rsa_id)
-    if [word for word in words if "=" not in word] or words and not transport:
+        raise ConfigError("no fingerprint (40 hexadecimal digits): " + rsa_id)
+    if [word for word in words if "=" not in word[1:]]:
         raise ConfigError("no `[transport] address:port [fingerprint] [name=value …]`")
-    return transport, place, rsa_id and bytes.fromhex(rsa_id[-40:]), words
+    if len(socks_arguments(words)) > 510:
+        raise ConfigError("its arguments are longer than 510 bytes")
+    return transport, place, bytes.fromhex(rsa_id[-40:]), words
 
 
 def _plugin(text):
-    # (transports, "exec", "socks4" or "socks5", words).
-    match = re.fullmatch(r"(\w+(?:,\w+)*|\*)\s+(exec|socks4|socks5)\s+(.+)", text, re.ASCII)
+    # (transports, "exec", "socks4" or "socks5", words or place).
+    names = r"[a-zA-Z_]\w*"
+    match = re.fullmatch(r"(%s(?:,%s)*)\s+(exec|socks4|socks5)\s+(.+)" % (names, names), text, re.A)
     if not match:
-        raise ConfigError("no `transports exec path` or `transports socks5 address:port`")
-    what = match[3].split() if match[2] == "exec" else _address(match[3])
-    return match[1].split(","), match[2], what
+        raise ConfigError("no `transports exec path` or `transport socks5 address:port`")
+    names, kind, what = match[1].split(","), match[2], match[3]
+    if kind == "exec":
+        return names, kind, what.split()
+    place = _address(what)
+    if len(names) > 1 or not packed_address(place[0]):
+        raise ConfigError("a proxy that runs already has one transport, and an IP address")
+    return names, kind, place
 
 
 def _service_port(text):
@@ -6566,7 +6608,7 @@ def _check(config):
         except ConfigError as e:
             refuse("DirAuthority", e)
     if config["UseBridges"]:
-        refuse("UseBridges", "minitor cannot use bridges yet")
+        _check_bridges(config, refuse)
     if config["ClientOnionAuthDir"]:
         try:
             load_onion_keys(config["ClientOnionAuthDir"])
@@ -6580,6 +6622,24 @@ def _check(config):
                 config.country(0)
             except ConfigError as e:
                 refuse(name, e)
+
+
+def _check_bridges(config, refuse):
+    if not config["Bridge"]:
+        refuse("UseBridges", "no Bridge line says which bridges")
+    if config["EntryNodes"]:
+        refuse("EntryNodes", "with UseBridges the bridges are the entries")
+    offered = {name for names, _, _ in config["ClientTransportPlugin"] for name in names}
+    lines = config.lines["Bridge"]
+    lacking = [
+        "%s: Bridge %s: no ClientTransportPlugin line is for the transport %s" % (where, text, name)
+        for (_, text, where), (name, _, _, _) in zip(lines, config["Bridge"])
+        if name and name not in offered
+    ]
+    if len(lacking) == len(lines):
+        raise ConfigError(lacking[0])
+    for text in lacking:
+        log(WARN, "%s: not used", text)
 
 
 class ChosenPaths(PathSelector):
@@ -6747,6 +6807,562 @@ def mirrors(places, config):
     return kept if kept or config["StrictNodes"] else places
 
 
+# Bridges (dir-spec 2.1.1, guard-spec 4) and pluggable transports (pt-spec).
+
+# So long a plugin may take to be ready, and to end; the pauses before it is started again.
+_PLUGIN_SECONDS, _PLUGIN_END, _PLUGIN_PAUSES = 30, 1, (1, 300)
+# So long a link through a transport may take; when a bridge is asked for its descriptor again.
+_TRANSPORT_SECONDS, _BRIDGE_PAUSES, _DESCRIPTOR_SECONDS = 60, (15, 3600), 3 * 3600
+_SOCKS_ERRORS = (
+    "|general failure|not allowed|network unreachable|host unreachable|connection refused|"
+    "timed out|command not supported|addresses of this type not supported"
+).split("|")
+
+
+def parse_router(text, rsa_id, ed_id, when):
+    """Verify the descriptor (dir-spec 2.1.1) of the relay that has these identities.
+
+    Return `ntor_key`, `family` (4 bytes of each member), `family_ids` (8 of each SHA-256).
+    """
+    item, found = document(text), Record()
+    key, master = item(b"signing-key")[1], b64decode(item(b"master-key-ed25519")[0], 32)
+    good = text[:7] == b"router " and item(b"router")[0] and sha1(key) == rsa_id
+    require(good and master == ed_id, "the descriptor is another relay's")
+    signing = check_ed_cert(item(b"identity-ed25519")[1], 4, master, when)
+    found.ntor_key = b64decode(item(b"ntor-onion-key")[0], 32)
+    # That the key is its own, by that key itself: with the sign that the descriptor tells.
+    sign, cross = item(b"ntor-onion-key-crosscert")
+    require(sign in (b"0", b"1"), "the descriptor has no cross-certificate")
+    public = (_int(_enc_key_ed(found.ntor_key)) | int(sign) << 255).to_bytes(32, "little")
+    good = check_ed_cert(cross, 10, public, when) == master
+    ends = [text.find(mark) + len(mark) for mark in (b"\nrouter-sig-ed25519 ",
+                                                     b"\nrouter-signature\n")]
+    digest = sha256(b"Tor router descriptor signature v1" + text[: ends[0]])
+    signature = b64decode(item(b"router-sig-ed25519")[0], 64)
+    good = good and ed25519_verify(signing, digest, signature) and ends[0] < ends[1]
+    signature = item(b"router-signature")[1]
+    good = good and rsa_verify(rsa_public_key(key), sha1(text[: ends[1]]), signature)
+    require(good, "the descriptor's signatures are wrong")
+    members = re.findall(rb"\$([\da-fA-F]{8})", item(b"family")[0])
+    found.family = {binascii.unhexlify(member) for member in members}
+    found.family_ids = set()
+    for body in re.findall(rb"\nfamily-cert\n-----BEGIN FAMILY CERT-----\n([^-]+)-", text):
+        cert = b64decode(body.replace(b"\n", b""))
+        require(check_ed_cert(cert, 12, cert[44:76], when) == master, "a family-cert is another's")
+        found.family_ids.add(sha256(b"ed25519:" + b64encode(cert[44:76]).encode())[:8])
+    return found
+
+
+def take_plugin_line(line, methods):
+    """Take what a managed proxy says (pt-spec 3.3) up to CMETHODS DONE; tell whether that is it.
+
+    `methods`: {transport: (SOCKS version, (host, port)), or a text: why not}.  ProtocolError.
+    """
+    word, _, rest = line.partition(" ")
+    require(word not in ("VERSION-ERROR", "ENV-ERROR", "PROXY-ERROR"), "says " + line)
+    if word == "VERSION":
+        require(rest == "1", "speaks another version: " + rest)
+        methods[""] = rest
+    if word[:7] != "CMETHOD":
+        return False
+    require("" in methods, "names no VERSION first")
+    name, _, more = rest.partition(" ")
+    if word == "CMETHOD-ERROR":
+        methods[name] = more or "no reason given"
+    elif word == "CMETHOD":
+        kind, _, where = more.partition(" ")
+        try:
+            methods[name] = {"socks4": 4, "socks5": 5}[kind], _address(where.strip())
+            require(packed_address(methods[name][1][0]), "")
+        except (KeyError, TorError):
+            raise ProtocolError("says what makes no sense: " + line)
+    return line == "CMETHODS DONE"
+
+
+class Plugin:
+    """A managed proxy (pt-spec), which is started, and again when it ends, while this is there."""
+
+    def __init__(self, names, words, folder):
+        self.names, self._words, self._folder = names, words, folder
+        self._methods, self._process, self._said = Promise(), None, ""
+        self._task = spawn(self._run())
+
+    def __str__(self):
+        return "the transport plugin " + self._words[0]
+
+    async def method(self, name):
+        """The SOCKS version and place of a transport; ChannelError."""
+        found = (await self._methods.wait()).get(name, "it does not offer that")
+        if isinstance(found, str):
+            raise ChannelError("%s has no %s: %s" % (self, name, found))
+        return found
+
+    async def _run(self):
+        pause, most = _PLUGIN_PAUSES
+        while True:
+            started = time.monotonic()
+            try:
+                await self._serve()
+            except asyncio.TimeoutError:
+                error = "is not ready within %s s" % _PLUGIN_SECONDS
+            except Exception as e:  # or who waits would wait for ever
+                error = str(e)
+            finally:
+                await self._end()
+            if time.monotonic() - started > most:
+                pause = _PLUGIN_PAUSES[0]
+            if self._said:
+                error += "; the last it said: " + self._said
+            error, self._said = ChannelError("%s %s" % (self, error)), ""
+            log(WARN, "%s; it is started again in %s s", error, pause)
+            self._methods.set(error=error)  # for who waits
+            self._methods = Promise()
+            self._methods.set(error=error)
+            await asyncio.sleep(pause)
+            self._methods, pause = Promise(), min(2 * pause, most)
+
+    async def _serve(self):
+        # Until it ends.
+        env = dict(
+            os.environ, TOR_PT_MANAGED_TRANSPORT_VER="1", TOR_PT_EXIT_ON_STDIN_CLOSE="1",
+            TOR_PT_STATE_LOCATION=self._folder, TOR_PT_CLIENT_TRANSPORTS=",".join(self.names))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+        try:
+            # Ctrl-C is for this program, which ends that one.
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._words, env=env, start_new_session=True, **pipes)
+        except OSError as e:
+            raise ChannelError("cannot be started: %s" % e)
+        spawn(self._read(process.stderr))
+        methods, done = {}, lambda line: take_plugin_line(line, methods)
+        if not await asyncio.wait_for(self._read(process.stdout, done), _PLUGIN_SECONDS):
+            raise ChannelError("ended before it was ready")
+        for name in self.names:
+            if isinstance(methods.get(name), tuple):
+                log(INFO, "%s offers %s", self, name)
+        self._methods.set(methods)
+        await self._read(process.stdout)
+        raise ChannelError("ended")
+
+    async def _read(self, reader, done=lambda line: False):
+        # Whether a line was `done`, before they end.
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:
+                line = b"a line without end\n"
+            if not line:
+                return False
+            line = re.sub("[^ -~]", "?", line.decode("ascii", "replace").strip())[:1000]
+            self._said = line
+            if done(line):
+                return True
+            self._note(line)
+
+    def _note(self, line):
+        # pt-spec 3.3.4, 3.3.5; the rest is nothing that one has to know.
+        severity = INFO
+        match = re.match(r"(LOG|STATUS) (?:SEVERITY=(\w+) )?(.*)", line)
+        if match:
+            announce("PT_" + match[1], self._words[0], line[len(match[1]) + 1 :])
+            names = {"error": ERR, "warning": WARN, "notice": NOTICE, "debug": DEBUG}
+            severity = names.get((match[2] or "").lower(), INFO)
+        log(severity, "%s: %s", self, line)
+
+    async def _end(self):
+        # Its input ends, as it was promised; then by force (pt-spec 3.4).
+        process, self._process = self._process, None
+        if not process:
+            return
+        process.stdin.close()
+        for stop in (lambda: None, process.terminate, process.kill):
+            try:
+                stop()
+                await asyncio.wait_for(process.wait(), _PLUGIN_END)
+                break
+            except (asyncio.TimeoutError, ProcessLookupError):
+                pass
+        process._transport.close()  # or what it wrote stays open
+
+    async def close(self):
+        self._methods.set(error=ChannelError("%s was ended" % self))
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+
+async def dial_through(version, proxy, place, words):
+    """Connect to `place` through a transport's SOCKS proxy (pt-spec 3.5); return the socket."""
+    loop, packed = asyncio.get_running_loop(), packed_address(place[0])
+    sock = socket.socket(socket.AF_INET6 if ":" in proxy[0] else socket.AF_INET)
+
+    async def take(n):
+        data = b""
+        while len(data) < n:
+            piece = await loop.sock_recv(sock, n - len(data))
+            if not piece:
+                raise ChannelError("its transport hung up")
+            data += piece
+        return data
+
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, proxy)
+        ask, port, text = lambda data: loop.sock_sendall(sock, data), pack(">H", place[1]), words
+        if version == 4:
+            if len(packed) != 4 or b"\0" in text:
+                raise ChannelError("its transport speaks SOCKS 4, which has no IPv6")
+            await ask(b"\4\1" + port + packed + text + b"\0")
+            code = (await take(8))[1]
+            error = "" if code == 90 else "code %d" % code
+        else:
+            user, password = text[:255], text[255:] or b"\0"
+            await ask(b"\5\1" + (b"\2" if text else b"\0"))
+            if await take(2) != (b"\5\2" if text else b"\5\0"):
+                raise ChannelError("its transport takes no arguments as they are given here")
+            if text:
+                await ask(b"\1%c%s%c%s" % (len(user), user, len(password), password))
+                if (await take(2))[1]:
+                    raise ChannelError("its transport refuses the arguments of the Bridge line")
+            await ask(b"\5\1\0" + (b"\1" if len(packed) == 4 else b"\4") + packed + port)
+            _, code, _, kind = await take(4)
+            error = reason_text(_SOCKS_ERRORS, code)
+            await take(2 + ({1: 4, 4: 16}.get(kind) or (await take(1))[0]))
+        if error:
+            raise ChannelError("its transport cannot reach it: " + error)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class Bridge(Record):
+    """A Bridge line: `transport`, `address`, `port`, `rsa_id`, `words`, `where` it stands.
+
+    Its descriptor gives `ed_id`, `ntor_key` and families; `error`: why there is none.
+    """
+
+    ed_id = ntor_key = error = None
+    flags, family, family_ids = USABLE, (), ()
+
+    def __str__(self):
+        at = "[%s]" % self.address if ":" in self.address else self.address
+        name = self.transport + " " if self.transport else ""
+        return "bridge %s%s:%d (%s)" % (name, at, self.port, self.where)
+
+
+class BridgeLink(Channel):
+    """A Channel to a bridge, through its transport; learns `rsa_id`, if it is b"", and `ed_id`."""
+
+    def __init__(self, bridges, bridge, seconds):
+        self._bridges, self._bridge = bridges, bridge
+        seconds = max(seconds, _TRANSPORT_SECONDS) if bridge.transport else seconds
+        super().__init__(bridge.address, bridge.port, bridge.rsa_id, bridge.ed_id, seconds)
+
+    def __str__(self):
+        return str(self._bridge)
+
+    async def _dial(self, address, port, seconds):
+        through = None
+        if self._bridge.transport:
+            through = await asyncio.wait_for(self._bridges.dial(self._bridge), seconds)
+        return await tls_connect(address, port, seconds, through)
+
+    def _handshake(self, command, body):
+        if command != CERTS:
+            return super()._handshake(command, body)
+        certs = dict(_tagged(Reader(body, "CERTS"), 2))
+        # As parse_certs has it, which then proves it.
+        at = certs.get(2, b"").find(b"0\x81\x89\2\x81\x81\0")
+        rsa_id = sha1(certs.get(2, b"")[at : at + 140])
+        if rsa_id != (self.rsa_id or rsa_id):
+            text = "its fingerprint is %s, which the Bridge line does not say: that is wrong, or"
+            text += " another answers in its place"
+            raise ProtocolError(text % rsa_id.hex().upper())
+        self.rsa_id = rsa_id
+        super()._handshake(command, body)
+        self.ed_id = certs[7][:32]
+
+
+# The index of the first bridge, beside those of a RelayTable's relays.
+_BRIDGES = 1 << 16
+
+
+class _BridgedTable:
+    # A RelayTable for a PathSelector, and the bridges.
+    def __init__(self, table, bridges):
+        self._table, self._bridges = table, bridges
+
+    def __getattr__(self, name):
+        return getattr(self._table, name)
+
+    def __len__(self):
+        return len(self._table)
+
+    def relay(self, i):
+        return self._bridges[i - _BRIDGES] if i >= _BRIDGES else self._table.relay(i)
+
+    def flags_of(self, i):
+        return USABLE if i >= _BRIDGES else self._table.flags_of(i)
+
+    def rsa_id(self, i):
+        return self._bridges[i - _BRIDGES].rsa_id if i >= _BRIDGES else self._table.rsa_id(i)
+
+    def find(self, rsa_id):
+        found = [bridge.index for bridge in self._bridges if bridge.rsa_id == rsa_id]
+        return found[0] if found else self._table.find(rsa_id)
+
+    def subnets(self, i):
+        if i < _BRIDGES:
+            return self._table.subnets(i)
+        packed = packed_address(self.relay(i).address)
+        return (uint(packed[:2]), 0) if len(packed) == 4 else (-1, uint(packed[:4]))
+
+    def same_family(self, i, j):
+        i, j = sorted((i, j))
+        if j < _BRIDGES:
+            return self._table.same_family(i, j)
+        # Listed by each other, or of one id.
+        (_, listed, ids), bridge = self._table._texts(i), self.relay(j)
+        mutual = self.rsa_id(i)[:4] in bridge.family and bridge.rsa_id[:4] in _pieces(listed, 4)
+        shared = set(_pieces(ids, 8)) & set(bridge.family_ids)
+        return self.use_family_lists and mutual or self.use_family_ids and shared
+
+
+class Bridges(ChosenPaths):
+    """The bridges by which alone to enter the network: for one `AsyncTor(bridges=Bridges([…]))`.
+
+    `lines`: as after Bridge in a torrc; `transports`: as after ClientTransportPlugin; or a
+    Config has both.  ConfigError.
+    """
+
+    alone, _tor = True, None
+
+    def __init__(self, lines=(), transports=(), config=None):
+        if config is None:
+            entries = [("UseBridges", "1", "bridges")]
+            entries += [("Bridge", text, "bridge %d" % n) for n, text in enumerate(lines, 1)]
+            entries += [("ClientTransportPlugin", text, "transport %d" % n)
+                        for n, text in enumerate(transports, 1)]
+            config = configure(entries)
+        self.config, self.bridges = config, []
+        self._plugins, self._tasks = {}, []
+        places = {}
+        for found, (_, _, where) in zip(config["Bridge"], config.lines["Bridge"]):
+            bridge = Bridge()
+            bridge.transport, place, bridge.rsa_id, bridge.words = found
+            (bridge.address, bridge.port), bridge.where = place, where
+            if place in places:
+                log(WARN, "%s stands there again: the last one counts", bridge)
+            if self._offers(bridge.transport) and not self._excludes(bridge):
+                places[place] = bridge
+        for bridge in places.values():
+            bridge.index = _BRIDGES + len(self.bridges)
+            self.bridges.append(bridge)
+        if not self.bridges:
+            raise ConfigError("ExcludeNodes names all bridges")
+
+    def _offers(self, transport):
+        found = [p for p in self.config["ClientTransportPlugin"] if transport in p[0]]
+        return not transport or found
+
+    def _excludes(self, bridge):
+        nodes = self.config["ExcludeNodes"]
+        found = nodes and bridge.rsa_id in nodes[0]
+        if nodes and ":" not in bridge.address:
+            found = is_among(bridge, nodes, self.config)
+        if found:
+            log(WARN, "%s is among ExcludeNodes: not used", bridge)
+        return found
+
+    def attach(self, tor):
+        """Be the only way in for `tor`; ConfigError where this is another's."""
+        if self._tor:
+            raise ConfigError("these Bridges are another AsyncTor's: make others for this one")
+        self._tor, self._state = tor, tor.data_dir + "/bridges.json"
+        try:
+            stored = json.loads(read_file(self._state) or b"[]")
+            self._stored = [bytes.fromhex(text) for text in stored]
+        except Exception:
+            log(WARN, "%s is damaged: choosing among the bridges anew", self._state)
+            self._stored = []
+        tor.bridges, tor.directory.paths, tor._channels.link = self, self, self.link
+        empty = SimpleNamespace(param=lambda name, default, *_: default, bandwidth_weights={})
+        super().__init__(self.config, RelayTable(), empty, None)
+
+    def select(self, table, consensus, path):
+        """In place of a PathSelector."""
+        self.update(table, consensus)
+        return self
+
+    def update(self, table, consensus):
+        super().update(_BridgedTable(table, self.bridges), consensus)
+        self._list_guards()
+
+    def weigh(self, position, need, never=0):
+        for i, weight in super().weigh(position, need, never):
+            if i not in self._listed:
+                yield i, weight
+
+    def _list_guards(self):
+        # Those that served come first, in that order; the others at random (guard-spec 4.3).
+        mine, known = {b.rsa_id for b in self.bridges} - {b""}, {g.rsa_id for g in self.sample}
+        for rsa_id in [r for r in self._stored if r in mine] + list(mine):
+            if rsa_id not in known:
+                old, at = rsa_id in self._stored, sum([g.confirmed for g in self.sample])
+                at += 0 if old else randbelow(len(self.sample) - at + 1)
+                self.sample.insert(at, Guard(rsa_id, 1 << 40, int(old)))
+                known.add(rsa_id)
+        # Those that are public relays, too.
+        self._listed = {self.table._table.find(rsa_id) for rsa_id in mine}
+        usable = {b.rsa_id: b.index for b in self.bridges if b.ntor_key}
+        for g in self.sample:
+            g.index = usable.get(g.rsa_id, -1)
+
+    def _save(self):
+        stored = [g.rsa_id.hex() for g in self.sample if g.confirmed]
+        cache_file(self._state, json.dumps(stored).encode())
+
+    def _errors(self):
+        return "; ".join([str(b.error) for b in self.bridges if b.error]) or "none answered yet"
+
+    def guard(self, *args, **named):
+        if not self._order():
+            raise CircuitError("no bridge can be used: " + self._errors())
+        return super().guard(*args, **named)
+
+    def link(self, address, port, rsa_id, ed_id, seconds):
+        """In place of Channel: whatever asks, there is none to another relay; ChannelError."""
+        for bridge in self.bridges:
+            where = bridge.address, bridge.port, bridge.rsa_id
+            if where == (address, port, rsa_id) and rsa_id:
+                return BridgeLink(self, bridge, seconds)
+        text = "%s:%d is no bridge: with UseBridges nothing goes there"
+        raise ChannelError(text % (address, port))
+
+    async def dial(self, bridge):
+        """A socket to `bridge`, through its transport; ChannelError."""
+        how = self._plugins.get(bridge.transport)
+        if isinstance(how, Plugin):
+            how = await how.method(bridge.transport)
+        if not how:
+            raise ChannelError("its transport is closed")
+        place = bridge.address, bridge.port
+        return await dial_through(*how, place, socks_arguments(bridge.words))
+
+    def begin(self):
+        """Start the plugins, and ask the bridges for their descriptors."""
+        if self._tasks:
+            return
+        needed, self._again = {bridge.transport for bridge in self.bridges}, asyncio.Event()
+        folder = os.path.abspath(self._tor.data_dir) + "/pt_state"
+        for names, kind, what in self.config["ClientTransportPlugin"]:
+            if needed & set(names) - self._plugins.keys():
+                how = Plugin(names, what, folder) if kind == "exec" else (int(kind[-1]), what)
+                self._plugins.update({name: how for name in names if name not in self._plugins})
+        self._tasks = [spawn(self._keep(bridge)) for bridge in self.bridges]
+
+    def _hoped(self):
+        # Those that served before, come before any that can be used, and are being asked.
+        asked = [b.rsa_id for b in self.bridges if not b.ntor_key and not b.error]
+        better = self.sample[: self.sample.index(self._order()[0])]
+        return [g for g in better if g.confirmed and g.rsa_id in asked]
+
+    async def start(self):
+        """Return once there is a bridge to use; ChannelError when there is none."""
+        report, transports = self._tor.directory._report, [b for b in self.bridges if b.transport]
+        if transports:
+            report(1, "conn_pt", "Connecting to pluggable transport")
+        self.begin()
+        failed = lambda: all([bridge.error for bridge in self.bridges])
+        if failed():
+            # Whoever comes again has them tried at once.
+            for bridge in self.bridges:
+                bridge.error = None
+            again, self._again = self._again, asyncio.Event()
+            again.set()
+        end = time.monotonic() + BUILD_SECONDS
+        # Those that served before are better than new ones.
+        while not self._order() or self._hoped() and time.monotonic() < end:
+            if failed():
+                raise ChannelError("no bridge can be used: " + self._errors())
+            await asyncio.sleep(0.05)
+        if transports:
+            report(2, "conn_done_pt", "Connected to pluggable transport")
+
+    async def _keep(self, bridge):
+        # Its descriptor: it changes now and then.
+        first, most = _BRIDGE_PAUSES
+        pause = first
+        while True:
+            try:
+                await self._fetch(bridge)
+                bridge.error, pause, delay = None, first, _DESCRIPTOR_SECONDS
+            except Exception as e:  # whatever it is, another may serve
+                text = str(e) if str(bridge) in str(e) else "%s: %s" % (bridge, e)
+                log(INFO if bridge.ntor_key else WARN, "%s", text)
+                bridge.error, delay, pause = ChannelError(text), pause, min(2 * pause, most)
+            again = self._again
+            try:
+                await asyncio.wait_for(again.wait(), delay + randbelow(delay))
+            except asyncio.TimeoutError:
+                pass
+
+    async def _fetch(self, bridge):
+        channels, link = self._tor._channels, None
+        try:
+            if bridge.rsa_id:
+                link = await channels.get(bridge.address, bridge.port, bridge.rsa_id)
+            else:
+                link = BridgeLink(self, bridge, BUILD_SECONDS)
+                await link.opened.wait()
+                bridge.rsa_id = link.rsa_id
+                log(NOTICE, "Learned fingerprint %s for %s", link.rsa_id.hex().upper(), bridge)
+                channels.open = dict(channels.open)
+                channels.open.setdefault(link.rsa_id, link)
+            circuit = Circuit(link)
+            try:
+                await circuit.extend(None, BUILD_SECONDS)
+                text = await directory_request(circuit, "/tor/server/authority", 1 << 16)
+            finally:
+                circuit.close()
+            found = parse_router(text, link.rsa_id, link.ed_id, now())
+        finally:
+            if link and link not in channels.open.values():
+                link.close()
+        new, bridge.ed_id = bridge.ntor_key != found.ntor_key, link.ed_id
+        bridge.ntor_key, bridge.family = found.ntor_key, found.family
+        bridge.family_ids = found.family_ids
+        self._list_guards()
+        if new:
+            log(NOTICE, "new bridge descriptor of %s", bridge)
+
+    async def close(self):
+        """End what runs for the bridges, their plugins, too."""
+        tasks, self._tasks, plugins, self._plugins = self._tasks, [], self._plugins, {}
+        for task in tasks:
+            task.cancel()
+        running = {plugin for plugin in plugins.values() if isinstance(plugin, Plugin)}
+        await asyncio.gather(*[plugin.close() for plugin in running])
+
+
+def enter_by(tor, bridges):
+    """Have `tor`, which runs, enter by these Bridges alone from now on; None: by its own guards."""
+    directory, old = tor.directory, tor.bridges
+    tor.bridges = directory.paths = None
+    tor._channels.link = Channel
+    if bridges:
+        bridges.attach(tor)
+        bridges.begin()
+    # What is open leads elsewhere.
+    tor._channels.close()
+    if old:
+        spawn(old.close())
+    if tor.ready:
+        select = bridges.select if bridges else tor.selector
+        file = tor.data_dir + "/guards.json"
+        tor.paths = directory.paths = select(directory.table, directory.consensus, file)
+
+
 def log_writer(kind, path, options):
     """Return functions write(severity, text) and close() for a Log line; ConfigError."""
     if kind == "syslog":
@@ -6784,8 +7400,8 @@ TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
 _EVENTS = (
     "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
     "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS "
-    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER "
-    "STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
+    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN PT_LOG PT_STATUS SIGNAL STATUS_CLIENT STATUS_GENERAL "
+    "STATUS_SERVER STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
 ).split()
 _LEVELS = [name.upper() for name in _SEVERITIES]
 _SIGNALS = {
@@ -7724,6 +8340,7 @@ _FIXED = (
     "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
     "TestingTorNetwork User"
 ).split()
+_ENTRY = "UseBridges", "Bridge", "ClientTransportPlugin", "ExcludeNodes"
 _LISTENERS = {
     "SocksPort": ("Socks", "socks"),
     "HTTPTunnelPort": ("HTTP tunnel", "http"),
@@ -7800,7 +8417,8 @@ class Daemon:
         self.open_logs(config)
         self._lock = self._take_folder()
         network = ["DirAuthority " + text for text in config["DirAuthority"]]
-        self.tor = tor = AsyncTor(self.folder, network or None, self._progress)
+        bridges = self._bridges(config)
+        self.tor = tor = AsyncTor(self.folder, network or None, self._progress, 0, bridges)
         network = tor.directory.network
         network.testing = network.testing or config["TestingTorNetwork"]
         network.fallbacks = config["FallbackDir"] or network.fallbacks
@@ -7951,6 +8569,9 @@ class Daemon:
         network = self.tor.directory.network
         network.fallbacks, network.authorities = [mirrors(p, config) for p in self._mirrors]
 
+    def _bridges(self, config):
+        return Bridges(config=config) if config["UseBridges"] else None
+
     def _progress(self, *what):
         log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
         self.phase = 'NOTICE BOOTSTRAP PROGRESS=%d TAG=%s SUMMARY="%s"' % what
@@ -7985,7 +8606,11 @@ class Daemon:
         elif name == "CIRC":
             self.event(name, describe_circuit(subject))
         elif name == "ORCONN":
-            self.event(name, "$%s %s" % (subject.rsa_id.hex().upper(), more[0]))
+            known = "$" + subject.rsa_id.hex().upper() if subject.rsa_id else "%s:%d" % (
+                subject.address, subject.port)
+            self.event(name, "%s %s" % (known, more[0]))
+        elif name[:3] == "PT_":
+            self.event(name, "PT=%s %s" % (subject, more[0]))
         elif name == "HS_DESC":
             words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
             words += [b64encode(more[2])] if more[2:] else []
@@ -8193,6 +8818,9 @@ class Daemon:
                 config[name] = self.config[name]
         try:
             self.open_logs(config)
+            used = config["UseBridges"] or self.config["UseBridges"]
+            entry = used and [n for n in _ENTRY if config[n] != self.config[n]]
+            bridges = self._bridges(config) if entry else None
             if config["CookieAuthentication"]:
                 self._make_cookie(config)
             await self.open_listeners(config)
@@ -8211,6 +8839,8 @@ class Daemon:
         self.tor.pause = config["NewCircuitPeriod"]
         if changed:
             self._keep_from(config)
+        if entry:
+            enter_by(self.tor, bridges)
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what the tests and the demonstration need, where it is missing: tor, curl, Python's venv,
-# and for the tests torsocks, wget, tor-geoipdb and controllers (nyx, OnionShare, txtorcon), from
-# Debian (as root or through sudo), and a virtual environment in .venv.
+# and for the tests torsocks, wget, tor-geoipdb, obfs4proxy and controllers (nyx, OnionShare,
+# txtorcon), from Debian (as root or through sudo), and a virtual environment in .venv.
 #     tests/setup.sh [EXTRA]      EXTRA: an optional dependency of pyproject.toml (default: test)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,6 +15,7 @@ command -v python3 >/dev/null || packages+=(python3)
 if [ "$extra" = test ]; then
     command -v torsocks >/dev/null || packages+=(torsocks)
     command -v wget >/dev/null || packages+=(wget)
+    command -v obfs4proxy >/dev/null || packages+=(obfs4proxy)
     [ -e /usr/share/tor/geoip ] || packages+=(tor-geoipdb)
     # Without these, tests are skipped.
     command -v nyx >/dev/null || wishes+=(nyx)

@@ -154,7 +154,7 @@ def test_names_are_case_insensitive_and_may_be_shortened():
     ("HashedControlPassword secret", "hash-password"), ("ExcludeNodes {deu}", "deu"),
     ("DirAuthority x 1.2.3.4:5 " + "A" * 40, "v3ident"), ("FallbackDir 1.2.3.4:80", "orport"),
     ("Bridge obfs4", "port"), ("Bridge 1.2.3.4:5 xyz", "xyz"), ("ClientTransportPlugin x", "exec"),
-    ("UseBridges 1\nBridge 1.2.3.4:5", "bridges yet"), ("ClientOnionAuthDir /x", "/x cannot be used"),
+    ("ClientOnionAuthDir /x", "/x cannot be used"),
 ])
 def test_what_is_wrong_is_refused_with_its_line(text, what):
     with pytest.raises(minitor.ConfigError) as caught:

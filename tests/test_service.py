@@ -878,7 +878,7 @@ class Core(minitor.AsyncTor):
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
         self._shared, self._spares, self._tasks = {}, [], []
         self.proxies, self.wanted, self._exits, self._opening = [], {}, [], 0
-        self.ready = True
+        self.ready, self.bridges = True, None
         self.dirty_ms, self.build_times = minitor.DIRTY_MS, minitor.BuildTimes("/nowhere")
         self.log, self.down, self.gate = [], set(), None
 

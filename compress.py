@@ -54,6 +54,7 @@ PRESETS = {
         "Tor AsyncTor Stream OnionService Bridges Proxy set_log main __version__ __all__",
         "",
         "",
+        "",
     ),
     "client": (
         False,
@@ -1256,8 +1257,8 @@ class Build:
             self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
             tree = by_position(check(Shake(tree, entries).result()), stay, more)
-            # The host's stay: programs may look at them, as tests do.
-            tree = tree if what == "host" else shorten_private(tree, stay)
+            # Who names more, as tests do, may look at them.
+            tree = tree if more else shorten_private(tree, stay)
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_texts(self, tree, whole):

@@ -8576,13 +8576,13 @@ class Daemon:
             self.event("ADDRMAP", '%s %s NEVER CACHED="YES"' % (old, new))
         return old
 
-    def _bridges(self, config):
-        return Bridges(config=config) if config["UseBridges"] else None
-
     def _keep_from(self, config):
         # Ask none of ExcludeNodes for the directory.
         network = self.tor.directory.network
         network.fallbacks, network.authorities = [mirrors(p, config) for p in self._mirrors]
+
+    def _bridges(self, config):
+        return Bridges(config=config) if config["UseBridges"] else None
 
     def _progress(self, *what):
         log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
@@ -8849,18 +8849,18 @@ class Daemon:
         self.config = config
         self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
         self.tor.pause = config["NewCircuitPeriod"]
-        if entry:
-            enter_by(self.tor, bridges)
         if changed:
             self._keep_from(config)
+        if entry:
+            enter_by(self.tor, bridges)
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
-            # Circuits as they were wanted before get no new streams.
+            # As tor: what was built by other lists takes no new stream.
             self.tor.newnym()
-            for circuit in self.tor._spares + (self.tor._exits or []):
-                circuit.close()
+            for circuit in (self.tor._exits or []) + self.tor._spares:
+                circuit.close("the lists of relays are others now")
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines
@@ -9169,6 +9169,12 @@ def serve_target(what):
     return lambda reader, writer: web_serve(folder, reader, writer)
 
 
+def diversify():
+    """Have every AsyncTor of this process take hops in different countries; ConfigError."""
+    config = configure([("EnforceDistinctCountries", "1", "--diverse")])
+    AsyncTor.selector = lambda self, *args: ChosenPaths(config, *args)
+
+
 def make_client_key(name, address, key_dir, auth_dir):
     """Make a client's key for the service at `address`, or, None, with the key in `key_dir`.
 
@@ -9197,12 +9203,6 @@ def make_client_key(name, address, key_dir, auth_dir):
         with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
             f.write(text + "\n")
         print("written: " + path, file=sys.stderr)
-
-
-def diversify():
-    """Have every AsyncTor of this process take hops in different countries; ConfigError."""
-    config = configure([("EnforceDistinctCountries", "1", "--diverse")])
-    AsyncTor.selector = lambda self, *args: ChosenPaths(config, *args)
 
 
 def run_command(options):

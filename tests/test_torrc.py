@@ -12,7 +12,8 @@ import subprocess
 import pytest
 
 import minitor
-from test_paths import KINDS, NOWHERE, Checks, Net, chi_square, make_consensus, network, public
+from test_paths import (
+    KINDS, NOWHERE, Checks, Net, chi_square, clock, make_consensus, network, public)
 
 FINGERPRINT = "0123456789abcdef0123456789ABCDEF01234567"
 TOR = shutil.which("tor", path=os.environ["PATH"] + ":/usr/sbin")
@@ -584,7 +585,7 @@ def test_countries_choose_relays(tmp_path):
 # The same on the public network, with real countries.
 
 GEOIP = "/usr/share/tor/geoip"
-assert public  # the fixture
+assert public and clock  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -622,7 +623,7 @@ def test_countries_are_found_as_the_file_has_them(public, countries):
     "ExcludeNodes {de},{fr}", "ExitNodes {nl},{se}\nEntryNodes {de}", "ExcludeExitNodes {us}",
     "EntryNodes {fi},{is}\nExcludeNodes 65.108.0.0/16", "ExitNodes *:443\nExcludeNodes [2a00::]/12",
 ])
-def test_restrictions_and_lists_hold_on_the_public_network(public, countries, text):
+def test_restrictions_and_lists_hold_on_the_public_network(public, countries, clock, text):
     checks, rng, table = of_public(public, text), random.Random(text), public[0]
     checks.sample |= {g.rsa_id for g in checks.paths.sample}
     lists = dict(line.split(" ", 1) for line in text.split("\n"))
@@ -648,7 +649,7 @@ def test_restrictions_and_lists_hold_on_the_public_network(public, countries, te
             assert not among(path[2], "ExcludeExitNodes")
 
 
-def test_choice_among_exit_nodes_follows_the_weights(public, countries):
+def test_choice_among_exit_nodes_follows_the_weights(public, countries, clock):
     checks, table = of_public(public, "ExitNodes {de},{nl}"), public[0]
     exits = [i for i in countries if countries[i] in ("DE", "NL")]
     exits = {i: table.weights[i] for i in exits if table.said[table.rsa_id(i)]["flags"] >= {"Exit", "Fast"}
@@ -669,7 +670,7 @@ def test_choice_among_exit_nodes_follows_the_weights(public, countries):
 
 
 @pytest.mark.parametrize("kind", ["exit", "rendezvous", "target"])
-def test_hops_in_different_countries(public, countries, kind):
+def test_hops_in_different_countries(public, countries, clock, kind):
     rng, table, seen = random.Random(kind), public[0], set()
     for n in range(200):
         if n % 20 == 0:
@@ -708,13 +709,14 @@ def test_private_networks_are_in_no_country(tmp_path):
             choose()
 
 
-def test_hops_in_different_countries_where_there_are_just_enough(tmp_path):
+def test_hops_in_different_countries_where_there_are_just_enough(tmp_path, clock):
     # Guards are 0 to 29, exits 30 to 39, the rest 40 to 59.
     file, at = tmp_path / "geoip", lambda i: (10 << 24) + (i << 16)
     for spans, good in (
         ([(0, 30, "AA"), (30, 40, "BB"), (40, 60, "CC")], True),
         ([(0, 30, "AA"), (30, 40, "AA"), (40, 60, "CC")], False),
         ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "CC")], True),
+        ([(0, 30, "AA"), (30, 32, "BB"), (32, 40, "??"), (40, 45, "??"), (45, 60, "CC")], True),
         ([(0, 15, "AA"), (15, 40, "BB"), (40, 60, "??")], False),
     ):
         file.write_text("".join("%d,%d,%s\n" % (at(a), at(b) - 1, c) for a, b, c in spans))
@@ -726,7 +728,8 @@ def test_hops_in_different_countries_where_there_are_just_enough(tmp_path):
             for choose in (lambda: paths.exit_path(80), paths.onion_path):
                 if good:
                     path = choose()
-                    assert len({country(relay) for relay in path}) == 3
+                    found = {country(relay) for relay in path}
+                    assert len(found) == 3 and "??" not in found
                 else:
                     with pytest.raises(minitor.CircuitError, match="are in 2 by GeoIPFile"):
                         choose()

@@ -357,6 +357,10 @@ class DescriptorError(OnionError):
     """An onion service's descriptor was not found, or is false."""
 
 
+class DiscoveryError(TorError):
+    """No peer answers, or knows what was looked for."""
+
+
 class TorTimeout(TorError):
     """Something took longer than it may."""
 
@@ -7445,6 +7449,501 @@ def run_daemon(argv):
     ready = daemonize() if config["RunAsDaemon"] else lambda: None
     asyncio.run(Daemon(config, load, path if given is None else None).run(ready))
     return 0
+
+
+# === 18. Peers ===
+# What programs that talk to each other over Tor need beside it.
+
+# Advertisements: who offers what, signed by the key of an onion address.
+
+_AD_PREFIX = b"minitor advertisement 1\0"
+AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
+MOST_SERVICES, MOST_METADATA = 16, 128
+
+
+def service_name_is_good(name):
+    """Whether `name` is 1 to 63 of a-z, 0-9, "-", "_", "." and no onion address."""
+    return 0 < len(name) < 64 and not name.strip(_BASE32 + "0189-_.") and not is_onion(name)
+
+
+def _ad_fault(services, lifetime):
+    # What is wrong with them, or None.
+    if len(services) > MOST_SERVICES:
+        return "more than %d services" % MOST_SERVICES
+    if not 0 < lifetime <= _AD_LONGEST:
+        return "a lifetime of %d s: not 1 to %d" % (lifetime, _AD_LONGEST)
+    for name, (port, metadata) in services.items():
+        if not service_name_is_good(name):
+            return "%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name
+        if not 0 < port < 65536 or len(metadata) > MOST_METADATA:
+            return "%s: port %d, and %d bytes of metadata" % (name, port, len(metadata))
+
+
+class Advertisement:
+    """Who offers what: `key` (Ed25519), `address` (onion), `services`: {name: (port, metadata
+    of up to 128 bytes)}, `timestamp` and `expiry` in seconds since 1970, `signature`.
+    """
+
+    def __init__(self, key, services, timestamp, expiry, signature=b""):
+        self.key, self.address, self.services = key, onion_address(key), services
+        self.timestamp, self.expiry, self.signature = timestamp, expiry, signature
+
+    @staticmethod
+    def create(secret, services, seconds=AD_SECONDS, timestamp=None):
+        """Sign `services`, as above, for `seconds`.  `secret`: of load_service_key; ConfigError."""
+        fault = _ad_fault(services, seconds)
+        if fault:
+            raise ConfigError("cannot be advertised: " + fault)
+        timestamp = now() if timestamp is None else timestamp
+        ad = Advertisement(secret[1], services, timestamp, timestamp + seconds)
+        ad.signature = ed25519_sign(*secret, _AD_PREFIX + ad._content())
+        return ad
+
+    def _content(self):
+        # Of one content, one encoding: services in the order of their names.
+        data = b32decode(self.address[:-6])
+        data += pack(">QIB", self.timestamp, self.expiry - self.timestamp, len(self.services))
+        for name, (port, metadata) in sorted(self.services.items()):
+            data += bytes([len(name)]) + name.encode()
+            data += pack(">HB", port, len(metadata)) + metadata
+        return data
+
+    def encode(self):
+        """Address (35 bytes: key, checksum, version), timestamp (8), lifetime (4), count (1);
+        for each service length (1) and name, port (2), length (1) and metadata; signature (64)."""
+        return self._content() + self.signature
+
+    @staticmethod
+    def decode(data):
+        """Return the Advertisement in `data`, unverified; ProtocolError where `encode` makes
+        another of it."""
+        reader, services = Reader(data, "advertisement"), {}
+        key = reader.take(35)[:32]
+        timestamp, lifetime = reader.uint(8), reader.uint(4)
+        for _ in range(reader.uint(1)):
+            name = reader.take(reader.uint(1))
+            require(not name.strip(_AD_NAME), "a service's name is none")
+            port = reader.uint(2)
+            services[name.decode()] = port, reader.take(reader.uint(1))
+        ad = Advertisement(key, services, timestamp, timestamp + lifetime, reader.take(64))
+        fault = _ad_fault(services, lifetime)
+        require(not fault, "bad advertisement: %s" % fault)
+        require(ad.encode() == data, "an advertisement is not encoded as it has to be")
+        return ad
+
+    def verify(self, at=None):
+        """Check it at the time `at` (default: now); ProtocolError."""
+        at, who = now() if at is None else at, "the advertisement of " + self.address
+        require(at < self.expiry, who + " has expired, or this clock is fast")
+        require(self.timestamp <= at + _AD_SKEW, who + " is of the future, or this clock is slow")
+        signed = ed25519_verify(self.key, _AD_PREFIX + self._content(), self.signature)
+        require(signed and ed25519_valid(self.key), who + " is not signed by its key")
+        return self
+
+
+_AD_NAME = (_BASE32 + "0189-_.").encode()
+
+
+# A distributed hash table of advertisements (Kademlia).  A contact is (public key, where it takes
+# calls: "host:port"); whoever calls or is called has proven its key.
+
+# Contacts in a bucket and in an answer; calls at once in a look-up, and when some are late.
+_K, _ALPHA, _ALPHA_LATE = 8, 3, 12
+# Calls of a look-up; how many contacts of one peer may fail before it counts as a liar.
+_MOST_ASKED, _CREDIT = 96, 3
+# In seconds: a call; when it is late; between rounds of upkeep.
+CALL_SECONDS, _LATE_SECONDS, UPKEEP_SECONDS = 60, 8, 1800
+# Bytes of a call or an answer, and of advertisements in it; advertisements kept, and of one name.
+MOST_CALL, _MOST_ADS_SENT, MOST_ADS, _MOST_OF_NAME = 1 << 14, 12000, 4096, 128
+# Calls of one peer, of all: so many at once, then so many a second.  What storing costs.
+_PEER_RATE, _RATE_OF_ALL, _MOST_RATES, _STORE_COST = (100, 5), (2000, 200), 4096, 4
+LOOK, STORE, DONE, REFUSED = range(4)
+
+
+def place_of(what):
+    """Where in the table something is: a public key (bytes) or a service's name (text)."""
+    named = isinstance(what, str)
+    text = b"minitor discovery: " + (b"name " + what.encode() if named else b"key " + what)
+    return uint(sha3_256(text))
+
+
+def places_of(ad):
+    return [place_of(ad.key)] + [place_of(name) for name in ad.services]
+
+
+def _bucket(distance):
+    return len(bin(distance))
+
+
+def split_port(text, port):
+    """Host and port of HOST[:PORT] or [IPv6]:PORT, else `port`; AddressError."""
+    host, colon, given = text.rpartition(":")
+    if not colon or text[-1:] == "]":
+        host, given = text, str(port)
+    if not given.isdecimal() or len(given) > 5:
+        raise AddressError("%s: no port behind the colon" % text)
+    host = host.strip("[]")
+    check_target(host, int(given))
+    return host, int(given)
+
+
+def pack_contact(contact):
+    return contact[0] + bytes([len(contact[1])]) + contact[1].encode()
+
+
+def parse_contact(text, port, direct=False):
+    """The contact in a text: ADDRESS.onion[:PORT]; where `direct`, ADDRESS.onion@HOST:PORT."""
+    address, at, where = text.partition("@")
+    host, given = split_port(where if at else address, port)
+    if at and not direct:
+        raise AddressError("%s: peers are called over Tor here" % text)
+    return parse_onion_address(address if at else host), "%s:%d" % (host, given)
+
+
+class _Lookup:
+    """The contacts that a look-up has learnt of, and whom it asks next.
+
+    Who is learnt of from liars alone, is not asked: they could name others without end.
+    """
+
+    def __init__(self, place, contacts):
+        # `known`: {contact: [distance, state, who named it]}; `credit`: {who: so many more}.
+        self.place, self.known, self.asked, self.credit = place, {}, 0, {None: 1 << 30}
+        self.learn(None, contacts)
+
+    def learn(self, source, contacts):
+        self.credit.setdefault(source, _CREDIT)
+        for contact in contacts:
+            distance = place_of(contact[0]) ^ self.place
+            self.known.setdefault(contact, [distance, "new", set()])[2].add(source)
+
+    def next(self):
+        """The contact to ask next, or None."""
+        window, done = 0, set()
+        for contact, (_, state, sources) in sorted(self.known.items(), key=lambda i: i[1][0]):
+            trusted = [source for source in sources if self.credit[source] > 0]
+            if state == "failed" or state == "new" and not trusted or contact[0] in done:
+                continue
+            if state == "new" and self.asked < _MOST_ASKED:
+                self.known[contact][1], self.asked = "asked", self.asked + 1
+                return contact
+            if state == "answered":
+                done.add(contact[0])
+            window += 1
+            if window == _K:
+                break
+        return None
+
+    def result(self, contact, good):
+        """Note how a call ended."""
+        entry = self.known[contact]
+        entry[1] = "answered" if good else "failed"
+        for source in entry[2]:
+            self.credit[source] += 1 if good else -1
+
+    def lied(self, contact):
+        self.known[contact][1], self.credit[contact] = "failed", -(1 << 30)
+
+    def nearest(self):
+        """The contacts nearest to the place that have answered."""
+        found = [(d, c) for c, (d, state, _) in self.known.items() if state == "answered"]
+        return [contact for _, contact in sorted(found)[:_K]]
+
+
+class Discovery:
+    """A peer that finds others, by key and by what they offer, and is found.
+
+    `call`: coroutine function(contact, request): reply, both bytes, from who has proven the
+    contact's key; TorError.  Its other end is `answer` of a Discovery.  `secret`: as of
+    load_service_key.  `address`: "host:port" where calls are taken; "": none are, so that others
+    are not told of this peer.  `direct`: contacts may be elsewhere than at their onion address.
+    """
+
+    def __init__(self, call, secret, address="", direct=False):
+        self._call, self._secret, self.key, self._direct = call, secret, secret[1], direct
+        self.address, self.place = address, place_of(self.key)
+        # `_buckets`: {number: contacts, least recently seen first}; `_seeds`: where to begin.
+        self._buckets, self._challenged, self._greeted, self._seeds = {}, set(), set(), []
+        # `_ads`: {key: (distance, Advertisement)}; `_places`: {place: keys}; `_rates`: {key:
+        # (calls left, when)}.
+        self._ads, self._places, self._rates, self.services = {}, {}, {}, None
+
+    # Contacts.
+
+    def contacts(self):
+        """Return those who have answered, and did not fail since."""
+        return [contact for bucket in self._buckets.values() for contact in bucket]
+
+    def _near(self, place, n=_K):
+        return sorted(self.contacts(), key=lambda contact: place_of(contact[0]) ^ place)[:n]
+
+    def _is_good(self, contact):
+        # Whether it may be called: nobody shall make us connect elsewhere than to a peer.
+        key, address = contact
+        if not self._direct and address.partition(":")[0] != onion_address(key):
+            return False
+        return key != self.key and len(address) < 128
+
+    def _seen(self, contact):
+        # It has answered.
+        number = _bucket(place_of(contact[0]) ^ self.place)
+        bucket = self._buckets.setdefault(number, [])
+        others = [other for other in bucket if other[0] != contact[0]]
+        if len(others) < _K:
+            bucket[:] = others + [contact]
+        elif number not in self._challenged:
+            # Who is there for long will be: it makes room only if it is gone.
+            self._challenged.add(number)
+            spawn(self._challenge(number, bucket, contact))
+
+    async def _challenge(self, number, bucket, contact):
+        try:
+            await self._look(bucket[0], self.place)
+        except TorError:
+            if len(bucket) < _K and contact[0] not in [key for key, _ in bucket]:
+                bucket.append(contact)
+        finally:
+            self._challenged.discard(number)
+
+    def _gone(self, contact):
+        bucket = self._buckets.get(_bucket(place_of(contact[0]) ^ self.place), [])
+        if contact in bucket:
+            bucket.remove(contact)
+
+    def _heard(self, contact):
+        # It calls, and says that it takes calls: it will be told of when it does.
+        busy = len(self._greeted) >= _K or contact in self._greeted
+        if not busy and contact not in self.contacts() and self._is_good(contact):
+            self._greeted.add(contact)
+            spawn(self._greet(contact))
+
+    async def _greet(self, contact):
+        try:
+            await self._look(contact, self.place)
+        except TorError:
+            pass
+        finally:
+            self._greeted.discard(contact)
+
+    # Calls.
+
+    async def _ask(self, contact, kind, body):
+        # The answer's body; TorError.
+        request = bytes([kind, len(self.address)]) + self.address.encode() + body
+        try:
+            reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
+            require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
+        except asyncio.TimeoutError:
+            self._gone(contact)
+            raise TorTimeout("%s did not answer in %d s" % (contact[1], CALL_SECONDS))
+        except TorError:
+            self._gone(contact)
+            raise
+        if reply[0] != DONE:
+            raise DiscoveryError("%s refuses to answer" % contact[1])
+        self._seen(contact)
+        return reply[1:]
+
+    async def _look(self, contact, place):
+        # Contacts and advertisements, undecoded, that a peer has for a place.
+        body = await self._ask(contact, LOOK, place.to_bytes(32, "big"))
+        try:
+            reader, contacts, ads = Reader(body, "answer"), [], []
+            count = reader.uint(1)
+            require(count <= _K, "an answer of %d contacts" % count)
+            for _ in range(count):
+                key, address = reader.take(32), reader.take(reader.uint(1))
+                require(not address.strip(_AD_NAME + b":[]"), "a contact without an address")
+                contacts.append((key, address.decode()))
+            while reader.left():
+                ads.append(reader.take(reader.uint(2)))
+        except ProtocolError:
+            self._gone(contact)
+            raise
+        return [contact for contact in contacts if self._is_good(contact)], ads
+
+    async def _find(self, place):
+        # The peers nearest to a place, and {key: Advertisement} of all that is there.
+        known = self._near(place) + ([] if len(self.contacts()) >= _K else self._seeds)
+        lookup, tasks, width, found = _Lookup(place, known), {}, _ALPHA, {}
+        for key in self._places.get(place, ()):
+            self._take(found, self._ads[key][1])
+        try:
+            while True:
+                while len(tasks) < width and (contact := lookup.next()):
+                    tasks[asyncio.ensure_future(self._look(contact, place))] = contact
+                if not tasks:
+                    return lookup.nearest(), found
+                done, _ = await asyncio.wait(
+                    tasks, timeout=_LATE_SECONDS, return_when="FIRST_COMPLETED")
+                if not done:
+                    width = _ALPHA_LATE
+                for task in done:
+                    contact = tasks.pop(task)
+                    if task.exception() and not isinstance(task.exception(), TorError):
+                        raise task.exception()
+                    lookup.result(contact, not task.exception())
+                    if not task.exception():
+                        await self._learn(lookup, contact, *task.result(), found)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _learn(self, lookup, contact, contacts, ads, found):
+        lookup.learn(contact, contacts)
+        have = {ad.encode() for ad in found.values()}
+        try:
+            for data in ads:
+                if data not in have:
+                    ad = Advertisement.decode(data)
+                    require(lookup.place in places_of(ad), "an advertisement of something else")
+                    if now() < ad.expiry:
+                        self._take(found, ad.verify())
+                        await asyncio.sleep(0)  # a signature takes milliseconds
+        except ProtocolError as e:
+            log(INFO, "a peer lies: %s", e)
+            lookup.lied(contact)
+            self._gone(contact)
+
+    def _take(self, found, ad):
+        old = found.get(ad.key)
+        fresh = not old or ad.timestamp > old.timestamp
+        if fresh and ad.expiry > now() and (old or len(found) < MOST_ADS):
+            found[ad.key] = ad
+
+    # Answers.
+
+    def answer(self, key, request):
+        """Return the reply to what a peer with that public key asks."""
+        try:
+            reader = Reader(request, "call")
+            kind, address = reader.uint(1), reader.take(reader.uint(1))
+            require(not address.strip(_AD_NAME + b":[]"), "a caller without an address")
+            cost = _STORE_COST if kind == STORE else 1
+            if not self._affords(key, _PEER_RATE, cost) or not self._affords(0, _RATE_OF_ALL, cost):
+                return bytes([REFUSED])
+            if address:
+                self._heard((key, address.decode()))
+            body = reader.take(reader.left())
+            if kind == STORE:
+                ad = Advertisement.decode(body)
+                require(ad.key == key, "an advertisement of another than the caller")
+                self._keep(ad)
+                return bytes([DONE])
+            require(kind == LOOK and len(body) == 32, "no call")
+            return bytes([DONE]) + self._answer_look(key, uint(body))
+        except ProtocolError as e:
+            log(INFO, "a peer's call is refused: %s", e)
+            return bytes([REFUSED])
+
+    def _affords(self, key, rate, cost):
+        burst, each = rate
+        left, since = self._rates.pop(key, (burst, ticks_ms()))
+        left = min(burst, left + ticks_diff(ticks_ms(), since) * each / 1000)
+        good = left >= cost
+        self._rates[key] = left - cost * good, ticks_ms()
+        if len(self._rates) > _MOST_RATES:
+            del self._rates[next(iter(self._rates))]  # whose last call is longest ago
+        return good
+
+    def _answer_look(self, asker, place):
+        contacts = [c for c in self._near(place, _K + 1) if c[0] != asker][:_K]
+        reply = bytes([len(contacts)]) + b"".join([pack_contact(c) for c in contacts])
+        left = _MOST_ADS_SENT
+        # Where not all fit, others each time.
+        for _, key in sorted([(urandom(8), key) for key in self._places.get(place, ())]):
+            ad = self._ads[key][1]
+            data = ad.encode()
+            left -= len(data) + 2
+            if left >= 0 and ad.expiry > now():
+                reply += pack(">H", len(data)) + data
+        return reply
+
+    # What is kept.
+
+    def _keep(self, ad):
+        # ProtocolError where it is false, or older than what is there.
+        old = self._ads.get(ad.key)
+        if old and old[1].encode() == ad.encode():
+            return
+        require(not old or ad.timestamp > old[1].timestamp, "an advertisement older than the last")
+        ad.verify()
+        self._drop(ad.key)
+        places = places_of(ad)
+        self._ads[ad.key] = min([place ^ self.place for place in places]), ad
+        for place in places:
+            keys = self._places.setdefault(place, set())
+            keys.add(ad.key)
+            if len(keys) > _MOST_OF_NAME:
+                # Each peer keeps others, and nobody knows beforehand which.
+                keys.discard(max(keys, key=lambda key: place_of(key) ^ self.place))
+        if len(self._ads) > MOST_ADS:
+            self._expire()
+        if len(self._ads) > MOST_ADS:
+            others = [key for key in self._ads if key != self.key]
+            self._drop(max(others, key=lambda key: self._ads[key][0]))
+
+    def _drop(self, key):
+        _, ad = self._ads.pop(key, (0, None))
+        for place in places_of(ad) if ad else ():
+            keys = self._places.get(place, set())
+            keys.discard(key)
+            if not keys:
+                self._places.pop(place, None)
+
+    def _expire(self):
+        for key, (_, ad) in list(self._ads.items()):
+            if ad.expiry <= now():
+                self._drop(key)
+
+    # What programs use.
+
+    async def join(self, contacts):
+        """Get to know others, beginning with `contacts`; DiscoveryError where none answers."""
+        self._seeds = [contact for contact in contacts if self._is_good(contact)]
+        nearest, _ = await self._find(self.place)
+        if self._seeds and not nearest:
+            raise DiscoveryError("none of %d peers answers: is one of them up?" % len(self._seeds))
+
+    async def advertise(self, services, seconds=AD_SECONDS):
+        """Publish `services`, as an Advertisement has them, under our key and their names; return
+        how many peers keep them.  `upkeep` does it anew in time."""
+        ad = Advertisement.create(self._secret, services, seconds)
+        old = self._ads.get(self.key)
+        if old and old[1].timestamp >= ad.timestamp:
+            later = old[1].timestamp + 1
+            ad = Advertisement.create(self._secret, services, seconds, later)
+        self.services = services, seconds
+        self._keep(ad)
+        peers = set()
+        for place in places_of(ad):
+            peers.update((await self._find(place))[0])
+        calls = [self._ask(contact, STORE, ad.encode()) for contact in peers]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        return len([result for result in results if result == b""])
+
+    async def discover(self, name):
+        """Return the Advertisements of all who offer the service `name`."""
+        if not service_name_is_good(name):
+            raise ConfigError("%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name)
+        _, found = await self._find(place_of(name))
+        return [ad for _, ad in sorted(found.items())]
+
+    async def locate(self, address):
+        """Return the newest Advertisement of an onion address; DiscoveryError."""
+        key = parse_onion_address(address)
+        _, found = await self._find(place_of(key))
+        if key not in found:
+            raise DiscoveryError("no peer knows of an advertisement of " + address)
+        return found[key]
+
+    async def upkeep(self):
+        """Drop what has expired, look after contacts, advertise anew: now and then."""
+        self._expire()
+        await self._find(self.place)
+        await self._find(uint(urandom(32)))
+        if self.services:
+            await self.advertise(*self.services)
 
 
 # === 19. Command line ===

@@ -7571,10 +7571,6 @@ def places_of(ad):
     return [place_of(ad.key)] + [place_of(name) for name in ad.services]
 
 
-def _bucket(distance):
-    return len(bin(distance))
-
-
 def split_port(text, port):
     """Host and port of HOST[:PORT] or [IPv6]:PORT, else `port`; AddressError."""
     host, colon, given = text.rpartition(":")
@@ -7662,8 +7658,8 @@ class Discovery:
     def __init__(self, call, secret, address="", direct=False):
         self._call, self._secret, self.key, self._direct = call, secret, secret[1], direct
         self.address, self.place = address, place_of(self.key)
-        # `_buckets`: {number: contacts, least recently seen first}; `_seeds`: where to begin.
-        self._buckets, self._challenged, self._greeted, self._seeds = {}, set(), set(), []
+        # `_asked`: those called just now; `_seeds`: where to begin.
+        self._buckets, self._asked, self._seeds, self._fault = {}, set(), [], None
         # `_ads`: {key: (distance, Advertisement)}; `_places`: {place: keys}; `_rates`: {key:
         # (calls left, when)}.
         self._ads, self._places, self._rates, self.services = {}, {}, {}, None
@@ -7672,7 +7668,7 @@ class Discovery:
 
     def contacts(self):
         """Return those who have answered, and did not fail since."""
-        return [contact for bucket in self._buckets.values() for contact in bucket]
+        return [contact for bucket, _ in self._buckets.values() for contact in bucket]
 
     def _near(self, place, n=_K):
         return sorted(self.contacts(), key=lambda contact: place_of(contact[0]) ^ place)[:n]
@@ -7684,52 +7680,49 @@ class Discovery:
             return False
         return key != self.key and len(address) < 128
 
-    def _seen(self, contact):
-        # It has answered.
-        number = _bucket(place_of(contact[0]) ^ self.place)
-        bucket = self._buckets.setdefault(number, [])
-        others = [other for other in bucket if other[0] != contact[0]]
-        if len(others) < _K:
-            bucket[:] = others + [contact]
-        elif number not in self._challenged:
-            # Who is there for long will be: it makes room only if it is gone.
-            self._challenged.add(number)
-            spawn(self._challenge(number, bucket, contact))
+    def _bucket(self, contact):
+        # Where it belongs: contacts, least recently seen first; and spare ones.
+        number = len(bin(place_of(contact[0]) ^ self.place))
+        return self._buckets.setdefault(number, ([], []))
 
-    async def _challenge(self, number, bucket, contact):
-        try:
-            await self._look(bucket[0], self.place)
-        except TorError:
-            if len(bucket) < _K and contact[0] not in [key for key, _ in bucket]:
-                bucket.append(contact)
-        finally:
-            self._challenged.discard(number)
+    def _seen(self, contact):
+        # It has answered.  Who is there for long will be: it makes room only when it fails.
+        for peers in self._bucket(contact):
+            others = [other for other in peers if other[0] != contact[0]]
+            if len(others) < _K:
+                peers[:] = others + [contact]
+                return
+        peers[:] = others[1:] + [contact]
 
     def _gone(self, contact):
-        bucket = self._buckets.get(_bucket(place_of(contact[0]) ^ self.place), [])
+        bucket, spare = self._bucket(contact)
         if contact in bucket:
             bucket.remove(contact)
+            if spare:
+                bucket.append(spare.pop())
 
     def _heard(self, contact):
-        # It calls, and says that it takes calls: it will be told of when it does.
-        busy = len(self._greeted) >= _K or contact in self._greeted
-        if not busy and contact not in self.contacts() and self._is_good(contact):
-            self._greeted.add(contact)
-            spawn(self._greet(contact))
+        # It calls, and says that it takes calls: others are told of it when it does.
+        bucket, _ = self._bucket(contact)
+        if contact in bucket:
+            return self._seen(contact)
+        busy = len(self._asked) >= _ALPHA_LATE or contact in self._asked or len(bucket) == _K
+        if not busy and self._is_good(contact):
+            self._asked.add(contact)
+            spawn(self._check(contact))
 
-    async def _greet(self, contact):
+    async def _check(self, contact):
         try:
             await self._look(contact, self.place)
-        except TorError:
-            pass
-        finally:
-            self._greeted.discard(contact)
+        except TorError as e:
+            log(INFO, "a peer is not there: %s", e)
 
     # Calls.
 
     async def _ask(self, contact, kind, body):
         # The answer's body; TorError.
         request = bytes([kind, len(self.address)]) + self.address.encode() + body
+        self._asked.add(contact)
         try:
             reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
             require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
@@ -7739,6 +7732,8 @@ class Discovery:
         except TorError:
             self._gone(contact)
             raise
+        finally:
+            self._asked.discard(contact)
         if reply[0] != DONE:
             raise DiscoveryError("%s refuses to answer" % contact[1])
         self._seen(contact)
@@ -7779,12 +7774,14 @@ class Discovery:
                 if not done:
                     width = _ALPHA_LATE
                 for task in done:
-                    contact = tasks.pop(task)
-                    if task.exception() and not isinstance(task.exception(), TorError):
-                        raise task.exception()
-                    lookup.result(contact, not task.exception())
-                    if not task.exception():
+                    contact, error = tasks.pop(task), task.exception()
+                    lookup.result(contact, not error)
+                    if not error:
                         await self._learn(lookup, contact, *task.result(), found)
+                    elif isinstance(error, TorError):
+                        self._fault = error
+                    else:
+                        raise error
         finally:
             for task in tasks:
                 task.cancel()
@@ -7893,7 +7890,7 @@ class Discovery:
 
     def _expire(self):
         for key, (_, ad) in list(self._ads.items()):
-            if ad.expiry <= now():
+            if ad.expiry <= now() and key != self.key:
                 self._drop(key)
 
     # What programs use.
@@ -7903,7 +7900,8 @@ class Discovery:
         self._seeds = [contact for contact in contacts if self._is_good(contact)]
         nearest, _ = await self._find(self.place)
         if self._seeds and not nearest:
-            raise DiscoveryError("none of %d peers answers: is one of them up?" % len(self._seeds))
+            raise DiscoveryError(
+                "none of %d peers answers: %s" % (len(self._seeds), self._fault or "they lie"))
 
     async def advertise(self, services, seconds=AD_SECONDS):
         """Publish `services`, as an Advertisement has them, under our key and their names; return
@@ -7940,9 +7938,13 @@ class Discovery:
     async def upkeep(self):
         """Drop what has expired, look after contacts, advertise anew: now and then."""
         self._expire()
+        for bucket, _ in list(self._buckets.values()):
+            if bucket:
+                await self._check(bucket[0])
         await self._find(self.place)
         await self._find(uint(urandom(32)))
-        if self.services:
+        # At a third of its time: those who come nearer to its places than who had it, get it.
+        if self.services and now() >= self._ads[self.key][1].timestamp + self.services[1] // 3:
             await self.advertise(*self.services)
 
 

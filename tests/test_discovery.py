@@ -4,12 +4,14 @@ The peers talk in memory, and time is made up: who is silent costs the test noth
 """
 
 import asyncio
+import functools
 import random
 import selectors
 import struct
 
 import minitor
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from minitor import Advertisement, Discovery
 
 NOW = 1790000000
@@ -43,8 +45,13 @@ def run(monkeypatch):
     monkeypatch.setattr(minitor, "urandom", chance.randbytes)
     monkeypatch.setattr(minitor, "now", lambda: NOW + int(loop.time()))
     monkeypatch.setattr(minitor, "ticks_ms", lambda: int(loop.time() * 1000))
+    # Many peers check the same signatures.
+    for name in ("ed25519_verify", "ed25519_valid"):
+        monkeypatch.setattr(minitor, name, functools.lru_cache(None)(getattr(minitor, name)))
     yield loop.run_until_complete
-    loop.run_until_complete(asyncio.sleep(0))
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(1))
     loop.close()
 
 
@@ -72,6 +79,9 @@ def test_vector():
     assert (again.key, again.address, again.services) == (ad.key, ad.address, SERVICES)
     assert (again.timestamp, again.expiry) == (NOW, NOW + 3600)
     assert again.encode() == ENCODED
+    # Another's Ed25519 agrees.
+    theirs = Ed25519PrivateKey.from_private_bytes((1).to_bytes(32, "big"))
+    assert theirs.sign(b"minitor advertisement 1\0" + ENCODED[:-64]) == ENCODED[-64:]
 
 
 @pytest.mark.parametrize("services, seconds, text", [
@@ -187,3 +197,440 @@ def test_only_tor_errors_come_out():
         except minitor.TorError:
             continue
         assert ad.encode() == data
+
+
+# ─── the table ───
+
+
+class Network:
+    """Peers in memory: `peers` {contact: Discovery}; who is in `behaviour` answers otherwise."""
+
+    def __init__(self, count):
+        self.secrets = [secret(n) for n in range(count)]
+        self.contacts = [(s[1], minitor.onion_address(s[1]) + ":1") for s in self.secrets]
+        self.peers, self.behaviour, self.calls, self.gone = {}, {}, 0, set()
+        for contact, key in zip(self.contacts, self.secrets):
+            self.peers[contact] = Discovery(self.calling(contact), key, contact[1])
+
+    def calling(self, caller):
+        async def call(contact, request):
+            self.calls += 1
+            await asyncio.sleep(0.1)
+            if contact not in self.peers or contact in self.gone:
+                await asyncio.sleep(20)
+                raise minitor.OnionError("there is no %s" % contact[1])
+            if contact in self.behaviour:
+                return await self.behaviour[contact](caller, request)
+            return self.peers[contact].answer(caller[0], request)
+
+        return call
+
+    def visitor(self, n=1000):
+        """A peer that takes no calls."""
+        key = secret(n)
+        return Discovery(self.calling((key[1], "")), key)
+
+    async def start(self):
+        """All join by the first and advertise a service of their own, and one of four."""
+        for i, contact in enumerate(self.contacts):
+            await self.peers[contact].join(self.contacts[:1] if i else [])
+        for i, contact in enumerate(self.contacts):
+            services = {"agent-%d" % i: (7000 + i, b""), "kind-%d" % (i % 4): (80, b"x")}
+            assert await self.peers[contact].advertise(services) >= min(8, len(self.contacts) - 1)
+
+    async def check(self, seekers, sought):
+        """Every one of `seekers` finds one of `sought` (numbers), by name and by address."""
+        for n, seeker in enumerate(seekers):
+            i = sought[n % len(sought)]
+            contact = self.contacts[i]
+            found = await seeker.discover("agent-%d" % i)
+            assert [ad.key for ad in found] == [contact[0]], i
+            assert found[0].services["agent-%d" % i] == (7000 + i, b"")
+            ad = await seeker.locate(contact[1].partition(":")[0])
+            assert ad.encode() == found[0].encode()
+
+
+def test_32_peers_find_each_other(run):
+    net = Network(32)
+    run(net.start())
+    peers = [net.peers[c] for c in net.contacts]
+    run(net.check(peers, list(range(7, 32)) + list(range(7))))
+    calls = net.calls
+    visitor = net.visitor()
+    run(visitor.join(net.contacts[:1]))
+    found = run(visitor.discover("kind-2"))
+    assert {ad.key for ad in found} == {net.contacts[i][0] for i in range(2, 32, 4)}
+    assert run(visitor.discover("nobody-has-this")) == []
+    with pytest.raises(minitor.DiscoveryError, match="no peer knows"):
+        run(visitor.locate(minitor.onion_address(secret(999)[1])))
+    # A look-up asks a part of them, and nobody is told of who takes no calls.
+    assert (net.calls - calls) / 4 < 24
+    assert all(visitor.key != key for peer in peers for key, _ in peer.contacts())
+    assert all(len(b) <= 8 for peer in peers for both in peer._buckets.values() for b in both)
+
+
+# What liars do with a call: coroutine functions(network, contact, caller, request).
+
+
+async def silent(net, *_):
+    await asyncio.sleep(3600)
+
+
+async def dead(net, *_):
+    raise minitor.StreamError("the stream ended")
+
+
+async def garbage(net, *_):
+    return bytes([minitor.DONE]) + net.chance.randbytes(net.chance.randrange(300))
+
+
+async def endless(net, *_):
+    return bytes([minitor.DONE]) + bytes(1 << 20)
+
+
+async def refusing(net, *_):
+    return bytes([minitor.REFUSED])
+
+
+async def empty(net, contact, caller, request):
+    return bytes([minitor.DONE, 0]) if request[0] == minitor.LOOK else bytes([minitor.DONE])
+
+
+async def misleading(net, contact, caller, request):
+    """Name peers that do not exist, ever nearer to what is sought."""
+    place = int.from_bytes(request[-32:], "big")
+    keys = [net.chance.randbytes(32) for _ in range(200)]
+    keys.sort(key=lambda key: minitor.place_of(key) ^ place)
+    contacts = [(key, minitor.onion_address(key) + ":1") for key in keys[:8]]
+    return bytes([minitor.DONE, 8]) + b"".join(map(minitor.pack_contact, contacts))
+
+
+async def misplacing(net, contact, caller, request):
+    """Name those who exist at ports where they are not."""
+    contacts = [(key, address + "23") for key, address in net.chance.choices(net.contacts, k=8)]
+    return bytes([minitor.DONE, 8]) + b"".join(map(minitor.pack_contact, contacts))
+
+
+async def forging(net, contact, caller, request):
+    """Say that every name is another's, and sign it as far as possible."""
+    place, liar = int.from_bytes(request[-32:], "big"), net.secrets[net.contacts.index(contact)]
+    reply = bytes([minitor.DONE, 0])
+    for n in range(2):
+        # In others' names, and in its own: the second is no lie, but is not what was asked for.
+        services = {net.names.get(place, "other"): (666, b"forged")}
+        key = net.secrets[(n + 3) % len(net.secrets)]
+        ad = Advertisement.create((liar[0], key[1]) if n == 0 else liar, services, 60)
+        reply += len(ad.encode()).to_bytes(2, "big") + ad.encode()
+    return reply
+
+
+async def outdated(net, contact, caller, request):
+    """Show what was true before."""
+    place, reply = int.from_bytes(request[-32:], "big"), bytes([minitor.DONE, 0])
+    for i, key in enumerate(net.secrets):
+        services = {"agent-%d" % i: (1, b"moved since")}
+        ad = Advertisement.create(key, services, 86400, NOW - 60)
+        if place in minitor.places_of(ad):
+            reply += len(ad.encode()).to_bytes(2, "big") + ad.encode()
+    return reply
+
+
+LIES = (silent, dead, garbage, endless, refusing, empty, misleading, misplacing, forging, outdated)
+
+
+def let_lie(net, numbers, lies=LIES):
+    net.chance = random.Random(7)
+    net.names = {minitor.place_of("agent-%d" % i): "agent-%d" % i for i in range(32)}
+    for n, i in enumerate(numbers):
+        contact, lie = net.contacts[i], lies[n % len(lies)]
+        net.behaviour[contact] = lambda caller, request, contact=contact, lie=lie: lie(
+            net, contact, caller, request)
+
+
+LEAVING = random.Random(3).sample(range(32), 11)
+STAYING = [i for i in range(32) if i not in LEAVING]
+
+
+def test_a_third_leaves(run):
+    net = Network(32)
+    run(net.start())
+    net.gone = {net.contacts[i] for i in LEAVING}
+    staying = [net.peers[net.contacts[i]] for i in STAYING]
+    run(net.check(staying, STAYING[4:] + STAYING[:4]))
+    # Those who left are forgotten, and a new one joins by any that stayed.
+    for peer in staying * 4:
+        run(peer.upkeep())
+    assert not [peer for peer in staying if net.gone & set(peer.contacts())]
+    visitor = net.visitor()
+    run(visitor.join([net.contacts[i] for i in (LEAVING[0], STAYING[0])]))
+    run(net.check([visitor], STAYING[-1:]))
+    # What those who left have offered is forgotten in time, what others offer is not.
+    begun = minitor.now()
+    while minitor.now() < begun + minitor.AD_SECONDS:
+        run(asyncio.sleep(minitor.UPKEEP_SECONDS))
+        for peer in staying:
+            run(peer.upkeep())
+    run(net.check(staying[:3], STAYING[5:8]))
+    assert run(visitor.discover("agent-%d" % LEAVING[1])) == []
+    assert all(len(peer._ads) <= len(staying) for peer in staying)
+
+
+def test_a_third_lies(run):
+    net = Network(32)
+    run(net.start())
+    let_lie(net, LEAVING)
+    run(net.check([net.peers[net.contacts[i]] for i in STAYING], list(range(32))))
+
+
+@pytest.mark.parametrize("lie", [misleading, forging, silent])
+def test_a_third_lies_from_the_start(run, lie):
+    net = Network(32)
+    let_lie(net, LEAVING, (lie,))
+    honest = [net.peers[net.contacts[i]] for i in STAYING]
+    for peer in honest:
+        # By one that lies, and one that does not.
+        run(peer.join([net.contacts[LEAVING[0]], net.contacts[STAYING[0]]][peer is honest[0] :]))
+    for i, peer in zip(STAYING, honest):
+        run(peer.advertise({"agent-%d" % i: (7000 + i, b"")}))
+    net.calls = 0
+    run(net.check(honest, STAYING[9:] + STAYING[:9]))
+    # Not many are asked who do not exist.
+    assert net.calls / len(honest) / 2 < 40
+
+
+def test_joining_by_liars_alone(run):
+    for lie in LIES:
+        net = Network(2)
+        let_lie(net, [0], (lie,))
+        peer = net.peers[net.contacts[1]]
+        if lie in (empty, misleading, misplacing, outdated):
+            run(peer.join(net.contacts[:1]))
+            assert run(peer.discover("agent-7")) == []
+        else:
+            with pytest.raises(minitor.DiscoveryError, match="none of 1 peers answers: "):
+                run(peer.join(net.contacts[:1]))
+            assert not peer.contacts()
+
+
+# ─── one peer ───
+
+
+def alone(n=0, **options):
+    """A peer whose calls get `reply`, or raise it."""
+    async def call(contact, request):
+        calls.append((contact, request))
+        return options.get("reply", b"")
+
+    calls, key = [], secret(n)
+    peer = Discovery(call, key, options.get("address", ""), options.get("direct", False))
+    peer.calls = calls
+    return peer
+
+
+def store(ad):
+    return bytes([minitor.STORE, 0]) + ad.encode()
+
+
+def look(place, address=b""):
+    return bytes([minitor.LOOK, len(address)]) + address + place.to_bytes(32, "big")
+
+
+def offered(peer, place):
+    """The advertisements that `peer` shows for a place."""
+    reply = peer.answer(bytes(32), look(minitor.place_of(place)))
+    assert reply[0] == minitor.DONE
+    reader, ads = minitor.Reader(reply[2:]), []
+    assert reply[1] == 0
+    while reader.left():
+        ads.append(Advertisement.decode(reader.take(reader.uint(2))))
+    return ads
+
+
+def ad_of(n, *names, seconds=3600, at=NOW):
+    return Advertisement.create(secret(n), {name: (80, b"") for name in names}, seconds, at)
+
+
+def test_only_who_is_entitled_stores(run):
+    peer, ad = alone(), ad_of(1, "web")
+    done, refused = bytes([minitor.DONE]), bytes([minitor.REFUSED])
+    assert peer.answer(secret(2)[1], store(ad)) == refused  # another's
+    forged = Advertisement.decode(ad.encode())
+    forged.signature = minitor.ed25519_sign(*secret(2), minitor._AD_PREFIX + ad._content())
+    assert peer.answer(ad.key, store(forged)) == refused
+    assert peer.answer(ad.key, store(ad_of(1, "web", at=NOW - 3600))) == refused  # expired
+    assert peer.answer(ad.key, store(ad_of(1, "web", at=NOW + 86400))) == refused  # of the future
+    assert offered(peer, "web") == [] == offered(peer, ad.key)
+    assert peer.answer(ad.key, store(ad)) == done
+    assert peer.answer(ad.key, store(ad)) == done
+    for place in "web", ad.key:
+        assert [found.encode() for found in offered(peer, place)] == [ad.encode()]
+    assert offered(peer, "other") == [] == offered(peer, secret(2)[1])
+    # A later one takes the place of an earlier one, not the other way around.
+    later = ad_of(1, "other", at=NOW + 1)
+    assert peer.answer(ad.key, store(later)) == done
+    assert peer.answer(ad.key, store(ad)) == refused
+    assert offered(peer, "web") == [] and len(offered(peer, "other")) == 1
+    # Until it expires.
+    run(asyncio.sleep(3601))
+    assert offered(peer, "other") == []
+    run(peer.upkeep())
+    assert not peer._ads and not peer._places
+
+
+def test_what_is_kept_is_bounded(run, monkeypatch):
+    monkeypatch.setattr(minitor, "MOST_ADS", 20)
+    monkeypatch.setattr(minitor, "_MOST_OF_NAME", 6)
+    peer = alone()
+    run(peer.advertise({"mine": (1, b"")}))
+    for n in range(1, 60):
+        ad = ad_of(n, "popular", "name-%d" % n)
+        peer.answer(ad.key, store(ad))
+        assert len(peer._ads) <= 20 and len(peer._places) <= 20 * 3
+        assert all(len(keys) <= 6 for keys in peer._places.values())
+        assert all(key in peer._ads for keys in peer._places.values() for key in keys)
+    # What is nearest is kept, and our own.
+    assert len(offered(peer, "popular")) >= 3 and len(offered(peer, "mine")) == 1
+    for n in range(1, 60):
+        peer._drop(secret(n)[1])
+    assert set(peer._ads) == {peer.key} and len(peer._places) == 2
+
+
+def test_rates_are_bounded(run, monkeypatch):
+    peer, ask = alone(), look(0)
+
+    def answered(key, request=ask, most=10000):
+        return sum(peer.answer(key, request)[0] == minitor.DONE for _ in range(most))
+
+    burst, each = minitor._PEER_RATE
+    assert answered(b"a" * 32) == burst
+    assert answered(b"b" * 32) == burst
+    run(asyncio.sleep(10))
+    assert answered(b"a" * 32) == 10 * each
+    # Storing costs more, and there is a bound for all.
+    ad = ad_of(1, "web")
+    assert answered(ad.key, store(ad)) == burst // minitor._STORE_COST
+    run(asyncio.sleep(3600))
+    total = sum(answered(bytes([n]) * 32, most=200) for n in range(100))
+    assert total == minitor._RATE_OF_ALL[0]
+    monkeypatch.setattr(minitor, "_MOST_RATES", 50)
+    run(asyncio.sleep(3600))
+    answered(b"c" * 32)
+    for n in range(200):
+        answered(n.to_bytes(32, "big"), most=1)
+        # Who came often is not forgotten for those who came once.
+        assert len(peer._rates) <= 51
+
+
+def test_answers_are_bounded_and_vary(run):
+    peer = alone()
+    for n in range(1, 120):
+        ad = ad_of(n, "popular")
+        peer._keep(ad)
+    seen = set()
+    for _ in range(8):
+        assert len(peer.answer(bytes(32), look(minitor.place_of("popular")))) < minitor.MOST_CALL
+        found = {ad.key for ad in offered(peer, "popular")}
+        assert 50 < len(found) < 119
+        seen |= found
+    assert len(seen) == 119
+
+
+def test_hostile_calls(run, monkeypatch):
+    peer, chance = alone(), random.Random(2)
+    monkeypatch.setattr(minitor, "_PEER_RATE", (1 << 20, 1))
+    monkeypatch.setattr(minitor, "_RATE_OF_ALL", (1 << 20, 1))
+    ad = ad_of(1, "web")
+    for n in range(1500):
+        request = chance.choice((store(ad), look(5), look(5, b"x.onion:1"), b""))
+        request = mangled(request, chance) if n % 3 else chance.randbytes(chance.randrange(99))
+        reply = peer.answer(secret(1)[1], request)
+        assert isinstance(reply, bytes) and 1 <= len(reply) <= minitor.MOST_CALL
+    assert set(peer._ads) <= {ad.key}
+    for _, kept in peer._ads.values():
+        kept.verify()
+
+
+def test_hostile_answers(run):
+    chance, contact = random.Random(3), (secret(1)[1], minitor.onion_address(secret(1)[1]) + ":1")
+    good = bytes([minitor.DONE, 1]) + minitor.pack_contact(contact)
+    good += len(ENCODED).to_bytes(2, "big") + ENCODED
+    for n in range(600):
+        reply = mangled(good, chance) if n % 2 else chance.randbytes(chance.randrange(200))
+        peer = alone(reply=reply)
+        peer._seen(contact)
+        try:
+            found = run(peer.discover("web"))
+        except minitor.TorError:
+            continue
+        assert [ad.encode() for ad in found] in ([], [ENCODED])
+
+
+def test_who_calls_is_checked_before_others_hear_of_it(run):
+    none = bytes([minitor.DONE, 0])
+    peer, direct, busy = [alone(address="x:1", reply=none, direct=d) for d in (0, 1, 0)]
+    onions = {n: minitor.onion_address(secret(n)[1]) + ":1" for n in range(1, 60)}
+
+    async def hear(who, n, address):
+        who.answer(secret(n)[1], look(0, address.encode()))
+
+    # Elsewhere than at its onion address nobody is called, unless that is asked for.
+    for address in "127.0.0.1:22", onions[2], "x" * 99:
+        run(hear(peer, 1, address))
+        run(asyncio.sleep(1))
+        assert not peer.calls and not peer.contacts()
+    run(hear(peer, 1, onions[1]))
+    assert not peer.contacts()
+    run(asyncio.sleep(1))
+    assert peer.contacts() == [(secret(1)[1], onions[1])]
+    run(hear(direct, 1, "127.0.0.1:22"))
+    run(asyncio.sleep(1))
+    assert direct.contacts() == [(secret(1)[1], "127.0.0.1:22")]
+
+    # Many callers cannot make it call many at once.
+    async def all_call():
+        for n, onion in onions.items():
+            await hear(busy, n, onion)
+
+    run(all_call())
+    run(asyncio.sleep(1))
+    assert 0 < len(busy.calls) <= minitor._ALPHA_LATE
+
+
+def test_who_is_there_for_long_stays(run):
+    gone = set()
+
+    async def call(contact, request):
+        if contact in gone:
+            raise minitor.OnionError("gone")
+        return bytes([minitor.DONE, 0])
+
+    peer = Discovery(call, secret(0), "x:1")
+    keys = [secret(n)[1] for n in range(1, 120)]
+    far = [k for k in keys if (minitor.place_of(k) ^ peer.place) >> 255]
+    contacts = [(key, minitor.onion_address(key) + ":1") for key in far]
+    assert len(contacts) > 30
+    for contact in contacts:
+        run(peer._look(contact, 0))
+    assert peer.contacts() == contacts[:8]
+    # Who answers is seen last; who fails makes room for who was seen last.
+    run(peer._look(contacts[0], 0))
+    assert peer.contacts() == contacts[1:8] + contacts[:1]
+    gone.add(contacts[1])
+    run(peer.upkeep())
+    assert set(peer.contacts()) == set(contacts[2:8] + contacts[:1] + contacts[-1:])
+    # Who moves keeps its place.
+    moved = contacts[2][0], contacts[2][1] + "0"
+    run(peer._look(moved, 0))
+    assert peer.contacts()[-1] == moved and len(peer.contacts()) == 8
+
+
+def test_contacts_in_texts():
+    key = secret(1)[1]
+    onion = minitor.onion_address(key)
+    assert minitor.parse_contact(onion, 5) == (key, onion + ":5")
+    assert minitor.parse_contact(onion + ":6", 5) == (key, onion + ":6")
+    assert minitor.parse_contact(onion + "@[::1]:7", 5, True) == (key, "::1:7")
+    for text in ("", "x", "x.onion", onion + ":", onion + ":0", onion + ":65536", onion + ":²",
+                 onion + ":" + "9" * 5000, onion[1:], onion + "@127.0.0.1:7", "127.0.0.1:7"):
+        with pytest.raises(minitor.AddressError):
+            minitor.parse_contact(text, 5)

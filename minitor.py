@@ -8027,6 +8027,39 @@ def serve_target(what):
     return lambda reader, writer: web_serve(folder, reader, writer)
 
 
+def netcat(tor, host, port, linger=None):
+    """Send standard input to host:port through `tor`, a Tor, and what comes back to standard
+    output, until the other side ends, or `linger` seconds after the input; StreamError …"""
+    stream, _ = tor.run(tor._tor.open_connection(host, port))
+
+    async def send(data):
+        stream.write(data)
+        await stream.drain()
+
+    async def end():
+        stream.close()
+
+    def feed():
+        # In a thread: asyncio cannot wait for files.
+        try:
+            while data := os.read(0, 1 << 16):
+                tor.run(send(data))
+        except (OSError, TorError):
+            pass  # the reader is told
+        if linger is not None:
+            time.sleep(linger)
+            tor.run(end())
+
+    def show(data):
+        while data:
+            data = data[os.write(1, data) :]
+
+    threading.Thread(target=feed, daemon=True).start()
+    while data := tor.run(stream.read(1 << 16)):
+        http_call("standard output", show, data)
+    tor.run(stream.wait_closed())  # when all is sent
+
+
 def run_command(options):
     import shutil
 
@@ -8040,7 +8073,12 @@ def run_command(options):
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
-    target = options.get or not doors and serve_target(options.serve)
+    if options.serve is not None:
+        target = serve_target(options.serve)
+    if options.connect:
+        target = split_port(options.connect, options.port)
+        if is_onion(target[0]):
+            parse_onion_address(target[0])
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
         for proxy in doors:
@@ -8048,6 +8086,8 @@ def run_command(options):
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
         if doors:
             return threading.Event().wait()
+        if options.connect:
+            return netcat(tor, *target, options.q)
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -8079,12 +8119,15 @@ def main(argv=None):
     add("--serve", nargs="?", const="", metavar="WHAT",
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--connect", metavar="ADDRESS[:PORT]",
+        help="connect standard input and output to it, as netcat")
     add("--address", action="store_true", help="print the service's address")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
@@ -8099,7 +8142,7 @@ def main(argv=None):
     try:
         run_command(options)
     except KeyboardInterrupt:
-        return 130 if options.get else 0
+        return 130 if options.get or options.connect else 0
     except Exception as e:
         if options.v > 1:
             print_exception(e)

@@ -7587,6 +7587,12 @@ def pack_contact(contact):
     return contact[0] + bytes([len(contact[1])]) + contact[1].encode()
 
 
+def _read_address(reader):
+    text = reader.take(reader.uint(1))
+    require(len(text) < 128 and not text.strip(_AD_NAME + b":[]"), "no address")
+    return text.decode()
+
+
 def parse_contact(text, port, direct=False):
     """The contact in a text: ADDRESS.onion[:PORT]; where `direct`, ADDRESS.onion@HOST:PORT."""
     address, at, where = text.partition("@")
@@ -7678,32 +7684,33 @@ class Discovery:
         key, address = contact
         if not self._direct and address.partition(":")[0] != onion_address(key):
             return False
-        return key != self.key and len(address) < 128
+        return key != self.key and address != ""
 
-    def _bucket(self, contact):
+    def _bucket(self, key):
         # Where it belongs: contacts, least recently seen first; and spare ones.
-        number = len(bin(place_of(contact[0]) ^ self.place))
+        number = len(bin(place_of(key) ^ self.place))
         return self._buckets.setdefault(number, ([], []))
 
     def _seen(self, contact):
         # It has answered.  Who is there for long will be: it makes room only when it fails.
-        for peers in self._bucket(contact):
+        for peers in self._bucket(contact[0]):
             others = [other for other in peers if other[0] != contact[0]]
             if len(others) < _K:
                 peers[:] = others + [contact]
                 return
         peers[:] = others[1:] + [contact]
 
-    def _gone(self, contact):
-        bucket, spare = self._bucket(contact)
-        if contact in bucket:
-            bucket.remove(contact)
-            if spare:
-                bucket.append(spare.pop())
+    def _gone(self, key, address=None):
+        # It did not answer at that address, or lied.
+        bucket, spare = self._bucket(key)
+        for contact in list(bucket):
+            if contact[0] == key and address in (None, contact[1]):
+                bucket.remove(contact)
+                bucket += [spare.pop()] if spare else []
 
     def _heard(self, contact):
         # It calls, and says that it takes calls: others are told of it when it does.
-        bucket, _ = self._bucket(contact)
+        bucket, _ = self._bucket(contact[0])
         if contact in bucket:
             return self._seen(contact)
         busy = len(self._asked) >= _ALPHA_LATE or contact in self._asked or len(bucket) == _K
@@ -7719,25 +7726,34 @@ class Discovery:
 
     # Calls.
 
+    def _head(self, kind):
+        return bytes([kind, len(self.address)]) + self.address.encode()
+
     async def _ask(self, contact, kind, body):
         # The answer's body; TorError.
-        request = bytes([kind, len(self.address)]) + self.address.encode() + body
+        request = self._head(kind) + body
         self._asked.add(contact)
         try:
             reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
             require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
         except asyncio.TimeoutError:
-            self._gone(contact)
+            self._gone(*contact)
             raise TorTimeout("%s did not answer in %d s" % (contact[1], CALL_SECONDS))
         except TorError:
-            self._gone(contact)
+            self._gone(*contact)
             raise
         finally:
             self._asked.discard(contact)
-        if reply[0] != DONE:
+        reader = Reader(reply, "answer")
+        if reader.uint(1) != DONE:
             raise DiscoveryError("%s refuses to answer" % contact[1])
-        self._seen(contact)
-        return reply[1:]
+        # Where it is to be called, it knows best: others may have named another place.
+        there = contact[0], _read_address(reader)
+        if self._is_good(there):
+            self._seen(there)
+        else:
+            self._gone(contact[0])
+        return reader.take(reader.left())
 
     async def _look(self, contact, place):
         # Contacts and advertisements, undecoded, that a peer has for a place.
@@ -7747,13 +7763,11 @@ class Discovery:
             count = reader.uint(1)
             require(count <= _K, "an answer of %d contacts" % count)
             for _ in range(count):
-                key, address = reader.take(32), reader.take(reader.uint(1))
-                require(not address.strip(_AD_NAME + b":[]"), "a contact without an address")
-                contacts.append((key, address.decode()))
+                contacts.append((reader.take(32), _read_address(reader)))
             while reader.left():
                 ads.append(reader.take(reader.uint(2)))
         except ProtocolError:
-            self._gone(contact)
+            self._gone(contact[0])
             raise
         return [contact for contact in contacts if self._is_good(contact)], ads
 
@@ -7800,7 +7814,7 @@ class Discovery:
         except ProtocolError as e:
             log(INFO, "a peer lies: %s", e)
             lookup.lied(contact)
-            self._gone(contact)
+            self._gone(contact[0])
 
     def _take(self, found, ad):
         old = found.get(ad.key)
@@ -7814,21 +7828,20 @@ class Discovery:
         """Return the reply to what a peer with that public key asks."""
         try:
             reader = Reader(request, "call")
-            kind, address = reader.uint(1), reader.take(reader.uint(1))
-            require(not address.strip(_AD_NAME + b":[]"), "a caller without an address")
+            kind, address = reader.uint(1), _read_address(reader)
             cost = _STORE_COST if kind == STORE else 1
             if not self._affords(key, _PEER_RATE, cost) or not self._affords(0, _RATE_OF_ALL, cost):
                 return bytes([REFUSED])
             if address:
-                self._heard((key, address.decode()))
+                self._heard((key, address))
             body = reader.take(reader.left())
             if kind == STORE:
                 ad = Advertisement.decode(body)
                 require(ad.key == key, "an advertisement of another than the caller")
                 self._keep(ad)
-                return bytes([DONE])
+                return self._head(DONE)
             require(kind == LOOK and len(body) == 32, "no call")
-            return bytes([DONE]) + self._answer_look(key, uint(body))
+            return self._head(DONE) + self._answer_look(key, uint(body))
         except ProtocolError as e:
             log(INFO, "a peer's call is refused: %s", e)
             return bytes([REFUSED])

@@ -272,6 +272,10 @@ def test_32_peers_find_each_other(run):
 # What liars do with a call: coroutine functions(network, contact, caller, request).
 
 
+def done(address=""):
+    return bytes([minitor.DONE, len(address)]) + address.encode()
+
+
 async def silent(net, *_):
     await asyncio.sleep(3600)
 
@@ -293,7 +297,7 @@ async def refusing(net, *_):
 
 
 async def empty(net, contact, caller, request):
-    return bytes([minitor.DONE, 0]) if request[0] == minitor.LOOK else bytes([minitor.DONE])
+    return done(contact[1]) + bytes(request[0] == minitor.LOOK)
 
 
 async def misleading(net, contact, caller, request):
@@ -302,19 +306,19 @@ async def misleading(net, contact, caller, request):
     keys = [net.chance.randbytes(32) for _ in range(200)]
     keys.sort(key=lambda key: minitor.place_of(key) ^ place)
     contacts = [(key, minitor.onion_address(key) + ":1") for key in keys[:8]]
-    return bytes([minitor.DONE, 8]) + b"".join(map(minitor.pack_contact, contacts))
+    return done(contact[1]) + b"\x08" + b"".join(map(minitor.pack_contact, contacts))
 
 
 async def misplacing(net, contact, caller, request):
     """Name those who exist at ports where they are not."""
     contacts = [(key, address + "23") for key, address in net.chance.choices(net.contacts, k=8)]
-    return bytes([minitor.DONE, 8]) + b"".join(map(minitor.pack_contact, contacts))
+    return done(contact[1]) + b"\x08" + b"".join(map(minitor.pack_contact, contacts))
 
 
 async def forging(net, contact, caller, request):
     """Say that every name is another's, and sign it as far as possible."""
     place, liar = int.from_bytes(request[-32:], "big"), net.secrets[net.contacts.index(contact)]
-    reply = bytes([minitor.DONE, 0])
+    reply = done(contact[1]) + b"\0"
     for n in range(2):
         # In others' names, and in its own: the second is no lie, but is not what was asked for.
         services = {net.names.get(place, "other"): (666, b"forged")}
@@ -326,7 +330,7 @@ async def forging(net, contact, caller, request):
 
 async def outdated(net, contact, caller, request):
     """Show what was true before."""
-    place, reply = int.from_bytes(request[-32:], "big"), bytes([minitor.DONE, 0])
+    place, reply = int.from_bytes(request[-32:], "big"), done(contact[1]) + b"\0"
     for i, key in enumerate(net.secrets):
         services = {"agent-%d" % i: (1, b"moved since")}
         ad = Advertisement.create(key, services, 86400, NOW - 60)
@@ -419,7 +423,7 @@ def alone(n=0, **options):
     """A peer whose calls get `reply`, or raise it."""
     async def call(contact, request):
         calls.append((contact, request))
-        return options.get("reply", b"")
+        return options.get("reply") or done(contact[1]) + b"\0"
 
     calls, key = [], secret(n)
     peer = Discovery(call, key, options.get("address", ""), options.get("direct", False))
@@ -438,9 +442,8 @@ def look(place, address=b""):
 def offered(peer, place):
     """The advertisements that `peer` shows for a place."""
     reply = peer.answer(bytes(32), look(minitor.place_of(place)))
-    assert reply[0] == minitor.DONE
-    reader, ads = minitor.Reader(reply[2:]), []
-    assert reply[1] == 0
+    assert reply[:3] == done() + b"\0"
+    reader, ads = minitor.Reader(reply[3:]), []
     while reader.left():
         ads.append(Advertisement.decode(reader.take(reader.uint(2))))
     return ads
@@ -452,7 +455,7 @@ def ad_of(n, *names, seconds=3600, at=NOW):
 
 def test_only_who_is_entitled_stores(run):
     peer, ad = alone(), ad_of(1, "web")
-    done, refused = bytes([minitor.DONE]), bytes([minitor.REFUSED])
+    kept, refused = done(), bytes([minitor.REFUSED])
     assert peer.answer(secret(2)[1], store(ad)) == refused  # another's
     forged = Advertisement.decode(ad.encode())
     forged.signature = minitor.ed25519_sign(*secret(2), minitor._AD_PREFIX + ad._content())
@@ -460,14 +463,14 @@ def test_only_who_is_entitled_stores(run):
     assert peer.answer(ad.key, store(ad_of(1, "web", at=NOW - 3600))) == refused  # expired
     assert peer.answer(ad.key, store(ad_of(1, "web", at=NOW + 86400))) == refused  # of the future
     assert offered(peer, "web") == [] == offered(peer, ad.key)
-    assert peer.answer(ad.key, store(ad)) == done
-    assert peer.answer(ad.key, store(ad)) == done
+    assert peer.answer(ad.key, store(ad)) == kept
+    assert peer.answer(ad.key, store(ad)) == kept
     for place in "web", ad.key:
         assert [found.encode() for found in offered(peer, place)] == [ad.encode()]
     assert offered(peer, "other") == [] == offered(peer, secret(2)[1])
     # A later one takes the place of an earlier one, not the other way around.
     later = ad_of(1, "other", at=NOW + 1)
-    assert peer.answer(ad.key, store(later)) == done
+    assert peer.answer(ad.key, store(later)) == kept
     assert peer.answer(ad.key, store(ad)) == refused
     assert offered(peer, "web") == [] and len(offered(peer, "other")) == 1
     # Until it expires.
@@ -552,7 +555,7 @@ def test_hostile_calls(run, monkeypatch):
 
 def test_hostile_answers(run):
     chance, contact = random.Random(3), (secret(1)[1], minitor.onion_address(secret(1)[1]) + ":1")
-    good = bytes([minitor.DONE, 1]) + minitor.pack_contact(contact)
+    good = done(contact[1]) + b"\1" + minitor.pack_contact(contact)
     good += len(ENCODED).to_bytes(2, "big") + ENCODED
     for n in range(600):
         reply = mangled(good, chance) if n % 2 else chance.randbytes(chance.randrange(200))
@@ -566,8 +569,7 @@ def test_hostile_answers(run):
 
 
 def test_who_calls_is_checked_before_others_hear_of_it(run):
-    none = bytes([minitor.DONE, 0])
-    peer, direct, busy = [alone(address="x:1", reply=none, direct=d) for d in (0, 1, 0)]
+    peer, direct, busy = [alone(address="x:1", direct=d) for d in (0, 1, 0)]
     onions = {n: minitor.onion_address(secret(n)[1]) + ":1" for n in range(1, 60)}
 
     async def hear(who, n, address):
@@ -602,8 +604,9 @@ def test_who_is_there_for_long_stays(run):
     async def call(contact, request):
         if contact in gone:
             raise minitor.OnionError("gone")
-        return bytes([minitor.DONE, 0])
+        return done(moved.get(contact, contact)[1]) + b"\0"
 
+    moved = {}
     peer = Discovery(call, secret(0), "x:1")
     keys = [secret(n)[1] for n in range(1, 120)]
     far = [k for k in keys if (minitor.place_of(k) ^ peer.place) >> 255]
@@ -618,10 +621,15 @@ def test_who_is_there_for_long_stays(run):
     gone.add(contacts[1])
     run(peer.upkeep())
     assert set(peer.contacts()) == set(contacts[2:8] + contacts[:1] + contacts[-1:])
-    # Who moves keeps its place.
-    moved = contacts[2][0], contacts[2][1] + "0"
-    run(peer._look(moved, 0))
-    assert peer.contacts()[-1] == moved and len(peer.contacts()) == 8
+    # Who has moved says where to, and keeps its place.
+    moved[contacts[2]] = contacts[2][0], contacts[2][1] + "0"
+    run(peer._look(contacts[2], 0))
+    assert peer.contacts()[-1] == moved[contacts[2]] and len(peer.contacts()) == 8
+    # Not to another's address; who takes no calls any more, is not told of.
+    for n, other in (3, contacts[9]), (4, (contacts[4][0], "")):
+        moved[contacts[n]] = other
+        run(peer._look(contacts[n], 0))
+        assert not {contacts[n][0], contacts[9][0]} & {key for key, _ in peer.contacts()}
 
 
 def test_contacts_in_texts():

@@ -8013,7 +8013,8 @@ class Link:
     def _check(self):
         if self._lost:
             lost, self._lost = self._lost, []
-            error = LinkError("the peer started anew: %d messages may be lost" % len(lost))
+            why = "the link was closed" if self.closed else "the peer started anew"
+            error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
             error.lost = lost
             raise error
         if self.closed:

@@ -40,6 +40,7 @@ def test_messages_both_ways(transport):
                     await link.send(b"x" * size)
                 async for back in b:
                     break
+                await link.ready(5)
                 assert back.peer == a.key and link.peer == b.key and link.up
                 for size in sizes:
                     message = await back.receive(10)

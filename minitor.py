@@ -5232,18 +5232,18 @@ def _http_opener(tor, context):
     import http.client as http  # slow
     import urllib.request as web
 
-    class Link(http.HTTPConnection):
+    class Plain(http.HTTPConnection):
         def connect(self):
             self.sock = tor.create_connection((self.host, self.port), self.timeout)
 
-    class TlsLink(http.HTTPSConnection, Link):
-        pass  # HTTPSConnection wraps what Link connects
+    class Tls(http.HTTPSConnection, Plain):
+        pass  # HTTPSConnection wraps what Plain connects
 
     errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
 
     class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
-        http_open = lambda self, request: self.do_open(Link, request)
-        https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
+        http_open = lambda self, request: self.do_open(Plain, request)
+        https_open = lambda self, request: self.do_open(Tls, request, context=context)
 
         def redirect_request(self, request, response, *where):
             response.close()  # urllib would read it all

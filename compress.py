@@ -47,7 +47,12 @@ ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 # What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
 # raises an error when it is called, and reaches nothing else.
 PRESETS = {
-    "host": (False, "Tor AsyncTor Stream OnionService Proxy set_log main __version__ __all__", ""),
+    "host": (
+        False,
+        "Tor AsyncTor Stream OnionService Proxy Node Link DirectTransport SocksTransport TorTransport"
+        " HybridTransport set_log main __version__ __all__",
+        "",
+    ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",

@@ -11,7 +11,10 @@ MIT licence.
 """
 
 __version__ = "0.1.0"
-__all__ = ("AsyncTor", "Proxy", "Tor", "TorError")
+__all__ = (
+    "AsyncTor", "DirectTransport", "HybridTransport", "Link", "Node", "Proxy", "SocksTransport",
+    "Tor", "TorError", "TorTransport",
+)
 
 # === 1. Platform ===
 # Every difference between CPython and MicroPython.
@@ -357,8 +360,35 @@ class DescriptorError(OnionError):
     """An onion service's descriptor was not found, or is false."""
 
 
+class AuthorizationError(OnionError):
+    """An onion service admits some clients alone; `reason` 0xF4: by a key, 0xF5: by another key."""
+
+
+class NetworkError(TorError):
+    """No way leads out: this machine has no network, or Tor no circuit."""
+
+
+class ProxyError(TorError):
+    """The SOCKS proxy is not there, or refuses."""
+
+
+class PeerError(TorError):
+    """A peer cannot be reached, or refuses; `reason` as in proposal 304."""
+
+
+class WrongPeer(PeerError):
+    """Who answers is not the peer that was asked for."""
+
+
+class LinkError(TorError):
+    """A link is closed, or messages may have been lost; `lost`: these."""
+
+    lost = ()
+
+
 class DiscoveryError(TorError):
     """No peer answers, or knows what was looked for."""
+
 
 
 class TorTimeout(TorError):
@@ -5207,18 +5237,18 @@ def _http_opener(tor, context):
     import http.client as http  # slow
     import urllib.request as web
 
-    class Link(http.HTTPConnection):
+    class Plain(http.HTTPConnection):
         def connect(self):
             self.sock = tor.create_connection((self.host, self.port), self.timeout)
 
-    class TlsLink(http.HTTPSConnection, Link):
-        pass  # HTTPSConnection wraps what Link connects
+    class Tls(http.HTTPSConnection, Plain):
+        pass  # HTTPSConnection wraps what Plain connects
 
     errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
 
     class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
-        http_open = lambda self, request: self.do_open(Link, request)
-        https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
+        http_open = lambda self, request: self.do_open(Plain, request)
+        https_open = lambda self, request: self.do_open(Tls, request, context=context)
 
         def redirect_request(self, request, response, *where):
             response.close()  # urllib would read it all
@@ -7452,9 +7482,1156 @@ def run_daemon(argv):
 
 
 # === 18. Peers ===
-# What programs that talk to each other over Tor need beside it.
+# Messages between identified peers that survive disconnects, over transports that can be exchanged.
+#
+# A transport is any object with
+#     async dial(address, seconds): a stream; TorErrors, as `_told_apart` tells
+#     async listen(accept): from then on await accept(stream) in a task for each connection, and
+#         close it when that returns
+#     address: what others dial, known after `listen`
+#     async close()
+# and a stream one with async read(n): up to `n` bytes, b"" at the end; async write(data); close();
+# `private`: whether nobody on the way can read or change it.  They raise OSError or TorError.
 
-# Advertisements: who offers what, signed by the key of an onion address.
+if not MICROPYTHON:
+    from collections import deque
+
+PEER_PORT = 7717
+
+
+def load_identity(key):
+    """(expanded secret key, public key) of a HiddenServiceDir (its path, made if it is not
+    there), of a seed of 32 bytes, or of such a pair; ConfigError."""
+    if isinstance(key, str):
+        return load_service_key(key)
+    if isinstance(key, (bytes, bytearray)) and len(key) == 32:
+        esk = ed25519_expand(bytes(key))
+        return esk, ed25519_public(esk)
+    if not isinstance(key, tuple) or [len(part) for part in key] != [64, 32]:
+        raise ConfigError("an identity is a folder, a seed of 32 bytes, or a pair of keys")
+    return key
+
+
+def split_address(address, port=PEER_PORT):
+    """Host and port of "HOST[:PORT]"; AddressError."""
+    host, given = address, str(port)
+    if address[:1] == "[" and address[-1:] != "]" or address.count(":") == 1:
+        host, _, given = address.rpartition(":")
+    if not given.isdecimal() or len(given) > 5:
+        raise AddressError("%s: no port is behind the colon" % address)
+    host = host.strip("[]")
+    check_target(host, int(given))
+    return host, int(given)
+
+
+class PeerStream:
+    """A transport's stream, over a reader and a writer as asyncio's."""
+
+    def __init__(self, reader, writer, private):
+        self._writer, self.read, self.private = writer, reader.read, private
+
+    async def write(self, data):
+        self._writer.write(data)
+        await self._writer.drain()
+
+    def close(self):
+        self._writer.close()
+
+
+async def _told_apart(opening, address, seconds):
+    # What a coroutine returns that opens a connection.
+    try:
+        return await asyncio.wait_for(opening, seconds)
+    except asyncio.TimeoutError:
+        raise TorTimeout("%s did not answer in %s s" % (address, seconds))
+    except (OnionError, StreamError) as e:
+        if isinstance(e, AuthorizationError):
+            raise
+        raise PeerError("%s cannot be reached, is it up? %s" % (address, e), e.reason)
+    except (ChannelError, CircuitError, DirectoryError) as e:
+        raise NetworkError("Tor does not get to %s: %s" % (address, e), e.reason)
+    except OSError as e:
+        import errno
+
+        down = errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL
+        if e.errno in down:
+            raise NetworkError("no network leads from here to %s: %s" % (address, e))
+        raise PeerError("%s cannot be reached, is it up? %s" % (address, e))
+
+
+class DirectTransport:
+    """Bare TCP between IP addresses: whoever watches sees who talks to whom.
+
+    `where`: IP address and port (0: any) to listen at; `address`: what others dial, if not that.
+    """
+
+    def __init__(self, where="127.0.0.1:0", address=None):
+        self._where, self.address, self._server = where, address, None
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not packed_address(host):
+            raise AddressError("%s: a direct connection is to an IP address and port" % address)
+        opening = asyncio.open_connection(host, port, limit=1 << 18)
+        return PeerStream(*await _told_apart(opening, address, seconds), False)
+
+    async def listen(self, accept):
+        to = parse_listener(self._where)
+        private = self._trusts(to.host)
+
+        async def serve(reader, writer):
+            try:
+                await accept(PeerStream(reader, writer, private))
+            finally:
+                writer.close()
+
+        try:
+            bound, address = _bind(to)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (self._where, e))
+        self._server = await asyncio.start_server(serve, sock=bound, limit=1 << 18)
+        self.address = self.address or address
+
+    def _trusts(self, host):
+        return False
+
+    async def close(self):
+        if self._server:
+            self._server.close()
+
+
+class SocksTransport(DirectTransport):
+    """Through the SOCKS port `proxy` ([ADDRESS:]PORT) of a running tor, best with its flag
+    ExtendedErrors; each connection has a circuit of its own.
+
+    `where`: to listen at, as its HiddenServicePort says; `address`: that onion service's.
+    """
+
+    def __init__(self, proxy="9050", where="127.0.0.1:0", address=None):
+        DirectTransport.__init__(self, where, address)
+        self._proxy = parse_listener(proxy)
+
+    def _trusts(self, host):
+        # Who gets there came through tor, or is on this machine.
+        return is_loopback(host)
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not is_onion(host):
+            raise AddressError("%s is no onion address" % address)
+        parse_onion_address(host)
+        opening = self._ask(host.encode(), port, address)
+        private = self._trusts(self._proxy.host)
+        return PeerStream(*await _told_apart(opening, address, seconds), private)
+
+    async def _ask(self, host, port, address):
+        to = self._proxy
+        try:
+            opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
+            reader, writer = await opening
+        except OSError as e:
+            raise ProxyError("no proxy at %s:%d: %s" % (to.host, to.port, e))
+        try:
+            writer.write(b"\5\2\0\2")
+            method = await reader.readexactly(2)
+            if method == b"\5\2":
+                # IsolateSOCKSAuth.
+                writer.write(b"\1\7minitor\x10" + urandom(8).hex().encode())
+                method = b"\5" + (await reader.readexactly(2))[1:]
+            if method != b"\5\0":
+                raise ProxyError("the proxy refuses: " + method.hex())
+            writer.write(b"\5\1\0\3" + bytes([len(host)]) + host + pack(">H", port))
+            _, code, _, kind = await reader.readexactly(4)
+            size = {1: 4, 4: 16, 3: 0}.get(kind, 0) or (await reader.readexactly(1))[0]
+            await reader.readexactly(size + 2)
+            if code:
+                raise _socks_error(code, address)
+            return reader, writer
+        except BaseException as e:
+            writer.close()
+            if isinstance(e, (EOFError, OSError)):
+                raise ProxyError("the proxy hung up: %s" % e)
+            raise
+
+    async def listen(self, accept):
+        await DirectTransport.listen(self, accept)
+
+
+def _socks_error(code, address):
+    # RFC 1928 and proposal 304.
+    text = "%s: SOCKS error %02X" % (address, code)
+    if code in (0xF4, 0xF5):
+        return AuthorizationError(text + ", it admits some clients alone", code)
+    kinds = {3: NetworkError, 4: PeerError, 5: PeerError, 6: TorTimeout, 0xF6: AddressError,
+             0xF7: TorTimeout}
+    if code in kinds or code >= 0xF0:
+        return kinds.get(code, PeerError)(text + ": is it up?", code)
+    return ProxyError(text, code)
+
+
+class TorTransport:
+    """Through `tor` (AsyncTor, or Tor) in this process; `key`: see load_identity, needed to
+    listen: the onion service's."""
+
+    def __init__(self, tor, key=None, port=PEER_PORT):
+        self._tor, self._port = getattr(tor, "_tor", tor), port
+        self._key, self._service = key and load_identity(key), None
+        self.address = key and "%s:%d" % (onion_address(self._key[1]), port)
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not is_onion(host):
+            raise AddressError("%s is no onion address" % address)
+        # A circuit of its own: the last one may be what failed.
+        opening = self._tor.open_connection(host, port, seconds, object())
+        return PeerStream(*await _told_apart(opening, address, seconds), True)
+
+    async def listen(self, accept):
+        serve = lambda reader, writer: accept(PeerStream(reader, writer, True))
+        self._service = await self._tor.create_onion_service(self._port, serve, self._key)
+
+    async def close(self):
+        if self._service:
+            await self._service.close()
+
+
+class HybridTransport:
+    """Through `tor`, a transport; directly, by the transport `direct`, to peers for whom that was
+    allowed and who are not reached so.  Listens at both."""
+
+    def __init__(self, tor, direct):
+        self._tor, self._direct, self._allowed = tor, direct, {}
+
+    def allow(self, address, direct):
+        """Let what is dialled as `address` be dialled as `direct`; None: not any more."""
+        self._allowed[address] = direct
+
+    async def dial(self, address, seconds=120):
+        try:
+            return await self._tor.dial(address, seconds)
+        except TorError:
+            if not self._allowed.get(address):
+                raise
+            return await self._direct.dial(self._allowed[address], seconds)
+
+    async def listen(self, accept):
+        await self._direct.listen(accept)
+        await self._tor.listen(accept)
+
+    @property
+    def address(self):
+        return self._tor.address
+
+    async def close(self):
+        await self._tor.close()
+        await self._direct.close()
+
+
+# The handshake (SIGMA-I): D dials R, whose key it knows.  `|` is concatenation.
+#     D: M1 = "mnlink1" | private (1 byte) | X, and SHA3("… hint" | R | M1) in 16 bytes
+#     R: M2 = private | Y                       R is silent towards who does not know its key.
+#     Both: th = SHA3(name | R | M1 | M2), keys = HKDF(DH(x, Y), th); records below are sealed.
+#     R: signature by R of name | " responder" | th
+#     D: D | signature by D of name | " dialer" | th | D | state
+#     R: state
+# Messages afterwards are sealed, too, unless both say that the connection is private: that is
+# signed, so none can bring a private end to talk in the clear to one that is not.
+# A record is its length in 4 bytes and, sealed, ciphertext and 16 bytes of HMAC-SHA256 over its
+# number and the ciphertext.  In it are frames: START, ACK, PING, PONG, BYE with 8 bytes, and LAST
+# and MORE with a length in 4 bytes: a message's last unit and others.  Units are counted from 1.
+
+_NAME, _MAGIC = b"minitor link 1", b"mnlink1"
+_START, _ACK, _PING, _PONG, _BYE, _LAST, _MORE = range(1, 8)
+UNIT = 1 << 16
+_MOST_RECORD = 3 * UNIT
+# What a unit costs in memory beside its bytes.
+_COST = 200
+# As long a handshake may take, and the way to the peer; so many may be going on.
+HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
+_WINDOW = 1 << 18
+_STATE = ">8sI16s16sQQQB"
+
+
+class _Seal:
+    # One direction of a sealed connection.
+    def __init__(self, keys):
+        self._aes, self._count = AesCtr(keys[:16], keys[16:32]), 0
+        pad = keys[32:] + bytes(32)
+        self._hashes = [hashlib.sha256(bytes([b ^ x for b in pad])) for x in (0x36, 0x5C)]
+
+    def _tag(self, text):
+        inner, outer = [h.copy() for h in self._hashes]
+        inner.update(pack(">Q", self._count))
+        inner.update(text)
+        self._count += 1
+        outer.update(inner.digest())
+        return outer.digest()[:16]
+
+    def seal(self, data):
+        text = self._aes.crypt(data)
+        return text + self._tag(text)
+
+    def open(self, data):
+        text = data[:-16]
+        require(consteq(self._tag(text), data[-16:]), "a record is not as the peer sent it")
+        return self._aes.crypt(text)
+
+
+class _Pipe:
+    # A connection and what belongs to it: `hello`, the peer's state; `count` of the last unit.
+    def __init__(self, stream):
+        self.stream, self._data, self._at = stream, b"", 0
+        self._out = self._in = self.hello = self.count = self.asked = None
+        self.over, self.tasks = asyncio.Event(), []
+        self.dialed, self.heard, self.pinged, self.pong = False, time.monotonic(), 0, b""
+
+    async def take(self, n):
+        left = len(self._data) - self._at
+        if left < n:
+            pieces = [self._data[self._at :]]
+            while left < n:
+                pieces.append(await self.stream.read(1 << 16))
+                if not pieces[-1]:
+                    raise EOFError("the peer hung up")
+                left += len(pieces[-1])
+            self._data, self._at, self.heard = b"".join(pieces), 0, time.monotonic()
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    async def read(self):
+        n = uint(await self.take(4))
+        require(n <= _MOST_RECORD, "a record is too long")
+        data = await self.take(n)
+        return self._in.open(data) if self._in else data
+
+    def write(self, *pieces):
+        data = b"".join(pieces)
+        if self._out:
+            data = self._out.seal(data)
+        return self.stream.write(pack(">I", len(data)) + data)
+
+    def seal(self, secret, th, dialed):
+        """Seal records by what both ends know now; `dialed`: at the end that dialled."""
+        keys = hkdf_sha256(secret, th, _NAME, 128)
+        ends = [_Seal(keys[:64]), _Seal(keys[64:])]
+        self._out, self._in = ends if dialed else ends[::-1]
+
+    def open(self, private):
+        if private and self.stream.private:
+            self._out = self._in = None
+
+
+def _hint(public, m1):
+    return sha3_256(_NAME + b" hint" + public + m1)[:16]
+
+
+async def _greet(pipe, key, peer, state):
+    # The dialling end: the peer's state in bytes.
+    (esk, public), (x, X) = key, x25519_keypair()
+    m1 = _MAGIC + bytes([pipe.stream.private]) + X
+    await pipe.stream.write(m1 + _hint(peer, m1))
+    try:
+        m2 = await pipe.take(33)
+    except EOFError:
+        raise WrongPeer("who answers is not %s, or does not want to" % onion_address(peer))
+    require(m2[0] < 2, "bad handshake")
+    th = sha3_256(_NAME + peer + m1 + m2)
+    pipe.seal(x25519(x, m2[1:]), th, True)
+    if not ed25519_verify(peer, _NAME + b" responder" + th, await pipe.read()):
+        raise WrongPeer("who answers is not " + onion_address(peer))
+    proof = ed25519_sign(esk, public, _NAME + b" dialer" + th + public)
+    # What this end has by now.
+    await pipe.write(public, proof, state())
+    answer = await pipe.read()
+    pipe.open(m2[0])
+    return answer
+
+
+async def _welcome(pipe, key):
+    # The end that was dialled: the peer's key and its state in bytes.
+    esk, public = key
+    head = await pipe.take(len(_MAGIC) + 49)
+    m1 = head[:-16]
+    known = m1[:7] == _MAGIC and m1[7] < 2 and consteq(head[-16:], _hint(public, m1))
+    require(known, "who dials does not know this key")
+    y, Y = x25519_keypair()
+    m2 = bytes([pipe.stream.private]) + Y
+    th = sha3_256(_NAME + public + m1 + m2)
+    secret = x25519(y, m1[8:])
+    await pipe.stream.write(m2)
+    pipe.seal(secret, th, False)
+    await pipe.write(ed25519_sign(esk, public, _NAME + b" responder" + th))
+    proof = await pipe.read()
+    peer = proof[:32]
+    text = _NAME + b" dialer" + th + peer
+    require(peer != public and ed25519_verify(peer, text, proof[32:96]), "a false signature")
+    pipe.private = m1[7]
+    return peer, proof[96:]
+
+
+def _parse_state(data):
+    names = "life ups id theirs taken got limit kept".split()
+    require(len(data) >= 69, "a handshake is too short")
+    state = SimpleNamespace(**dict(zip(names, unpack_from(_STATE, data))))
+    state.protocol = data[69:].decode("utf-8", "replace")
+    return state
+
+
+class _Journal:
+    # What a link keeps on disk: records of a checksum (CRC-32), length, kind, number, bytes.
+    # S: the session of what is sent; M, m: a unit that is a message's last, or not; A: up to
+    # there is acknowledged; T: up to there the peer's session was taken by the application.
+    def __init__(self, path, sync):
+        self._path, self._sync, self.dirty = path, sync, False
+        self.id, self.base, self.units, self.theirs, self.taken = None, 1, {}, bytes(16), 0
+        try:
+            private_dir(os.path.dirname(path))
+            self._open()
+            end = self._load(read_file(path) or b"")
+            os.ftruncate(self._fd, end)
+        except OSError as e:
+            raise ConfigError("the journal %s cannot be used: %s" % (path, e))
+        self._size = end
+        if not self.id:
+            self.id = urandom(16)
+            self.write(b"S", 0, self.id)
+
+    def _open(self):
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._fd)
+                raise ConfigError("another process uses the journal " + self._path)
+
+    def _load(self, data):
+        # Up to what was torn when power or process ended.
+        at = 0
+        while len(data) - at >= 17:
+            crc, size, kind, number = unpack_from(">IIcQ", data, at)
+            end = at + 17 + size
+            if end > len(data) or binascii.crc32(data[at + 4 : end]) != crc:
+                break
+            body, at = data[at + 17 : end], end
+            if kind == b"S":
+                self.id, self.base = body, number + 1
+            elif kind == b"T":
+                self.theirs, self.taken = body, number
+            elif kind == b"A":
+                for n in range(self.base, number + 1):
+                    self.units.pop(n, None)
+                self.base = number + 1
+            else:
+                self.units[number] = kind == b"m", body
+        return at
+
+    def write(self, kind, number, body=b""):
+        """Append a record; LinkError, and then it is as if that was not tried."""
+        data = _journal_record(kind, number, body)
+        try:
+            if os.write(self._fd, data) != len(data):
+                raise OSError("the disk is full")
+        except OSError as e:
+            os.ftruncate(self._fd, self._size)
+            raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
+        self._size += len(data)
+        self.dirty = self._sync
+
+    async def sync(self):
+        """Have all on the disk before anything leaves."""
+        self.dirty = False
+        await asyncio.get_running_loop().run_in_executor(None, os.fsync, self._fd)
+
+    def tidy(self, base, units, theirs, taken):
+        """Write it anew where most of it is over; LinkError."""
+        if self._size < (1 << 20) + 2 * sum([len(unit) for _, unit in units.values()]):
+            return
+        pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
+        for number, (more, unit) in units.items():
+            pieces.append(_journal_record(b"m" if more else b"M", number, unit))
+        try:
+            write_file(self._path, *pieces)
+            os.close(self._fd)
+            self._open()
+        except OSError as e:
+            raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
+        self._size = sum([len(piece) for piece in pieces])
+
+    def close(self):
+        os.close(self._fd)
+
+
+def _journal_record(kind, number, body):
+    rest = pack(">IcQ", len(body), kind, number) + body
+    return pack(">I", binascii.crc32(rest)) + rest
+
+
+class Link:
+    """A channel for messages (bytes) to the peer with the Ed25519 key `peer`; see Node.link.
+
+        await link.send(b"...")         waits while too much is not acknowledged
+        async for message in link: ...  each once, in order; ends when the link is closed
+        await link.flush()              until the peer's application took all of it
+        await link.close()              flushes for some seconds
+
+    A message is acknowledged when the peer's application takes it, and kept until then; after a
+    cut the link is up again by itself.  When the peer started anew without a journal, what was
+    sent and not acknowledged may be lost: the next `send` or `flush` raises a LinkError, with these
+    messages in `lost`, and the link goes on.  `up`; `error`: the last; `round_trip` in seconds.
+    """
+
+    def __init__(self, node, peer, protocol):
+        self.node, self.peer, self.protocol, self.address = node, peer, protocol, None
+        self.error = self.round_trip = self._pipe = self._keeper = self._journal = None
+        self.retry, self.closed, self.lagging = True, False, False
+        self._changed, self._arrived, self._wake = [asyncio.Event() for _ in range(3)]
+        self._turn, self._life, self._ups = asyncio.Lock(), urandom(8), 0
+        # Out: {number: (whether more follow, unit)}; the first; the next to be queued, and to go;
+        # the last that ever went; bytes kept, and on the way; so many may be.
+        self._id, self._units, self._base, self._next, self._at = urandom(16), {}, 1, 1, 1
+        self._sent = self.buffered = self._flying = self._acked = 0
+        self._window, self._limit, self._mark, self._trips = _WINDOW, node.buffer, 0, []
+        self._lost, self._bye = [], False
+        # In: the peer's session, its last unit here and the last one taken, as was told; messages
+        # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
+        self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
+        self._their_life, self._fresh, self._stale = b"", True, 0
+        self._inbox, self._parts, self._unread = deque(), [], 0
+        self._due = self._timer = None
+        if node.journal:
+            name = onion_address(peer)[:56] + ("." + protocol.encode().hex()) * bool(protocol)
+            journal = self._journal = _Journal("%s/%s" % (node.journal, name), node.fsync)
+            self._id, self._units, self._base = journal.id, journal.units, journal.base
+            self._next = self._at = max(journal.units, default=self._base - 1) + 1
+            self._sent, self._theirs = self._next - 1, journal.theirs
+            self._got = self._taken = journal.taken
+            self._fresh = not self._taken
+            self.buffered = sum([len(unit) + _COST for _, unit in self._units.values()])
+
+    up = property(lambda self: self._pipe is not None)
+
+    def __repr__(self):
+        return "<Link to %s, %s>" % (onion_address(self.peer), "up" if self.up else "down")
+
+    # Sending.
+
+    def _check(self):
+        if self._lost:
+            lost, self._lost = self._lost, []
+            why = "the link was closed" if self.closed else "the peer started anew"
+            error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
+            error.lost = lost
+            raise error
+        if self.closed:
+            raise LinkError("the link is closed: %s" % (self.error or "by this end"))
+
+    async def _change(self):
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def send(self, message):
+        """Have a message sent; waits for room.  ConfigError: it is too large; LinkError."""
+        n = len(message)
+        count = n // UNIT + 1 if n % UNIT or not n else n // UNIT
+        cost = n + count * _COST
+        if n > self.node.largest or cost > self._limit:
+            raise ConfigError("a message of %d bytes is too large" % n)
+        async with self._turn:
+            self._check()
+            while self.buffered and self.buffered + cost > self.node.buffer:
+                await self._change()
+                self._check()
+            message = bytes(message)
+            for i in range(count):
+                more = i < count - 1
+                unit = message[i * UNIT : (i + 1) * UNIT] if count > 1 else message
+                if self._journal:
+                    self._journal.write(b"m" if more else b"M", self._next, unit)
+                self._units[self._next] = more, unit
+                self._next += 1
+            self.buffered += cost
+        self._wake.set()
+
+    async def flush(self, seconds=None):
+        """Wait until the peer's application took all that was sent; LinkError, TorTimeout."""
+        last = self._next
+        try:
+            await asyncio.wait_for(self._flushed(last), seconds)
+        except asyncio.TimeoutError:
+            raise TorTimeout("%d bytes are not acknowledged after %s s" % (self.buffered, seconds))
+
+    async def _flushed(self, last):
+        self._check()
+        while self._base < last:
+            await self._change()
+            self._check()
+
+    async def ready(self, seconds=DIAL_SECONDS):
+        """Wait until it is up; the last failure's TorError, or TorTimeout, after `seconds`."""
+
+        async def wait():
+            while not self._pipe:
+                if self.closed:
+                    raise self.error or LinkError("the link is closed")
+                await self._change()
+
+        try:
+            await asyncio.wait_for(wait(), seconds)
+        except asyncio.TimeoutError:
+            raise self.error or TorTimeout("the link is not up after %s s" % seconds)
+        return self
+
+    # Receiving.
+
+    def __aiter__(self):
+        return self
+
+    async def _arrival(self):
+        while not self._inbox and not self.closed:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def __anext__(self):
+        while True:
+            await self._arrival()
+            if self._inbox:
+                return self._take()
+            if self.closed:
+                raise StopAsyncIteration
+
+    async def receive(self, seconds=None):
+        """Return the next message; LinkError when the link was closed, TorTimeout."""
+        while not self._inbox:
+            try:
+                await asyncio.wait_for(self._arrival(), seconds)
+            except asyncio.TimeoutError:
+                raise TorTimeout("no message came in %s s" % seconds)
+            if self.closed and not self._inbox:
+                raise LinkError("the link is closed: %s" % (self.error or "by this end"))
+        return self._take()
+
+    def _take(self):
+        session, number, message, cost = self._inbox[0]
+        if session == self._theirs:
+            if self._journal:
+                self._journal.write(b"T", number, session)
+            self._taken = number
+            self._acknowledge(cost)
+        self._inbox.popleft()
+        self._unread -= cost
+        return message
+
+    def _acknowledge(self, cost):
+        # Soon, or with the next that is sent; at once where the peer may be waiting.
+        self._told += cost
+        if self._told >= _WINDOW // 8:
+            self._due = True
+            self._wake.set()
+        elif not self._timer:
+            self._timer = asyncio.get_running_loop().call_later(0.02, self._ack_now)
+
+    def _ack_now(self):
+        self._timer, self._due = None, True
+        self._wake.set()
+
+    # One connection after another.
+
+    def _state(self):
+        # What the other end has to know (`_parse_state`).
+        limit, kept = self.node.buffer + _COST, self._journal is not None
+        state = self._life, self._ups, self._id, self._theirs, self._taken, self._got, limit, kept
+        return pack(_STATE, *state)
+
+    def _wins(self, pipe):
+        # Whether a connection takes the place of the one there is.  Both ends decide alike: who
+        # dials has none, so a second one from there replaces the first.  Of two that were dialled
+        # at once, from both sides, that of the smaller key stays.
+        old, hello = self._pipe, pipe.hello
+        if not old or old.dialed == pipe.dialed or old.hello.life != hello.life:
+            return True
+        return hello.ups > old.hello.ups or pipe.dialed == (self.node.key < self.peer)
+
+    def _resume(self, hello):
+        """Learn what the peer has, and where to go on; ProtocolError."""
+        same = hello.life == self._their_life
+        if hello.theirs == self._id:
+            require(hello.taken <= hello.got <= self._sent, "the peer has what was never sent")
+            self._confirm(hello.taken)
+            self._at = max(hello.got + 1, self._base)
+        elif hello.theirs == bytes(16) and self._base == 1 and (same or hello.kept):
+            # It has nothing of this, for sure.
+            self._at = 1
+        else:
+            self._give_up(self._sent)
+            self._at = self._base
+        self._flying = sum([self._cost(n) for n in range(self._base, self._at)])
+        if hello.id != self._theirs:
+            require(self._unread <= self.node.buffer, "too many sessions")
+            self._theirs, self._fresh, self._parts = hello.id, True, []
+            self._got = self._taken = 0
+            self._stale = self._unread
+        self._their_life, self._limit = hello.life, hello.limit
+
+    def _cost(self, number):
+        return len(self._units[number][1]) + _COST
+
+    def _give_up(self, last):
+        # What may have arrived, and may not.
+        message = []
+        for number in range(self._base, last + 1):
+            more, unit = self._units[number]
+            message.append(unit)
+            if not more:
+                self._lost.append(b"".join(message))
+                message = []
+        # Units of a message of which some never went.
+        while message and last + 1 < self._next:
+            last += 1
+            more, unit = self._units[last]
+            message.append(unit)
+            if not more:
+                self._lost.append(b"".join(message))
+                break
+        self._sent = max(self._sent, last)
+        self._confirm(last)
+
+    def _confirm(self, number):
+        # Up to there all is done with.
+        if number < self._base:
+            return
+        for n in range(self._base, number + 1):
+            cost = self._cost(n)
+            self.buffered -= cost
+            if n < self._at:
+                self._flying -= cost
+                self._acked += cost
+            del self._units[n]
+        self._base, self._at = number + 1, max(self._at, number + 1)
+        if self._journal:
+            self._journal.write(b"A", number)
+            self._journal.tidy(self._base, self._units, self._theirs, self._taken)
+        self._changed.set()
+        self._wake.set()
+
+    def _install(self, pipe):
+        """Go on over this connection; ProtocolError, or PeerError where another one has won."""
+        if self.closed or not self._wins(pipe):
+            raise PeerError("another connection to that peer is there")
+        self._cut(self._pipe, None)
+        self._resume(pipe.hello)
+        self._pipe, self.error, self._bytes = pipe, None, 0
+        self._ups += 1
+        self._acked, self._mark = 0, time.monotonic()
+        pipe.tasks = [spawn(self._read(pipe)), spawn(self._write(pipe)), spawn(self._watch(pipe))]
+        self._changed.set()
+        self._tell("up")
+
+    def _cut(self, pipe, error):
+        # End a connection, whatever is on the way.
+        if not pipe or pipe.over.is_set():
+            return
+        pipe.over.set()
+        pipe.stream.close()
+        for task in pipe.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if pipe is self._pipe:
+            self._pipe, self.error = None, error
+            self._changed.set()
+            self._tell("down", error)
+
+    def _tell(self, event, detail=None):
+        if self.node.on_event:
+            try:
+                self.node.on_event(self, event, detail)
+            except Exception as e:
+                log(ERR, "bug: %s as %s was told: %s", type(e).__name__, event, e)
+
+    async def _write(self, pipe):
+        try:
+            await pipe.write(pack(">BQ", _START, self._at))
+            while True:
+                self._wake.clear()
+                frames = self._frames(pipe)
+                if not frames:
+                    if self._bye:
+                        break
+                    await self._wake.wait()
+                    continue
+                if self._journal and self._journal.dirty:
+                    await self._journal.sync()
+                await pipe.write(*frames)
+            await pipe.write(pack(">BQ", _BYE, 0))
+            self._cut(pipe, None)
+        except (OSError, EOFError, TorError) as e:
+            self._cut(pipe, e)
+
+    def _frames(self, pipe):
+        # What is due, about UNIT bytes of it at most.
+        frames, size = [], 0
+        while self._at < self._next and size < UNIT:
+            more, unit = self._units[self._at]
+            cost = len(unit) + _COST
+            # A message that was begun has to come to its end.
+            begun = self._units.get(self._at - 1, (False,))[0]
+            if self._flying and self._flying + cost > (self._limit if begun else self._window):
+                break
+            frames += pack(">BI", _MORE if more else _LAST, len(unit)), unit
+            self._flying += cost
+            size += cost
+            self._sent = max(self._sent, self._at)
+            self._at += 1
+        if self._told and (frames or self._due):
+            frames.append(pack(">BQ", _ACK, self._taken))
+            self._told, self._due = 0, False
+        if pipe.pong:
+            frames.append(pipe.pong)
+            pipe.pong = b""
+        t, most = time.monotonic(), self.node.keepalive
+        due = not pipe.pinged or frames and t - pipe.pinged > 1 or t - pipe.heard > most
+        if due and pipe.asked is None:
+            pipe.asked = pipe.pinged = t
+            frames.append(pack(">BQ", _PING, self._ups))
+        return frames
+
+    async def _read(self, pipe):
+        try:
+            while not pipe.over.is_set():
+                self._feed(pipe, await pipe.read())
+        except (OSError, EOFError, TorError) as e:
+            self._cut(pipe, e)
+
+    def _feed(self, pipe, data):
+        at = 0
+        while at < len(data):
+            kind = data[at]
+            require(len(data) - at >= (5 if kind in (_LAST, _MORE) else 9), "a frame is truncated")
+            if kind in (_LAST, _MORE):
+                (n,) = unpack_from(">I", data, at + 1)
+                at += 5 + n
+                require(at <= len(data) and n <= UNIT, "a unit is truncated, or too long")
+                self._unit(pipe, kind == _MORE, data[at - n : at])
+                continue
+            (number,) = unpack_from(">Q", data, at + 1)
+            at += 9
+            if kind == _ACK:
+                require(number < self._at, "the peer acknowledges what was not sent")
+                self._confirm(number)
+                self._pace()
+            elif kind == _PING:
+                pipe.pong = pack(">BQ", _PONG, number)
+                self._wake.set()
+            elif kind == _PONG:
+                require(pipe.asked is not None, "an answer to nothing")
+                self._ponged(pipe)
+            elif kind == _START and pipe.count is None:
+                self._started(pipe, number)
+            else:
+                require(kind == _BYE, "frame %d is unknown, or out of place" % kind)
+                self._end(LinkError("the peer closed the link"))
+
+    def _started(self, pipe, number):
+        require(number, "units are counted from 1")
+        pipe.count = number - 1
+        if number > self._got + 1:
+            if not self._fresh:
+                log(WARN, "units %d to %d of a peer are gone: is the journal here an old one?",
+                    self._got + 1, number - 1)
+            self._got = self._taken = number - 1
+            self._parts = []
+        self._fresh = False
+
+    def _unit(self, pipe, more, unit):
+        require(pipe.count is not None, "a unit before its number")
+        pipe.count += 1
+        if pipe.count <= self._got:
+            return
+        self._got = pipe.count
+        self._unread += len(unit) + _COST
+        require(self._unread <= self.node.buffer + _COST + self._stale, "more than was agreed on")
+        self._parts.append(unit)
+        if not more:
+            message = unit if len(self._parts) == 1 else b"".join(self._parts)
+            require(len(message) <= self.node.largest, "a message is too large")
+            cost = len(message) + len(self._parts) * _COST
+            self._inbox.append((self._theirs, self._got, message, cost))
+            self._parts = []
+            self._arrived.set()
+
+    def _pace(self):
+        # What may be on the way: twice what fits into a round trip, at the rate so far.
+        passed = time.monotonic() - self._mark
+        if self.round_trip and passed > max(0.05, self.round_trip):
+            most = int(2 * self._acked / passed * min(self._trips))
+            self._window = max(_WINDOW, min(most, self._limit))
+            self._acked, self._mark = 0, time.monotonic()
+
+    def _ponged(self, pipe):
+        trip, pipe.asked = time.monotonic() - pipe.asked, None
+        self._trips = self._trips[-15:] + [trip]
+        self.round_trip = trip if not self.round_trip else (7 * self.round_trip + trip) / 8
+        if self.lagging:
+            self.lagging = False
+            self._tell("lag", 0)
+
+    async def _watch(self, pipe):
+        # Keep it alive, and end it where it is dead; seconds by a clock that nobody sets.
+        most = self.node.keepalive
+        while True:
+            await asyncio.sleep(min(1, most / 4))
+            self._wake.set()
+            if pipe.asked is None:
+                continue
+            waited = time.monotonic() - pipe.asked
+            if waited > most and time.monotonic() - pipe.heard > most:
+                return self._cut(pipe, TorTimeout("nothing came in %.1f s" % waited))
+            if waited > max(1, 4 * (self.round_trip or 0)) and not self.lagging:
+                self.lagging = True
+                self._tell("lag", waited)
+
+    async def _connect(self):
+        stream = await self.node.transport.dial(self.address, DIAL_SECONDS)
+        pipe = _Pipe(stream)
+
+        def state():
+            if self._pipe or self.closed:
+                raise PeerError("another connection to that peer is there")
+            return self._state() + self.protocol.encode()
+
+        pipe.dialed = True
+        try:
+            greeting = _greet(pipe, self.node.identity, self.peer, state)
+            pipe.hello = _parse_state(await asyncio.wait_for(greeting, HANDSHAKE_SECONDS))
+            self._install(pipe)
+        except BaseException as e:
+            stream.close()
+            if isinstance(e, asyncio.TimeoutError):
+                raise TorTimeout("%s is silent" % self.address)
+            if isinstance(e, (EOFError, OSError)):
+                raise PeerError("%s hung up: does it accept this peer? %s" % (self.address, e))
+            raise
+
+    async def _keep(self):
+        # Dial, and again whenever it is down.
+        pause, (least, most) = 0, self.node.pauses
+        while not self.closed:
+            try:
+                if not self._pipe:
+                    await self._connect()
+            except TorError as e:
+                if not self._pipe and not self.closed:
+                    self.error = e
+                    log(INFO, "a peer is not reached: %s", type(e).__name__)
+                    if not self.retry:
+                        return self._end(e)
+            pipe, since = self._pipe, time.monotonic()
+            if pipe:
+                await pipe.over.wait()
+                if not self.retry:
+                    return self._end(self.error)
+                pause *= pipe.pinged and pipe.asked is not None
+                if time.monotonic() - since > 10:
+                    continue
+            pause = min(max(least, 2 * pause), most)
+            await asyncio.sleep(pause * (500 + randbelow(1000)) / 1000)
+
+    async def close(self, seconds=5):
+        """Flush for `seconds`, then close the link at both ends; LinkError, with `lost`, where
+        messages are not acknowledged by then, unless they are in the journal."""
+        if self.closed:
+            return
+        try:
+            await self.flush(seconds)
+        except (LinkError, TorTimeout):
+            pass
+        pipe, self._bye = self._pipe, True
+        if pipe:
+            self._wake.set()
+            try:
+                await asyncio.wait_for(pipe.over.wait(), 2)
+            except asyncio.TimeoutError:
+                pass
+        self._end(None)
+        if self._lost:
+            self._check()
+
+    def _end(self, error):
+        # For good.
+        if self.closed:
+            return
+        self.closed = True
+        self._cut(self._pipe, error)
+        self.error = error
+        self.node.links.pop((self.peer, self.protocol), None)
+        if self._keeper and self._keeper is not asyncio.current_task():
+            self._keeper.cancel()
+        if self._timer:
+            self._timer.cancel()
+        if self._journal:
+            # What nobody took, the peer still has.
+            self._inbox.clear()
+            self._journal.close()
+        else:
+            self._give_up(self._next - 1)
+        self._changed.set()
+        self._arrived.set()
+        self._tell("closed", error)
+
+
+class Node:
+    """A peer among peers: an identity, a transport, links.
+
+    `key`: our Ed25519 identity, that of the onion address, see load_identity.
+    `transport`: a DirectTransport, SocksTransport, TorTransport, HybridTransport, or like them.
+    `journal`: a folder where links keep what is not acknowledged, for the next start.
+    `allow`: function(key of 32 bytes) that tells whether that peer may link to us.
+    `on_event`: function(link, event, detail): "up", "down" (why), "lag" (for so many seconds; 0:
+    over), "closed" (why).
+
+        async with Node(key, transport) as node:
+            link = node.link("….onion")
+            async for link in node: ...     links that peers opened
+
+    `key`: our public key; `address`: what others give to `link`; `links`: {(peer, protocol): Link}.
+    """
+
+    # Bytes each link keeps at most, each way; the largest message; seconds of silence until it is
+    # asked, and until it is cut; pauses between attempts; whether the journal outlives power cuts;
+    # links at most.
+    buffer, largest, keepalive, pauses, fsync, most = 17 << 20, 16 << 20, 15, (0.25, 60), True, 256
+
+    def __init__(self, key, transport, journal=None, allow=None, on_event=None):
+        self.identity, self.transport, self.journal = load_identity(key), transport, journal
+        self.allow, self.on_event, self.links, self.handlers = allow, on_event, {}, {}
+        self.key, self._new, self._greetings, self.closed = self.identity[1], deque(), 0, False
+
+    @property
+    def address(self):
+        return self.transport.address
+
+    async def start(self):
+        """Listen; return itself.  ConfigError, and what the transport raises."""
+        self._changed = asyncio.Event()
+        await self.transport.listen(self._accept)
+        return self
+
+    async def close(self, seconds=5):
+        """Close all links, after they were flushed for `seconds`, and stop listening; LinkError."""
+        if self.closed:
+            return
+        self.closed, errors = True, []
+        closing = [link.close(seconds) for link in list(self.links.values())]
+        for error in await asyncio.gather(*closing, return_exceptions=True):
+            errors += [error] * isinstance(error, Exception)
+        await self.transport.close()
+        self._changed.set()
+        if errors:
+            raise errors[0]
+
+    __aenter__, __aexit__ = start, lambda self, *_: self.close()
+
+    def link(self, peer, address=None, protocol="", retry=True):
+        """Return the Link to `peer` (a key of 32 bytes, or an onion address) at `address` (by
+        default the onion address), which is dialled until it is up, and whenever it is down.
+
+        `protocol`: a name; links of different ones have nothing to do with each other.
+        `retry`: else the link is closed by the first failure.  AddressError, ConfigError.
+        """
+        if isinstance(peer, str):
+            address, peer = address or peer, parse_onion_address(split_address(peer)[0])
+        if len(peer) != 32 or peer == self.key or self.closed:
+            raise ConfigError("a link needs the key of another peer, and an open node")
+        link = self.links.get((peer, protocol))
+        if not link:
+            link = self.links[peer, protocol] = Link(self, peer, protocol)
+        if not link.address:
+            link.address, link.retry = address or onion_address(peer), retry
+            link._keeper = spawn(link._keep())
+        return link
+
+    def serve(self, protocol, handler):
+        """Run the coroutine function handler(link) for each link of `protocol` that a peer opens.
+
+        Without, those of the protocol "" come out of `async for link in node`; others are refused.
+        """
+        self.handlers[protocol] = handler
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        while not self._new:
+            if self.closed:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._new.popleft()
+
+    async def _accept(self, stream):
+        # A connection from somebody, until it is over.
+        pipe = _Pipe(stream)
+        try:
+            if self._greetings >= _GREETINGS or self.closed:
+                return
+            self._greetings += 1
+            try:
+                await asyncio.wait_for(self._greeted(pipe), HANDSHAKE_SECONDS)
+            finally:
+                self._greetings -= 1
+            await pipe.over.wait()
+        except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+            log(INFO, "a peer's connection came to nothing: %s: %s", type(e).__name__, e)
+        finally:
+            stream.close()
+
+    async def _greeted(self, pipe):
+        peer, state = await _welcome(pipe, self.identity)
+        pipe.hello = _parse_state(state)
+        link = self._opened(peer, pipe.hello.protocol)
+        if link.closed or not link._wins(pipe):
+            raise PeerError("another connection to that peer is there")
+        # What it brings now would come again.
+        link._cut(link._pipe, None)
+        await pipe.write(link._state())
+        pipe.open(pipe.private)
+        link._install(pipe)
+
+    def _opened(self, peer, protocol):
+        # The link for a peer that dialled.
+        link = self.links.get((peer, protocol))
+        if link and link.address:
+            return link
+        if self.closed or self.allow and not self.allow(peer):
+            raise PeerError("that peer is not allowed here")
+        if link:
+            return link
+        handler = self.handlers.get(protocol)
+        if protocol and not handler:
+            raise PeerError("nobody serves the protocol of a peer")
+        for old in list(self.links.values()) if len(self.links) >= self.most else ():
+            if not (old.up or old.address or old.buffered):
+                old._end(LinkError("too many links"))
+        if len(self.links) >= self.most:
+            raise PeerError("there are too many links")
+        link = self.links[peer, protocol] = Link(self, peer, protocol)
+        if handler:
+            spawn(self._handle(handler, link))
+        else:
+            self._new.append(link)
+            self._changed.set()
+        return link
+
+    async def _handle(self, handler, link):
+        try:
+            await handler(link)
+        except TorError as e:
+            log(INFO, "a link's handler ended: %s: %s", type(e).__name__, e)
+
+
+# Advertisements and discovery.  Advertisements: who offers what, signed by the key of an onion address.
 
 _AD_PREFIX = b"minitor advertisement 1\0"
 AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
@@ -7571,18 +8748,6 @@ def places_of(ad):
     return [place_of(ad.key)] + [place_of(name) for name in ad.services]
 
 
-def split_port(text, port):
-    """Host and port of HOST[:PORT] or [IPv6]:PORT, else `port`; AddressError."""
-    host, colon, given = text.rpartition(":")
-    if not colon or text[-1:] == "]":
-        host, given = text, str(port)
-    if not given.isdecimal() or len(given) > 5:
-        raise AddressError("%s: no port behind the colon" % text)
-    host = host.strip("[]")
-    check_target(host, int(given))
-    return host, int(given)
-
-
 def pack_contact(contact):
     return contact[0] + bytes([len(contact[1])]) + contact[1].encode()
 
@@ -7593,13 +8758,14 @@ def _read_address(reader):
     return text.decode()
 
 
-def parse_contact(text, port, direct=False):
+def parse_contact(text, direct=False):
     """The contact in a text: ADDRESS.onion[:PORT]; where `direct`, ADDRESS.onion@HOST:PORT."""
     address, at, where = text.partition("@")
-    host, given = split_port(where if at else address, port)
+    host, port = split_address(where or address)
     if at and not direct:
         raise AddressError("%s: peers are called over Tor here" % text)
-    return parse_onion_address(address if at else host), "%s:%d" % (host, given)
+    key = parse_onion_address(address if at else host)
+    return key, "%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 class _Lookup:
@@ -8089,7 +9255,7 @@ def run_command(options):
     if options.serve is not None:
         target = serve_target(options.serve)
     if options.connect:
-        target = split_port(options.connect, options.port)
+        target = split_address(options.connect, options.port)
         if is_onion(target[0]):
             parse_onion_address(target[0])
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)

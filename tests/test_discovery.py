@@ -635,10 +635,10 @@ def test_who_is_there_for_long_stays(run):
 def test_contacts_in_texts():
     key = secret(1)[1]
     onion = minitor.onion_address(key)
-    assert minitor.parse_contact(onion, 5) == (key, onion + ":5")
-    assert minitor.parse_contact(onion + ":6", 5) == (key, onion + ":6")
-    assert minitor.parse_contact(onion + "@[::1]:7", 5, True) == (key, "::1:7")
+    assert minitor.parse_contact(onion) == (key, onion + ":7717")
+    assert minitor.parse_contact(onion + ":6") == (key, onion + ":6")
+    assert minitor.parse_contact(onion + "@[::1]:7", True) == (key, "[::1]:7")
     for text in ("", "x", "x.onion", onion + ":", onion + ":0", onion + ":65536", onion + ":²",
                  onion + ":" + "9" * 5000, onion[1:], onion + "@127.0.0.1:7", "127.0.0.1:7"):
         with pytest.raises(minitor.AddressError):
-            minitor.parse_contact(text, 5)
+            minitor.parse_contact(text)

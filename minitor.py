@@ -7671,10 +7671,10 @@ def _socks_error(code, address):
 
 class TorTransport:
     """Through `tor` (AsyncTor, or Tor) in this process; `key`: see load_identity, needed to
-    listen: the onion service's."""
+    listen: the onion service's; `others`: its other ports, as of create_onion_service."""
 
-    def __init__(self, tor, key=None, port=PEER_PORT):
-        self._tor, self._port = getattr(tor, "_tor", tor), port
+    def __init__(self, tor, key=None, port=PEER_PORT, others=()):
+        self._tor, self._port, self._others = getattr(tor, "_tor", tor), port, dict(others)
         self._key, self._service = key and load_identity(key), None
         self.address = key and "%s:%d" % (onion_address(self._key[1]), port)
 
@@ -7688,7 +7688,9 @@ class TorTransport:
 
     async def listen(self, accept):
         serve = lambda reader, writer: accept(PeerStream(reader, writer, True))
-        self._service = await self._tor.create_onion_service(self._port, serve, self._key)
+        ports = dict(self._others)
+        ports[self._port] = serve
+        self._service = await self._tor.create_onion_service(ports, key_dir=self._key)
 
     async def close(self):
         if self._service:
@@ -8631,7 +8633,89 @@ class Node:
             log(INFO, "a link's handler ended: %s: %s", type(e).__name__, e)
 
 
-# Advertisements and discovery.  Advertisements: who offers what, signed by the key of an onion address.
+class Calls:
+    """Calls to peers and from them, over links of `node` with that `protocol`.
+
+    `answer`: function or coroutine function(key, request): the reply (bytes) to the peer with that
+    public key.  A link is closed when it was not used for `idle` seconds.
+    """
+
+    def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
+        # `_waiting`: {(link, number): Promise}; `_read`: links that are read from.
+        self._node, self._protocol, self._answer = node, protocol, answer
+        self._idle, self._largest, self._waiting, self._read, self._count = idle, largest, {}, [], 0
+        if answer:
+            node.serve(protocol, self._serve)
+
+    async def call(self, contact, request, seconds=120):
+        """Return the reply of a contact (public key, address) to `request`; TorError."""
+        try:
+            return await asyncio.wait_for(self._called(contact, request), seconds)
+        except asyncio.TimeoutError:
+            raise TorTimeout("%s did not answer in %s s" % (contact[1], seconds))
+
+    async def _called(self, contact, request):
+        old = self._node.links.get((contact[0], self._protocol))
+        while True:
+            link = self._node.link(*contact, self._protocol, False)
+            self._count = self._count + 1 & 0xFFFFFFFF
+            number, promise = self._count, Promise()
+            self._waiting[link, number] = promise
+            try:
+                if link not in self._read:
+                    self._read.append(link)
+                    spawn(self._serve(link, True))
+                await link.ready()
+                await link.send(pack(">BI", 0, number) + request)
+                return await promise.wait()
+            except LinkError:
+                # The peer may just have closed a link that nobody used.
+                if link is not old:
+                    raise
+                old = None
+            finally:
+                del self._waiting[link, number]
+
+    async def _serve(self, link, ours=False):
+        # Until it is closed, or was not used for a while.
+        if link in self._read and not ours:
+            return
+        error = LinkError("the link is closed")
+        self._read += [link] * (not ours)
+        try:
+            while await self._next(link) or any([other is link for other, _ in self._waiting]):
+                pass
+        except (OSError, TorError) as e:
+            error = e if isinstance(e, LinkError) else LinkError(str(e))
+        finally:
+            self._read.remove(link)
+            for (other, _), promise in list(self._waiting.items()):
+                if other is link:
+                    promise.set(error=error)
+            try:
+                await link.close(1)
+            except TorError:
+                pass  # what was not sent is nobody's reply any more
+
+    async def _next(self, link):
+        # A message; None: there was none.
+        try:
+            message = await link.receive(self._idle)
+        except TorTimeout:
+            return None
+        require(5 <= len(message) <= self._largest, "a call of %d bytes" % len(message))
+        kind, number = unpack_from(">BI", message)
+        if kind == 0:
+            require(self._answer, "a call, and nobody is there who answers")
+            reply = self._answer(link.peer, message[5:])
+            reply = reply if isinstance(reply, bytes) else await reply
+            await link.send(pack(">BI", 1, number) + reply)
+        elif (link, number) in self._waiting:
+            self._waiting[link, number].set(message[5:])
+        return True
+
+
+# Advertisements and discovery.  Who offers what, signed by the key of an onion address.
 
 _AD_PREFIX = b"minitor advertisement 1\0"
 AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
@@ -8834,7 +8918,15 @@ class Discovery:
         self._buckets, self._asked, self._seeds, self._fault = {}, set(), [], None
         # `_ads`: {key: (distance, Advertisement)}; `_places`: {place: keys}; `_rates`: {key:
         # (calls left, when)}.
-        self._ads, self._places, self._rates, self.services = {}, {}, {}, None
+        self._ads, self._places, self._rates, self.services, self._kept = {}, {}, {}, None, 0
+
+    @staticmethod
+    def over(node, direct=False):
+        """A Discovery whose calls go over links of `node`, once that is started."""
+        answer = lambda key, request: found.answer(key, request)
+        calls = Calls(node, "discovery", answer, largest=MOST_CALL + 5)
+        found = Discovery(calls.call, node.identity, node.address or "", direct)
+        return found
 
     # Contacts.
 
@@ -9097,7 +9189,8 @@ class Discovery:
             peers.update((await self._find(place))[0])
         calls = [self._ask(contact, STORE, ad.encode()) for contact in peers]
         results = await asyncio.gather(*calls, return_exceptions=True)
-        return len([result for result in results if result == b""])
+        self._kept = len([result for result in results if result == b""])
+        return self._kept
 
     async def discover(self, name):
         """Return the Advertisements of all who offer the service `name`."""
@@ -9114,6 +9207,26 @@ class Discovery:
             raise DiscoveryError("no peer knows of an advertisement of " + address)
         return found[key]
 
+    async def stay(self, contacts, services, told=None):
+        """Join by `contacts`, advertise `services`, and look after both for ever; `told`:
+        function(TorError or None, how many peers keep the advertisement) after each round."""
+        pause, error = 30, None
+        while True:
+            try:
+                error = None
+                if not self.contacts():
+                    await self.join(contacts)
+                if self.services:
+                    await self.upkeep()
+                else:
+                    await self.advertise(services)
+            except TorError as e:
+                error = e
+            if told:
+                told(error, self._kept)
+            pause = min(2 * pause, UPKEEP_SECONDS)
+            await asyncio.sleep(pause * (750 + randbelow(500)) / 1000)
+
     async def upkeep(self):
         """Drop what has expired, look after contacts, advertise anew: now and then."""
         self._expire()
@@ -9123,7 +9236,8 @@ class Discovery:
         await self._find(self.place)
         await self._find(uint(urandom(32)))
         # At a third of its time: those who come nearer to its places than who had it, get it.
-        if self.services and now() >= self._ads[self.key][1].timestamp + self.services[1] // 3:
+        due = self.services and self._ads[self.key][1].timestamp + self.services[1] // 3
+        if self.services and (self._kept < _K or now() >= due):
             await self.advertise(*self.services)
 
 

@@ -4,6 +4,7 @@ The peers talk in memory, and time is made up: who is silent costs the test noth
 """
 
 import asyncio
+import contextlib
 import functools
 import random
 import selectors
@@ -642,3 +643,76 @@ def test_contacts_in_texts():
                  onion + ":" + "9" * 5000, onion[1:], onion + "@127.0.0.1:7", "127.0.0.1:7"):
         with pytest.raises(minitor.AddressError):
             minitor.parse_contact(text)
+
+
+# ─── over links ───
+
+
+async def nodes_of(stack, count):
+    """So many nodes on this machine, with a Discovery each, all joined by the first."""
+    found = []
+    for n in range(count):
+        node = minitor.Node(n.to_bytes(32, "big"), minitor.DirectTransport())
+        await stack.enter_async_context(node)
+        found.append((node, Discovery.over(node, direct=True)))
+        await found[-1][1].join([(found[0][0].key, found[0][0].address)] * bool(n))
+    return found
+
+
+def test_discovery_over_links():
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = await nodes_of(stack, 5)
+            for n, (_, peer) in enumerate(nodes):
+                await peer.advertise({"svc-%d" % n: (n + 1, b"")})
+            for n, (node, peer) in enumerate(nodes):
+                other = (n + 2) % 5
+                found = await peer.discover("svc-%d" % other)
+                assert [ad.key for ad in found] == [nodes[other][0].key]
+            # One that is gone breaks nothing, and is told apart from one that lies about its key.
+            await nodes[4][0].close(0)
+            assert await nodes[1][1].discover("svc-2")
+            calls = minitor.Calls(nodes[1][0], "other")
+            with pytest.raises(minitor.PeerError, match="is it up"):
+                await calls.call((nodes[4][0].key, nodes[4][0].address), b"")
+            with pytest.raises(minitor.WrongPeer):
+                await calls.call((secret(77)[1], nodes[2][0].address), b"")
+
+    asyncio.run(main())
+
+
+def test_calls_over_links(monkeypatch):
+    async def main():
+        async def slowly(key, request):
+            await asyncio.sleep(0.05)
+            return key + request
+
+        async with contextlib.AsyncExitStack() as stack:
+            a, b = [minitor.Node(bytes([n] * 32), minitor.DirectTransport()) for n in (1, 2)]
+            await stack.enter_async_context(a)
+            await stack.enter_async_context(b)
+            calls = minitor.Calls(a, "calls", lambda key, request: request[::-1], idle=0.3)
+            other = minitor.Calls(b, "calls", slowly, idle=30)
+            to_a, to_b = (a.key, a.address), (b.key, b.address)
+            assert await calls.call(to_b, b"abc") == a.key + b"abc"
+            assert await other.call(to_a, b"abc") == b"cba"
+            # Both ways at once, over one link.
+            requests = [bytes([n]) * n for n in range(20)]
+            one = asyncio.gather(*[calls.call(to_b, request) for request in requests])
+            two = asyncio.gather(*[other.call(to_a, request) for request in requests])
+            assert await one == [a.key + request for request in requests]
+            assert await two == [request[::-1] for request in requests]
+            assert len(a.links) == 1 == len(b.links)
+            # What nobody uses is closed; the next call opens it again.
+            while a.links or b.links:
+                await asyncio.sleep(0.05)
+            assert await calls.call(to_b, b"") == a.key
+            # Closed by the other side just as it is used again.
+            link = b.links[a.key, "calls"]
+            await link.close()
+            assert await calls.call(to_b, b"x") == a.key + b"x"
+            with pytest.raises(minitor.TorTimeout, match="did not answer"):
+                await calls.call(to_b, b"x", 0.01)
+            assert not calls._waiting
+
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -9353,14 +9353,120 @@ def netcat(tor, host, port, linger=None):
     tor.run(stream.wait_closed())  # when all is sent
 
 
+def read_peers(options, folder):
+    """The contacts that --peer, --peers and the last time name; ConfigError."""
+    lines = [("--peer", text) for text in options.peer]
+    for path in (options.peers, folder + "/peers"):
+        data = read_file(path) if path else b""
+        if data is None and path is options.peers:
+            raise ConfigError("cannot read %s" % path)
+        for text in (data or b"").decode("utf-8", "replace").split("\n"):
+            lines.append((path, text.partition("#")[0].strip()))
+    found = []
+    for source, text in lines:
+        try:
+            found += [parse_contact(text)] if text else []
+        except AddressError as e:
+            raise ConfigError("%s: %s" % (source, e))
+    return found
+
+
+def offers(words, port):
+    """{name: (port, metadata)}, {port: target} of what --advertise names: NAME[=WHAT], WHAT as
+    after --serve; ConfigError."""
+    services, targets = {}, {}
+    for word in words:
+        name, _, what = word.partition("=")
+        check_target("port", port)
+        services[name], targets[port] = (port, b""), serve_target(what)
+        port += 1
+    fault = _ad_fault(services, AD_SECONDS)
+    if fault or PEER_PORT in targets or len(targets) > len(services):
+        port = "port %d is for peers, and a name cannot be there twice" % PEER_PORT
+        raise ConfigError("--advertise: " + (fault or port))
+    return services, targets
+
+
+async def _node_of(tor, key, targets=None):
+    # For peers over Tor; with targets it is reached, too.
+    transport = TorTransport(tor, key if targets is not None else None, others=targets or ())
+    if targets is None:
+        transport.listen = lambda accept: asyncio.sleep(0)
+    node = Node(key, transport)
+    # What is sent here is small, and so is what a stranger can make this machine keep.
+    node.buffer, node.largest = 1 << 18, 1 << 16
+    return await node.start()
+
+
+def _remember(peer, folder):
+    known = [address + "\n" for _, address in peer.contacts()]
+    if known:
+        cache_file(folder + "/peers", "".join(known).encode())
+
+
+async def advertise(tor, key, services, targets, contacts, folder):
+    """Host and advertise services for ever, as --advertise does."""
+    node, said = await _node_of(tor, key, targets), [None]
+    peer = Discovery.over(node)
+    print(peer.address, flush=True)
+
+    def told(error, kept):
+        if error:
+            log(WARN, "%s", error)
+        elif kept not in said:
+            print("Advertised at %d peers" % kept, file=sys.stderr)
+        said[0] = kept
+        _remember(peer, folder)
+
+    try:
+        await peer.stay(contacts, services, told)
+    finally:
+        await node.close(0)
+
+
+async def discover(tor, what, contacts, folder):
+    """Print what --discover does, for a service's name or an onion address."""
+    node = await _node_of(tor, urandom(32))
+    try:
+        peer = Discovery.over(node)
+        await peer.join(contacts)
+        _remember(peer, folder)
+        ads = [await peer.locate(what)] if is_onion(what) else await peer.discover(what)
+        if not ads:
+            raise DiscoveryError("nobody advertises " + what)
+        for ad in ads:
+            for name in sorted(ad.services) if is_onion(what) else [what]:
+                print("%s:%d %s" % (ad.address, ad.services[name][0], name))
+    finally:
+        await node.close(0)
+
+
+def peer_command(options, folder, key_dir):
+    """Check --advertise or --discover; return function(tor): a coroutine that does it."""
+    contacts, what = read_peers(options, folder), options.discover
+    if options.advertise:
+        services, targets = offers(options.advertise, options.port)
+        private_dir(folder)
+        key = load_service_key(key_dir)
+        return lambda tor: advertise(tor, key, services, targets, contacts, folder)
+    if is_onion(what):
+        parse_onion_address(what)
+    elif not service_name_is_good(what):
+        raise ConfigError("--discover %s: neither a service's name nor an address" % what)
+    if not contacts:
+        raise ConfigError("nobody is known who could be asked: say --peer ADDRESS, or --peers "
+                          "FILE, with what --advertise prints elsewhere")
+    return lambda tor: discover(tor, what, contacts, folder)
+
+
 def run_command(options):
     import shutil
 
+    folder = folders(options.data_dir, options.network)[0]
+    key_dir = options.key_dir or folder + "/onion_service"
     if options.address:
-        data_dir, _ = folders(options.data_dir, options.network)
-        private_dir(data_dir)
-        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
-        return print(onion_address(key))
+        private_dir(folder)
+        return print(onion_address(load_service_key(key_dir)[1]))
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
@@ -9368,10 +9474,13 @@ def run_command(options):
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
     if options.serve is not None:
         target = serve_target(options.serve)
-    if options.connect:
+    if options.connect is not None:
         target = split_address(options.connect, options.port)
         if is_onion(target[0]):
             parse_onion_address(target[0])
+    peers = options.advertise or options.discover is not None
+    if peers:
+        command = peer_command(options, folder, key_dir)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
         for proxy in doors:
@@ -9379,8 +9488,10 @@ def run_command(options):
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
         if doors:
             return threading.Event().wait()
-        if options.connect:
+        if options.connect is not None:
             return netcat(tor, *target, options.q)
+        if peers:
+            return tor.run(command(tor))
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -9414,10 +9525,16 @@ def main(argv=None):
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--connect", metavar="ADDRESS[:PORT]",
         help="connect standard input and output to it, as netcat")
+    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
+        help="host WHAT, as --serve does, and tell peers that it is there")
+    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
     add("--address", action="store_true", help="print the service's address")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
+    add("--peer", action="append", default=[], metavar="ADDRESS",
+        help="a peer to ask first (what its --advertise prints)")
+    add("--peers", metavar="FILE", help="peers, one a line")
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
@@ -9435,7 +9552,7 @@ def main(argv=None):
     try:
         run_command(options)
     except KeyboardInterrupt:
-        return 130 if options.get or options.connect else 0
+        return 130 if options.get or options.connect or options.discover else 0
     except Exception as e:
         if options.v > 1:
             print_exception(e)

@@ -8,7 +8,9 @@ import contextlib
 import functools
 import random
 import selectors
+import signal
 import struct
+from types import SimpleNamespace
 
 import minitor
 import pytest
@@ -716,3 +718,137 @@ def test_calls_over_links(monkeypatch):
             assert not calls._waiting
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+# ─── the command line ───
+
+
+class Local(minitor.DirectTransport):
+    """Stands for TorTransport: onion addresses lead to ports of this machine."""
+
+    reached = {}
+
+    def __init__(self, tor, key=None, port=minitor.PEER_PORT, others=()):
+        super().__init__()
+        self.onion = key and "%s:%d" % (minitor.onion_address(key[1]), port)
+        self.others = others
+
+    async def listen(self, accept):
+        await super().listen(accept)
+        self.reached[self.onion], self.address = self.address, self.onion
+
+    async def dial(self, address, seconds=120):
+        if address not in self.reached:
+            raise minitor.PeerError("%s cannot be reached, is it up?" % address)
+        stream = await super().dial(self.reached[address], seconds)
+        stream.private = True
+        return stream
+
+
+def test_advertise_and_discover(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(minitor, "TorTransport", Local)
+    monkeypatch.setattr(Local, "reached", {})
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+
+    async def printed(lines):
+        out = err = ""
+        while out.count("\n") < lines:
+            await asyncio.sleep(0.01)
+            captured = capsys.readouterr()
+            out, err = out + captured.out, err + captured.err
+        return out, err
+
+    async def main():
+        tasks, contacts = [], []
+        for n, folder in enumerate(folders):
+            services, targets = minitor.offers(["web", "api-%d=8080" % n], 80)
+            tasks.append(asyncio.ensure_future(minitor.advertise(
+                None, secret(n), services, targets, list(contacts), str(folder))))
+            contacts.append(minitor.parse_contact((await printed(1))[0].strip()))
+            assert contacts[-1][0] == secret(n)[1]
+            while not [p for p in folder.iterdir() if p.name == "peers"] and n:
+                await asyncio.sleep(0.01)
+        onions = [minitor.onion_address(key) for key, _ in contacts]
+        await minitor.discover(None, "web", contacts[1:2], str(tmp_path))
+        out, _ = await printed(3)
+        assert sorted(out.split("\n")[:3]) == sorted(onion + ":80 web" for onion in onions)
+        # Whom it met it knows the next time, and beside others.
+        again = minitor.read_peers(minitor_options(), str(tmp_path))
+        assert set(again) == set(contacts)
+        await minitor.discover(None, "api-0", again, str(tmp_path))
+        assert (await printed(1))[0] == onions[0] + ":81 api-0\n"
+        await minitor.discover(None, onions[2], again, str(tmp_path))
+        assert (await printed(2))[0] == "%s:81 api-2\n%s:80 web\n" % (onions[2], onions[2])
+        with pytest.raises(minitor.DiscoveryError, match="nobody advertises other"):
+            await minitor.discover(None, "other", again, str(tmp_path))
+        with pytest.raises(minitor.DiscoveryError, match="none of 1 peers answers: .*is it up"):
+            await minitor.discover(None, "web", [(secret(9)[1], ONION9)], str(tmp_path))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+ONION9 = minitor.onion_address(secret(9)[1]) + ":7717"
+
+
+def minitor_options(peer=(), peers=None):
+    return SimpleNamespace(peer=list(peer), peers=peers)
+
+
+def test_peers_from_options_and_files(tmp_path):
+    keys = [secret(n)[1] for n in range(4)]
+    onions = [minitor.onion_address(key) for key in keys]
+    file = tmp_path / "list"
+    file.write_text("# some\n\n%s:5  # one\n%s\r\n" % tuple(onions[:2]))
+    (tmp_path / "peers").write_text(onions[2] + ":7717\n")
+    found = minitor.read_peers(minitor_options([onions[3]], str(file)), str(tmp_path))
+    assert found == [(keys[3], onions[3] + ":7717"), (keys[0], onions[0] + ":5"),
+                     (keys[1], onions[1] + ":7717"), (keys[2], onions[2] + ":7717")]
+    assert minitor.read_peers(minitor_options(), str(tmp_path / "none")) == []
+    file.write_text("example.com\n")
+    for options, text in ((minitor_options([onions[0][1:]]), "^--peer: "),
+                          (minitor_options(peers=str(file)), "list: "),
+                          (minitor_options(peers=str(tmp_path / "nothing")), "cannot read"),
+                          (minitor_options([onions[0] + "@127.0.0.1:80"]), "over Tor")):
+        with pytest.raises(minitor.ConfigError, match=text):
+            minitor.read_peers(options, str(tmp_path))
+
+
+@pytest.mark.parametrize("words, text", [
+    (["a", "a"], "twice"), (["a"] * 2, "twice"), (["A"], "no name"), (["=80"], "no name"),
+    (["a=no/such/folder"], "no folder"), (["a%d" % n for n in range(17)], "16 services"),
+])
+def test_what_cannot_be_advertised(words, text):
+    with pytest.raises(minitor.ConfigError, match=text):
+        minitor.offers(words, 80)
+    with pytest.raises(minitor.ConfigError):
+        minitor.offers(["a", "b"], minitor.PEER_PORT - 1)
+    with pytest.raises(minitor.ConfigError):
+        minitor.offers(["a", "b"], 65535)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--discover", "web"], "nobody is known"),
+    (["--discover", "Web", "--peer", ONION9], "neither"),
+    (["--discover", "", "--peer", ONION9], "neither"),
+    (["--discover", "a" * 56 + ".onion", "--peer", ONION9], "no onion address"),
+    (["--discover", "web", "--peer", "x.onion"], "--peer: "),
+    (["--advertise", "a=nothing/there"], "no folder"),
+    (["--advertise"], "expected at least one"),
+    (["--advertise", "a", "--peers", "nothing"], "cannot read nothing"),
+])
+def test_usage_errors(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(minitor, "Tor", None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = minitor.main(arguments + ["--data-dir", str(tmp_path / "data")])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and text in err
+    assert not (tmp_path / "data").exists()

@@ -12,8 +12,8 @@ MIT licence.
 
 __version__ = "0.1.0"
 __all__ = (
-    "AsyncTor", "DirectTransport", "HybridTransport", "Link", "Node", "Proxy", "SocksTransport",
-    "Tor", "TorError", "TorTransport",
+    "Advertisement", "AsyncTor", "Calls", "DirectTransport", "Discovery", "HybridTransport", "Link",
+    "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
 )
 
 # === 1. Platform ===

@@ -10,6 +10,9 @@ import random
 import selectors
 import signal
 import struct
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import minitor
@@ -852,3 +855,12 @@ def test_usage_errors(arguments, text, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (status, out, err.count("\n")) == (2, "", 1) and text in err
     assert not (tmp_path / "data").exists()
+
+
+def test_agents():
+    agents = Path(__file__).resolve().parent.parent / "examples" / "agents.py"
+    done = subprocess.run([sys.executable, str(agents), "--direct"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    lines = done.stdout.split("\n")
+    assert lines[3:5] == ["words: 4", "total: 6.5"] and "ValueError" in lines[5], done.stderr
+    assert (done.returncode, done.stderr) == (0, "")

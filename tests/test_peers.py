@@ -56,3 +56,71 @@ def test_messages_both_ways(transport):
                 assert not a.links and not b.links
 
     run(test())
+
+
+async def talk(link, count, sizes=(10,)):
+    for i in range(count):
+        await link.send(b"%d " % i + b"x" * sizes[i % len(sizes)])
+
+
+async def hear(link, count, heard):
+    while len(heard) < count:
+        heard.append(int((await link.receive(30)).split(b" ")[0]))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Signatures and keys that cost nothing: what is tested is what comes after them."""
+    p = (1 << 127) - 1
+
+    def agree(k, u=b"\3" + bytes(31)):
+        return pow(int.from_bytes(u[:16], "little"), k[0] + 2, p).to_bytes(32, "little")
+
+    monkeypatch.setattr(minitor, "x25519", agree)
+    sign = lambda esk, public, message: minitor.sha512(b"signed" + public + message)
+    monkeypatch.setattr(minitor, "ed25519_sign", sign)
+    monkeypatch.setattr(
+        minitor, "ed25519_verify", lambda public, *rest: sign(0, public, rest[0]) == rest[1])
+    known = {}
+    public = minitor.ed25519_public
+    monkeypatch.setattr(minitor, "ed25519_public", lambda esk: known.get(esk) or known.setdefault(
+        esk, public(esk)))
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["open", "sealed"])
+def test_cuts_at_every_byte_lose_and_repeat_nothing(quick, private):
+    async def cut_after(offset):
+        # Both dial; cut after `offset` bytes, and again and again.
+        net = Network(private=private)
+        net.left = offset
+        a, b = [await node(net, name).start() for name in ("anna", "berta")]
+        link, back = a.link(b.key, "berta"), b.link(a.key, "anna")
+        heard, echoed = [], []
+
+        async def recut():
+            while net.cuts < 5:
+                await asyncio.sleep(0)
+                if net.left is None and offset is not None:
+                    net.left = 97 + offset
+
+        cutting = asyncio.ensure_future(recut())
+        await asyncio.gather(
+            talk(link, 12, (1, 40)), talk(back, 12, (30, 2)), hear(back, 12, heard),
+            hear(link, 12, echoed))
+        cutting.cancel()
+        net.left = None
+        await link.flush(10)
+        await back.flush(10)
+        await a.close()
+        await b.close()
+        assert heard == echoed == list(range(12)), offset
+        return net
+
+    async def every():
+        whole = (await cut_after(None)).moved
+        assert whole > 1000
+        for first in range(0, 1000, 100):
+            nets = await asyncio.gather(*map(cut_after, range(first, first + 100)))
+            assert all([net.cuts for net in nets])
+
+    run(every())

@@ -124,3 +124,296 @@ def test_cuts_at_every_byte_lose_and_repeat_nothing(quick, private):
             assert all([net.cuts for net in nets])
 
     run(every())
+
+
+def crash(peer):
+    """End a node as the end of its process would."""
+    peer.closed = True
+    peer.transport.net.accepts.pop(peer.transport.address)
+    for link in peer.links.values():
+        link.closed = True
+        if link._keeper:
+            link._keeper.cancel()
+        link._cut(link._pipe, None)
+        if link._timer:
+            link._timer.cancel()
+        if link._journal:
+            link._journal.close()
+
+
+@pytest.mark.parametrize("who", ["anna", "berta", "both"])
+def test_restarts_with_a_journal_lose_and_repeat_nothing(quick, tmp_path, who):
+    names = ("anna", "berta") if who == "both" else (who,)
+    count = 9
+
+    async def restart_after(offset):
+        # An application of each node that remembers what it sent and heard, and nothing else.
+        net, nodes, sent, heard, tasks = Network(), {}, {}, {}, {}
+        other = {"anna": "berta", "berta": "anna"}
+
+        async def application(name):
+            link = nodes[name].link(key[other[name]], other[name])
+
+            async def tell():
+                while len(sent[name]) < count:
+                    i = len(sent[name])
+                    await link.send(b"%d " % i + b"x" * (70000 if i == 5 else 20))
+                    sent[name].append(i)
+
+            async def listen():
+                async for message in link:
+                    heard[name].append(int(message.split(b" ")[0]))
+
+            await asyncio.gather(tell(), listen())
+
+        async def begin(name):
+            folder = str(tmp_path / ("%s%s" % (name, offset)))
+            nodes[name] = await node(net, name, journal=folder).start()
+            nodes[name].fsync = False
+            tasks[name] = asyncio.ensure_future(application(name))
+
+        key = {name: minitor.load_identity(name.encode().ljust(32, b"."))[1] for name in other}
+        for name in other:
+            sent[name], heard[name] = [], []
+            await begin(name)
+        for at in (offset, 300 + offset, 150):
+            net.left = at
+            while net.left is not None and net.moved < 150000:
+                await asyncio.sleep(0)
+            for name in names:
+                crash(nodes[name])
+                tasks[name].cancel()
+            for name in names:
+                await begin(name)
+        net.left = None
+        while [len(h) for h in heard.values()] != [count, count]:
+            await asyncio.sleep(0.01)
+        for name in other:
+            (link,) = nodes[name].links.values()
+            await link.flush(10)
+        for name in other:
+            tasks[name].cancel()
+            await nodes[name].close()
+        assert heard["anna"] == heard["berta"] == list(range(count)), offset
+
+    async def every():
+        for first in range(0, 900, 60):
+            await asyncio.gather(*map(restart_after, range(first, first + 60, 2)))
+
+    run(every())
+
+
+def test_a_torn_journal_is_what_was_whole(tmp_path):
+    path = str(tmp_path / "link")
+    journal = minitor._Journal(path, False)
+    ends = []
+    for i in range(1, 6):
+        journal.write(b"m" if i == 2 else b"M", i, b"unit %d" % i)
+        ends.append(journal._size)
+    journal.write(b"A", 1, b"")
+    journal.write(b"T", 7, b"p" * 16)
+    journal.close()
+    whole = (tmp_path / "link").read_bytes()
+    assert (tmp_path / "link").stat().st_mode & 0o777 == 0o600
+    for size in range(33, len(whole) + 1):
+        (tmp_path / "link").write_bytes(whole[:size])
+        journal = minitor._Journal(path, False)
+        count = sum([end <= size for end in ends])
+        gone = size >= ends[-1] + 17
+        assert sorted(journal.units) == list(range(1 + gone, count + 1))
+        assert journal.taken == (7 if size == len(whole) else 0)
+        # It goes on from there.
+        journal.write(b"M", count + 1, b"next")
+        journal.close()
+        again = minitor._Journal(path, False)
+        assert again.units[count + 1] == (False, b"next") and again.id == journal.id
+        again.close()
+    with pytest.raises(minitor.ConfigError):
+        one = minitor._Journal(path, False)
+        minitor._Journal(path, False)
+    one.close()
+
+
+def test_a_journal_does_not_grow(quick, tmp_path):
+    async def test():
+        net = Network()
+        a = await node(net, "anna", journal=str(tmp_path)).start()
+        a.fsync = False
+        b = await node(net, "berta").start()
+        link, heard = a.link(b.key, "berta"), []
+        back = b.link(a.key, "anna")
+        await asyncio.gather(talk(link, 4000, (2000,)), hear(back, 4000, heard))
+        await link.flush(10)
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_size < 2 << 20 and file.stat().st_mode & 0o777 == 0o600
+        crash(a)
+        await b.close()
+
+    run(test())
+
+
+def test_a_full_disk_is_told_and_changes_nothing(quick, tmp_path, monkeypatch):
+    async def test():
+        net = Network()
+        a = await node(net, "anna", journal=str(tmp_path)).start()
+        link = a.link(bytes(31) + b"k", "nobody")
+        await link.send(b"first")
+        write = minitor.os.write
+        monkeypatch.setattr(minitor.os, "write", lambda fd, data: write(fd, data[:9]))
+        with pytest.raises(minitor.LinkError, match="cannot be written"):
+            await link.send(b"second")
+        monkeypatch.setattr(minitor.os, "write", write)
+        await link.send(b"third")
+        crash(a)
+        a = await node(net, "anna", journal=str(tmp_path)).start()
+        kept = a.link(bytes(31) + b"k", "nobody")._units
+        assert [unit for _, unit in kept.values()] == [b"first", b"third"]
+        crash(a)
+
+    run(test())
+
+
+def test_a_peer_that_started_anew_without_journal_is_noticed(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"taken")
+        assert await back.receive(5) == b"taken"
+        await link.flush(5)
+        await link.send(b"x" * 70000)
+        await link.send(b"small")
+        while len(back._inbox) < 2:
+            await asyncio.sleep(0.001)
+        crash(b)
+        b = await node(net, "berta").start()
+        back = await b.__anext__()
+        await link.ready(5)
+        with pytest.raises(minitor.LinkError) as e:
+            await link.send(b"not sent")
+        assert e.value.lost == [b"x" * 70000, b"small"]
+        # And it goes on.
+        await link.send(b"new")
+        assert await back.receive(5) == b"new"
+        await back.send(b"answer")
+        assert await link.receive(5) == b"answer"
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_what_was_never_sent_is_not_lost_when_a_peer_starts_anew(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"1")
+        assert await back.receive(5) == b"1"
+        await link.flush(5)
+        crash(b)
+        while link.up:
+            await asyncio.sleep(0.001)
+        for i in range(2, 5):
+            await link.send(b"%d" % i)
+        b = await node(net, "berta").start()
+        back = await b.__anext__()
+        assert [await back.receive(5) for _ in range(3)] == [b"2", b"3", b"4"]
+        await link.flush(5)
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_dials_at_once_from_both_ends_become_one_link(quick):
+    async def test(seed):
+        net = Network(seed, delay=0.01, loss=0.2)
+        a, b = [await node(net, name).start() for name in ("anna", "berta")]
+        link, back = a.link(b.key, "berta"), b.link(a.key, "anna")
+        heard, echoed = [], []
+        await asyncio.gather(talk(link, 50), talk(back, 50), hear(back, 50, heard),
+                             hear(link, 50, echoed))
+        assert heard == echoed == list(range(50))
+        await asyncio.sleep(0.1)
+        assert list(a.links.values()) == [link] and list(b.links.values()) == [back]
+        # One connection, the same one, and it stays.
+        assert link._pipe.stream.other is back._pipe.stream
+        before = net.dials, link._pipe
+        await asyncio.sleep(0.1)
+        assert (net.dials, link._pipe) == before
+        await a.close()
+        await b.close()
+
+    async def every():
+        await asyncio.gather(*map(test, range(40)))
+
+    run(every())
+
+
+def test_a_sender_waits_while_the_application_over_there_does_not_read(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        a.buffer = b.buffer = a.largest = b.largest = 100000
+        sending = asyncio.ensure_future(talk(link, 500, (1000,)))
+        await asyncio.sleep(0.2)
+        assert not sending.done() and link.buffered <= 100000 and back._unread <= 101000
+        heard = []
+        await hear(back, 500, heard)
+        assert heard == list(range(500))
+        await sending
+        await link.flush(5)
+        assert link.buffered == back._unread == 0
+        with pytest.raises(minitor.ConfigError, match="too large"):
+            await link.send(bytes(100001))
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_ten_thousand_messages_on_the_way_take_20_megabytes():
+    import tracemalloc
+
+    async def test():
+        async with node(Network(), "anna") as a:
+            link = a.link(bytes(31) + b"k", "nobody")
+            link.retry = True
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            for i in range(10000):
+                await link.send(i.to_bytes(4, "big") * 256)
+            used = tracemalloc.get_traced_memory()[0] - before
+            tracemalloc.stop()
+            assert 10e6 < used < 20e6
+            with pytest.raises(minitor.LinkError) as e:
+                await link.close(0)
+            assert len(e.value.lost) == 10000
+
+    run(test())
+
+
+def test_events_tell_of_up_down_and_lag(quick, monkeypatch):
+    async def test():
+        net, told = Network(), []
+        a, b, link, back = await pair(net, on_event=lambda *what: told.append(what))
+        await link.ready(5)
+        a.keepalive = b.keepalive = 0.2
+        net.cut()
+        while net.dials < 2 or not (link.up and back.up):
+            await asyncio.sleep(0.01)
+        assert [event for l, event, _ in told if l is link] == ["up", "down", "up"]
+        # A clock that is set changes nothing: silence is measured by another one.
+        monkeypatch.setattr(minitor.time, "time", lambda: 0)
+        # The other end takes what comes, and says nothing.
+        monkeypatch.setattr(b.links[a.key, ""]._pipe.stream, "write", lambda data: asyncio.sleep(0))
+        link._pipe.asked = link._pipe.pinged = minitor.time.monotonic() - 1
+        while "down" not in [event for l, event, _ in told[5:] if l is link]:
+            await asyncio.sleep(0.01)
+        events = [(event, detail) for l, event, detail in told if l is link]
+        assert events[3][0] == "lag" and events[3][1] > 1
+        assert events[4][0] == "down" and isinstance(events[4][1], minitor.TorTimeout)
+        await asyncio.sleep(0.1)
+        await a.close(0)
+        await b.close(0)
+
+    run(test())

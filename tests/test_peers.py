@@ -417,3 +417,317 @@ def test_events_tell_of_up_down_and_lag(quick, monkeypatch):
         await b.close(0)
 
     run(test())
+
+
+# ─── Hostile peers ───
+
+
+class Hostile:
+    """A peer that shakes hands as it should, and then says what it likes."""
+
+    def __init__(self, pipe, key):
+        self.pipe, self.key = pipe, key
+
+    @classmethod
+    async def dial(cls, net, address, peer, name="hostile", **state):
+        key = minitor.load_identity(name.encode().ljust(32, b"."))
+        pipe = minitor._Pipe(await net.dial(address))
+        fields = dict(life=b"l" * 8, ups=0, id=b"i" * 16, theirs=bytes(16), taken=0, got=0,
+                      limit=1 << 24, kept=False, **{})
+        fields.update(state)
+        packed = minitor.pack(minitor._STATE, *fields.values())
+        await minitor._greet(pipe, key, peer, lambda: packed)
+        return cls(pipe, key[1])
+
+    async def say(self, *pieces):
+        await self.pipe.write(*pieces)
+
+    async def is_cut(self, seconds=5):
+        async def read():
+            while await self.pipe.stream.read(1 << 16):
+                pass
+
+        await asyncio.wait_for(read(), seconds)
+        return True
+
+
+def frame(kind, number):
+    return minitor.pack(">BQ", kind, number)
+
+
+def unit(data, more=False):
+    return minitor.pack(">BI", minitor._MORE if more else minitor._LAST, len(data)) + data
+
+
+START = frame(minitor._START, 1)
+HOSTILE = {
+    "an acknowledgement of what was not sent": frame(minitor._ACK, 4),
+    "an acknowledgement of everything": frame(minitor._ACK, (1 << 64) - 1),
+    "an answer to nothing": frame(minitor._PONG, 1) * 2,
+    "a second start": START,
+    "an unknown frame": frame(9, 1),
+    "a frame of kind 0": bytes(9),
+    "a truncated frame": frame(minitor._ACK, 0)[:8],
+    "a truncated unit": unit(b"abc")[:-1],
+    "a unit that is too long": unit(bytes((1 << 16) + 1)),
+}
+
+
+@pytest.mark.parametrize("said", list(HOSTILE.values()), ids=list(HOSTILE))
+def test_what_a_peer_must_not_say_ends_the_connection_and_changes_nothing(quick, said):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        for i in range(3):
+            await link.send(b"%d" % i)
+        await peer.say(START, unit(b"good"))
+        assert await link.receive(5) == b"good"
+        await peer.say(said)
+        assert await peer.is_cut() and not link.up
+        assert isinstance(link.error, minitor.ProtocolError)
+        assert link._base == 1 and len(link._units) == 3 and not link._inbox
+        await b.close(0) if link.closed else crash(b)
+
+    run(test())
+
+
+@pytest.mark.parametrize("state", [
+    {"theirs": None, "got": 9}, {"theirs": None, "got": 2, "taken": 3},
+    {"theirs": None, "taken": 1 << 63, "got": 1 << 63}])
+def test_a_state_of_what_was_never_sent_is_refused(quick, state):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        await link.send(b"one")
+        peer.pipe.stream.close()
+        state["theirs"] = link._id
+        peer = await Hostile.dial(net, "berta", b.key, **state)
+        assert await peer.is_cut() and not link.up and link._base == 1
+        crash(b)
+
+    run(test())
+
+
+def test_a_link_survives_somebody_else_and_garbage(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.ready(5)
+        for data in b"", bytes(100), b"GET / HTTP/1.1\r\n\r\n" * 10, b"mnlink1" + bytes(49):
+            end = await net.dial("berta")
+            await end.write(data)
+            if len(data) > 56:
+                assert await asyncio.wait_for(end.read(10), 5) == b""
+            end.close()
+        peer = await Hostile.dial(net, "berta", b.key)
+        assert (await b.__anext__()).peer == peer.key
+        await talk(link, 3)
+        heard = []
+        await hear(back, 3, heard)
+        assert heard == [0, 1, 2] and link.up and net.cuts == 0
+        await a.close()
+        crash(b)
+
+    run(test())
+
+
+@pytest.mark.parametrize("endless", ["one message", "empty units", "messages", "a record"])
+def test_endless_messages_cost_no_more_than_was_agreed_on(quick, endless):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        b.buffer = b.largest = 300000
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        await peer.say(START)
+        said = {"one message": [unit(bytes(60000), True)], "empty units": [unit(b"", True)] * 1000,
+                "messages": [unit(b"")] * 1000, "a record": [bytes(200000)]}[endless]
+        with pytest.raises(OSError):
+            for _ in range(20):
+                await peer.say(*said)
+                await asyncio.sleep(0)
+        assert not link.up and link._unread <= 300000 + 60000 + 400
+        # Again, and under another name of the session: what is unread counts.
+        for i in range(5):
+            try:
+                peer = await Hostile.dial(net, "berta", b.key, id=b"%016d" % i)
+                await peer.say(START)
+                for _ in range(20):
+                    await peer.say(*said)
+                    await asyncio.sleep(0)
+            except (OSError, EOFError):
+                pass
+        assert link._unread <= 3 * 360000
+        crash(b)
+
+    run(test())
+
+
+def test_many_identities_find_an_end(quick):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        b.most = 5
+        for i in range(20):
+            peer = await Hostile.dial(net, "berta", b.key, "hostile%d" % i)
+            peer.pipe.stream.close()
+            await asyncio.sleep(0)
+        assert len(b.links) <= 5
+        held = [await Hostile.dial(net, "berta", b.key, "held%d" % i) for i in range(5)]
+        with pytest.raises((OSError, EOFError)):
+            await Hostile.dial(net, "berta", b.key, "late")
+        assert len(b.links) == 5 and held
+        await b.close(0)
+
+    run(test())
+
+
+def test_a_peer_that_is_not_allowed_is_refused(quick):
+    async def test():
+        net = Network()
+        async with node(net, "berta", allow=lambda key: False) as b, node(net, "anna") as a:
+            with pytest.raises(minitor.PeerError, match="hung up"):
+                await a.link(b.key, "berta", retry=False).ready(5)
+            assert not b.links and not a.links
+            # But whom it links to itself.
+            back = b.link(a.key, "anna")
+            await back.ready(5)
+            with pytest.raises(minitor.PeerError):
+                await a.link(b.key, "berta", "chat", retry=False).ready(5)
+
+    run(test())
+
+
+def test_the_wrong_peer_is_told_apart():
+    async def test():
+        net = Network()
+        async with node(net, "anna") as a, node(net, "berta") as b, node(net, "carla") as c:
+            link = a.link(c.key, "berta", retry=False)
+            with pytest.raises(minitor.WrongPeer):
+                await link.ready(5)
+            with pytest.raises(minitor.LinkError):
+                await link.send(b"for Carla")
+            with pytest.raises(minitor.ConfigError):
+                a.link(a.key, "anna")
+            with pytest.raises(minitor.AddressError):
+                a.link("a" * 56 + ".onion")
+            assert not b.links
+
+            # Who knows Carla's key, and has not her secret.
+            async def false(stream):
+                await minitor._welcome(minitor._Pipe(stream), (b.identity[0], c.key))
+
+            net.accepts["carla"] = false
+            with pytest.raises(minitor.WrongPeer):
+                await a.link(c.key, "carla", retry=False).ready(5)
+
+    run(test())
+
+
+def test_nobody_is_who_signs_with_another_key():
+    async def test():
+        net = Network()
+        async with node(net, "berta") as b:
+            mallory = minitor.load_identity(b"m" * 32)
+            anna = minitor.load_identity(b"a" * 32)
+            pipe = minitor._Pipe(await net.dial("berta"))
+            with pytest.raises(EOFError):
+                await minitor._greet(pipe, (mallory[0], anna[1]), b.key, lambda: bytes(69))
+            # Nor Berta herself.
+            pipe = minitor._Pipe(await net.dial("berta"))
+            with pytest.raises(EOFError):
+                await minitor._greet(pipe, b.identity, b.key, lambda: bytes(69))
+            assert not b.links
+
+    run(test())
+
+
+def test_a_handshake_that_is_replayed_is_none():
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"pay")
+        assert await back.receive(5) == b"pay"
+        for which, address in ((0, "berta"), (1, "anna")):
+            end = net.ends[0] if which == 0 else net.ends[0].other
+            said = [data for who, data in net.seen if who is end]
+            replayed = await net.dial(address)
+            answered = 0
+            try:
+                for data in said:
+                    await replayed.write(data)
+                    await asyncio.sleep(0.01)
+                while piece := await asyncio.wait_for(replayed.read(1 << 16), 5):
+                    answered += len(piece)
+            except OSError:
+                pass
+            # Berta's first answer; not the second.
+            assert answered < 200
+        assert link.up and back.up and not back._inbox and not link._inbox
+        # Reflected: what Anna sends, she gets.
+        net.accepts["mirror"] = net.accepts["anna"]
+        with pytest.raises(minitor.WrongPeer):
+            await a.link(minitor.load_identity(b"m" * 32)[1], "mirror", retry=False).ready(5)
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_what_is_changed_on_the_way_never_arrives(quick, monkeypatch):
+    # A length that was changed lets an end wait in vain.
+    monkeypatch.setattr(minitor, "HANDSHAKE_SECONDS", 0.3)
+
+    async def test(n):
+        # Everything goes through somebody who changes one byte.
+        offset, which = divmod(n, 2)
+        net = Network(private=False)
+        a, b = [await node(net, name).start() for name in ("anna", "berta")]
+        a.keepalive = b.keepalive = 0.3
+        count = [0, 0]
+
+        async def between(stream):
+            onward = await net.dial("berta")
+
+            async def move(source, sink, way):
+                try:
+                    while data := bytearray(await source.read(1 << 16)):
+                        at = offset - count[way]
+                        count[way] += len(data)
+                        if 0 <= at < len(data) and way == which:
+                            data[at] ^= 1 + offset % 255
+                        await sink.write(data)
+                except OSError:
+                    pass
+                source.close()
+                sink.close()
+
+            await asyncio.gather(move(stream, onward, 0), move(onward, stream, 1))
+
+        net.accepts["between"] = between
+        link, heard = a.link(b.key, "between"), []
+        await talk(link, 5)
+
+        async def listen():
+            async for back in b:
+                assert back.peer == a.key
+                return await hear(back, 5, heard)
+
+        await asyncio.wait_for(listen(), 10)
+        await link.flush(5)
+        assert heard == list(range(5)), offset
+        crash(a)
+        crash(b)
+        return count[which] > offset
+
+    async def every():
+        changed = []
+        for first in range(0, 600, 100):
+            changed += await asyncio.gather(*map(test, range(first, first + 100)))
+        assert sum(changed) > 550
+
+    run(every())

@@ -248,13 +248,12 @@ def spawn(coroutine):
             log(ERR, "bug: %s in a task: %s", type(e).__name__, e)
             if _log[0] == DEBUG:
                 print_exception(e)
-        finally:
-            if not MICROPYTHON:
-                _tasks.discard(asyncio.current_task())
 
     task = asyncio.create_task(run())
     if not MICROPYTHON:
         _tasks.add(task)
+        # What is cancelled before it began would be warned about.
+        task.add_done_callback(lambda task: _tasks.discard(task) or coroutine.close())
     return task
 
 

@@ -8861,7 +8861,9 @@ class _Lookup:
 
     def __init__(self, place, contacts):
         # `known`: {contact: [distance, state, who named it]}; `credit`: {who: so many more}.
+        # `verified`: advertisements, encoded.
         self.place, self.known, self.asked, self.credit = place, {}, 0, {None: 1 << 30}
+        self.verified = set()
         self.learn(None, contacts)
 
     def learn(self, source, contacts):
@@ -9061,14 +9063,14 @@ class Discovery:
 
     async def _learn(self, lookup, contact, contacts, ads, found):
         lookup.learn(contact, contacts)
-        have = {ad.encode() for ad in found.values()}
         try:
             for data in ads:
-                if data not in have:
+                if data not in lookup.verified and len(found) < _K * _MOST_OF_NAME:
                     ad = Advertisement.decode(data)
                     require(lookup.place in places_of(ad), "an advertisement of something else")
                     if now() < ad.expiry:
                         self._take(found, ad.verify())
+                        lookup.verified.add(data)
                         await asyncio.sleep(0)  # a signature takes milliseconds
         except ProtocolError as e:
             log(INFO, "a peer lies: %s", e)
@@ -9077,8 +9079,7 @@ class Discovery:
 
     def _take(self, found, ad):
         old = found.get(ad.key)
-        fresh = not old or ad.timestamp > old.timestamp
-        if fresh and ad.expiry > now() and (old or len(found) < MOST_ADS):
+        if ad.expiry > now() and (not old or ad.timestamp > old.timestamp):
             found[ad.key] = ad
 
     # Answers.

@@ -8634,6 +8634,10 @@ class Node:
             log(INFO, "a link's handler ended: %s: %s", type(e).__name__, e)
 
 
+# Coroutines that answer calls, at once.
+_CALLS_AT_ONCE = 64
+
+
 class Calls:
     """Calls to peers and from them, over links of `node` with that `protocol`.
 
@@ -8644,7 +8648,8 @@ class Calls:
     def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
         # `_waiting`: {(link, number): Promise}; `_read`: links that are read from.
         self._node, self._protocol, self._answer = node, protocol, answer
-        self._idle, self._largest, self._waiting, self._read, self._count = idle, largest, {}, [], 0
+        self._idle, self._largest, self._waiting, self._read = idle, largest, {}, []
+        self._count = self._busy = 0
         if answer:
             node.serve(protocol, self._serve)
 
@@ -8698,6 +8703,14 @@ class Calls:
             except TorError:
                 pass  # what was not sent is nobody's reply any more
 
+    async def _reply(self, link, head, answering):
+        try:
+            await link.send(head + await answering)
+        except TorError as e:
+            log(INFO, "a call is not answered: %s", e)
+        finally:
+            self._busy -= 1
+
     async def _next(self, link):
         # A message; None: there was none.
         try:
@@ -8708,9 +8721,15 @@ class Calls:
         kind, number = unpack_from(">BI", message)
         if kind == 0:
             require(self._answer, "a call, and nobody is there who answers")
-            reply = self._answer(link.peer, message[5:])
-            reply = reply if isinstance(reply, bytes) else await reply
-            await link.send(pack(">BI", 1, number) + reply)
+            reply, head = self._answer(link.peer, message[5:]), pack(">BI", 1, number)
+            if isinstance(reply, bytes):
+                await link.send(head + reply)
+            else:
+                # Beside: it may call who asks.
+                while self._busy >= _CALLS_AT_ONCE:
+                    await asyncio.sleep(0.05)
+                self._busy += 1
+                spawn(self._reply(link, head, reply))
         elif (link, number) in self._waiting:
             self._waiting[link, number].set(message[5:])
         return True
@@ -8850,7 +8869,8 @@ def parse_contact(text, direct=False):
     if at and not direct:
         raise AddressError("%s: peers are called over Tor here" % text)
     key = parse_onion_address(address if at else host)
-    return key, "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+    host = "[%s]" % host if ":" in host else host
+    return key, "%s:%d" % (host if at else onion_address(key), port)
 
 
 class _Lookup:
@@ -8877,7 +8897,8 @@ class _Lookup:
         window, done = 0, set()
         for contact, (_, state, sources) in sorted(self.known.items(), key=lambda i: i[1][0]):
             trusted = [source for source in sources if self.credit[source] > 0]
-            if state == "failed" or state == "new" and not trusted or contact[0] in done:
+            over = state in ("failed", "late") or contact[0] in done
+            if over or state == "new" and not trusted:
                 continue
             if state == "new" and self.asked < _MOST_ASKED:
                 self.known[contact][1], self.asked = "asked", self.asked + 1
@@ -8891,10 +8912,22 @@ class _Lookup:
 
     def result(self, contact, good):
         """Note how a call ended."""
-        entry = self.known[contact]
-        entry[1] = "answered" if good else "failed"
-        for source in entry[2]:
-            self.credit[source] += 1 if good else -1
+        _, before, sources = self.known[contact]
+        self.known[contact][1] = "answered" if good else "failed"
+        for source in sources:
+            self.credit[source] += (1 if good else -1) + (before == "late")
+
+    def late(self):
+        """What is asked takes long: count on it no more, unless it is all there is."""
+        for entry in self.known.values():
+            if entry[1] == "asked":
+                entry[1] = "late"
+                for source in entry[2]:
+                    self.credit[source] -= 1
+
+    def waits(self):
+        """How many are asked and not late."""
+        return len([entry for entry in self.known.values() if entry[1] == "asked"])
 
     def lied(self, contact):
         self.known[contact][1], self.credit[contact] = "failed", -(1 << 30)
@@ -8919,8 +8952,9 @@ class Discovery:
         self.address, self.place = address, place_of(self.key)
         # `_asked`: those called just now; `_seeds`: where to begin.
         self._buckets, self._asked, self._seeds, self._fault = {}, set(), [], None
-        # `_ads`: {key: (distance, Advertisement)}; `_places`: {place: keys}; `_rates`: {key:
-        # (calls left, when)}.
+        self._looks = set()
+        # `_ads`: {key: (distance, Advertisement, encoded)}; `_places`: {place: keys}; `_rates`:
+        # {key: (calls left, when)}; `_looks`: tasks.
         self._ads, self._places, self._rates, self.services, self._kept = {}, {}, {}, None, 0
 
     @staticmethod
@@ -9035,19 +9069,23 @@ class Discovery:
     async def _find(self, place):
         # The peers nearest to a place, and {key: Advertisement} of all that is there.
         known = self._near(place) + ([] if len(self.contacts()) >= _K else self._seeds)
-        lookup, tasks, width, found = _Lookup(place, known), {}, _ALPHA, {}
+        lookup, tasks, found = _Lookup(place, known), {}, {}
         for key in self._places.get(place, ()):
             self._take(found, self._ads[key][1])
         try:
             while True:
-                while len(tasks) < width and (contact := lookup.next()):
-                    tasks[asyncio.ensure_future(self._look(contact, place))] = contact
-                if not tasks:
-                    return lookup.nearest(), found
+                while lookup.waits() < _ALPHA and len(tasks) < _ALPHA_LATE:
+                    contact = lookup.next()
+                    if not contact:
+                        break
+                    tasks[self._looking(contact, place)] = contact
+                nearest = lookup.nearest()
+                if not tasks or len(nearest) == _K and not lookup.waits():
+                    return nearest, found
                 done, _ = await asyncio.wait(
                     tasks, timeout=_LATE_SECONDS, return_when="FIRST_COMPLETED")
                 if not done:
-                    width = _ALPHA_LATE
+                    lookup.late()
                 for task in done:
                     contact, error = tasks.pop(task), task.exception()
                     lookup.result(contact, not error)
@@ -9057,9 +9095,22 @@ class Discovery:
                         self._fault = error
                     else:
                         raise error
-        finally:
+        except BaseException:
+            # Only then: who is late is to be known as that, or as gone.
             for task in tasks:
                 task.cancel()
+            raise
+
+    def _looking(self, contact, place):
+        # The task of a call, held on to.
+        def done(task):
+            self._looks.discard(task)
+            return task.cancelled() or task.exception()
+
+        task = asyncio.ensure_future(self._look(contact, place))
+        self._looks.add(task)
+        task.add_done_callback(done)
+        return task
 
     async def _learn(self, lookup, contact, contacts, ads, found):
         lookup.learn(contact, contacts)
@@ -9122,8 +9173,7 @@ class Discovery:
         left = _MOST_ADS_SENT
         # Where not all fit, others each time.
         for _, key in sorted([(urandom(8), key) for key in self._places.get(place, ())]):
-            ad = self._ads[key][1]
-            data = ad.encode()
+            _, ad, data = self._ads[key]
             left -= len(data) + 2
             if left >= 0 and ad.expiry > now():
                 reply += pack(">H", len(data)) + data
@@ -9133,14 +9183,14 @@ class Discovery:
 
     def _keep(self, ad):
         # ProtocolError where it is false, or older than what is there.
-        old = self._ads.get(ad.key)
-        if old and old[1].encode() == ad.encode():
+        old, data = self._ads.get(ad.key), ad.encode()
+        if old and old[2] == data:
             return
         require(not old or ad.timestamp > old[1].timestamp, "an advertisement older than the last")
         ad.verify()
         self._drop(ad.key)
         places = places_of(ad)
-        self._ads[ad.key] = min([place ^ self.place for place in places]), ad
+        self._ads[ad.key] = min([place ^ self.place for place in places]), ad, data
         for place in places:
             keys = self._places.setdefault(place, set())
             keys.add(ad.key)
@@ -9154,15 +9204,15 @@ class Discovery:
             self._drop(max(others, key=lambda key: self._ads[key][0]))
 
     def _drop(self, key):
-        _, ad = self._ads.pop(key, (0, None))
-        for place in places_of(ad) if ad else ():
+        old = self._ads.pop(key, None)
+        for place in places_of(old[1]) if old else ():
             keys = self._places.get(place, set())
             keys.discard(key)
             if not keys:
                 self._places.pop(place, None)
 
     def _expire(self):
-        for key, (_, ad) in list(self._ads.items()):
+        for key, (_, ad, _) in list(self._ads.items()):
             if ad.expiry <= now() and key != self.key:
                 self._drop(key)
 
@@ -9189,10 +9239,13 @@ class Discovery:
         peers = set()
         for place in places_of(ad):
             peers.update((await self._find(place))[0])
-        calls = [self._ask(contact, STORE, ad.encode()) for contact in peers]
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        self._kept = len([result for result in results if result == b""])
-        return self._kept
+        peers, data, kept = list(peers), ad.encode(), 0
+        while peers:
+            some, peers = peers[:_ALPHA_LATE], peers[_ALPHA_LATE:]
+            calls = [self._ask(contact, STORE, data) for contact in some]
+            kept += (await asyncio.gather(*calls, return_exceptions=True)).count(b"")
+        self._kept = kept
+        return kept
 
     async def discover(self, name):
         """Return the Advertisements of all who offer the service `name`."""

@@ -240,6 +240,7 @@ class Network:
         """All join by the first and advertise a service of their own, and one of four."""
         for i, contact in enumerate(self.contacts):
             await self.peers[contact].join(self.contacts[:1] if i else [])
+        await asyncio.sleep(1)
         for i, contact in enumerate(self.contacts):
             services = {"agent-%d" % i: (7000 + i, b""), "kind-%d" % (i % 4): (80, b"x")}
             assert await self.peers[contact].advertise(services) >= min(8, len(self.contacts) - 1)
@@ -408,6 +409,29 @@ def test_a_third_lies_from_the_start(run, lie):
     assert net.calls / len(honest) / 2 < 40
 
 
+def test_who_is_silent_is_not_waited_for(run):
+    net = Network(32)
+    run(net.start())
+    let_lie(net, LEAVING, (silent,))
+    for i in STAYING[:6]:
+        begun = minitor.now()
+        run(net.check([net.peers[net.contacts[i]]], STAYING[9:10]))
+        # Two look-ups, in which calls would take a minute each to fail.
+        assert minitor.now() - begun < 2 * minitor.CALL_SECONDS
+
+
+def test_who_is_slow_is_waited_for_where_there_are_few(run):
+    net = Network(2)
+    run(net.start())
+
+    async def slow(net, contact, caller, request):
+        await asyncio.sleep(4 * minitor._LATE_SECONDS)
+        return net.peers[contact].answer(caller[0], request)
+
+    let_lie(net, [0], (slow,))
+    run(net.check([net.peers[net.contacts[1]]], [0]))
+
+
 def test_joining_by_liars_alone(run):
     for lie in LIES:
         net = Network(2)
@@ -555,7 +579,7 @@ def test_hostile_calls(run, monkeypatch):
         reply = peer.answer(secret(1)[1], request)
         assert isinstance(reply, bytes) and 1 <= len(reply) <= minitor.MOST_CALL
     assert set(peer._ads) <= {ad.key}
-    for _, kept in peer._ads.values():
+    for _, kept, _ in peer._ads.values():
         kept.verify()
 
 
@@ -642,6 +666,7 @@ def test_contacts_in_texts():
     key = secret(1)[1]
     onion = minitor.onion_address(key)
     assert minitor.parse_contact(onion) == (key, onion + ":7717")
+    assert minitor.parse_contact("a." + onion.upper()) == (key, onion + ":7717")
     assert minitor.parse_contact(onion + ":6") == (key, onion + ":6")
     assert minitor.parse_contact(onion + "@[::1]:7", True) == (key, "[::1]:7")
     for text in ("", "x", "x.onion", onion + ":", onion + ":0", onion + ":65536", onion + ":²",
@@ -701,6 +726,16 @@ def test_calls_over_links(monkeypatch):
             to_a, to_b = (a.key, a.address), (b.key, b.address)
             assert await calls.call(to_b, b"abc") == a.key + b"abc"
             assert await other.call(to_a, b"abc") == b"cba"
+            # Who is called may call back, over the same link, before it answers.
+            async def count(key, request):
+                if not request:
+                    return b"."
+                each = there if key == a.key else here
+                return b"x" + await each.call(to_a if key == a.key else to_b, request[1:])
+
+            here, there = minitor.Calls(a, "nested", count), minitor.Calls(b, "nested", count)
+            assert await here.call(to_b, b"12345") == b"xxxxx."
+            await a.links[b.key, "nested"].close()
             # Both ways at once, over one link.
             requests = [bytes([n]) * n for n in range(20)]
             one = asyncio.gather(*[calls.call(to_b, request) for request in requests])

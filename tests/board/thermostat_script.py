@@ -12,6 +12,17 @@ import thermostat
 t = thermostat.thermostat
 
 
+class Noon:
+    """The time: at night the room is cool."""
+
+    time = staticmethod(lambda: 1700049600)
+
+
+thermostat.time = Noon
+t.simulate()
+gc.collect()
+
+
 class Visitor:
     """Reader and writer of one request."""
 

@@ -5274,24 +5274,24 @@ def http_call(url, function, *arguments):
         raise (TorTimeout if late else StreamError)("%s: %s" % (url, e))
 
 
-class Tor:
-    """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
+class LoopThread:
+    """A thread with an event loop; `service` has coroutine functions `start` and `aclose`."""
 
-    def __init__(self, data_dir=None, network=None, progress=None):
-        self._tor, self._loop = AsyncTor(data_dir, network, progress), asyncio.new_event_loop()
+    def __init__(self, service):
+        self._service, self._loop = service, asyncio.new_event_loop()
         self._stop, run = self._loop.create_future(), self._loop.run_until_complete
         live = lambda: run(self._main()) or self._loop.close()
         self._thread = threading.Thread(target=live, daemon=True)
         self._thread.start()
         try:
-            self.run(self._tor.start())
+            self.run(service.start())
         except BaseException:
             self.close()
             raise
 
     async def _main(self):
         await asyncio.wait([self._stop])
-        await self._tor.aclose()
+        await self._service.aclose()
         # Repeated: `wait_for` before Python 3.12 may lose a cancellation.
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in others:
@@ -5299,15 +5299,15 @@ class Tor:
             await asyncio.wait(others, timeout=0.1)
 
     def run(self, coroutine):
-        """Run `coroutine` in Tor's event loop; return its result."""
+        """Run `coroutine` in this event loop; return its result."""
         if self._stop.done() or threading.current_thread() is self._thread:
             coroutine.close()
-            raise ConfigError("this Tor is closed, or would have to wait for itself")
+            raise ConfigError("this is closed, or would have to wait for itself")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except futures.CancelledError:
-            raise TorError("Tor was closed meanwhile")
+            raise TorError("this was closed meanwhile")
         finally:
             future.cancel()  # after Ctrl-C
 
@@ -5320,6 +5320,14 @@ class Tor:
         self._thread.join()
 
     __exit__ = close
+
+
+class Tor(LoopThread):
+    """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
+
+    def __init__(self, data_dir=None, network=None, progress=None):
+        self._tor = AsyncTor(data_dir, network, progress)
+        LoopThread.__init__(self, self._tor)
 
     def resolve(self, host, isolation=None):
         return self.run(self._tor.resolve(host, isolation))
@@ -8428,7 +8436,7 @@ class Link:
                 if not self._pipe and not self.closed:
                     self.error = e
                     log(INFO, "a peer is not reached: %s", type(e).__name__)
-                    if not self.retry:
+                    if not self.retry or isinstance(e, ConfigError):
                         return self._end(e)
             pipe, since = self._pipe, time.monotonic()
             if pipe:
@@ -8535,6 +8543,7 @@ class Node:
             raise errors[0]
 
     __aenter__, __aexit__ = start, lambda self, *_: self.close()
+    aclose = close
 
     def link(self, peer, address=None, protocol="", retry=True):
         """Return the Link to `peer` (a key of 32 bytes, or an onion address) at `address` (by
@@ -8632,6 +8641,77 @@ class Node:
             await handler(link)
         except TorError as e:
             log(INFO, "a link's handler ended: %s: %s", type(e).__name__, e)
+
+
+class BlockingLink:
+    """A Link for programs without asyncio: `link` is that; messages by iteration, or `receive`."""
+
+    def __init__(self, link, run):
+        self.link, self._run, self.peer = link, run, link.peer
+
+    def send(self, message):
+        return self._run(self.link.send(message))
+
+    def receive(self, seconds=None):
+        return self._run(self.link.receive(seconds))
+
+    def flush(self, seconds=None):
+        return self._run(self.link.flush(seconds))
+
+    def ready(self, seconds=DIAL_SECONDS):
+        return self._run(self.link.ready(seconds)) and self
+
+    def close(self, seconds=5):
+        return self._run(self.link.close(seconds))
+
+    __iter__ = lambda self: self
+
+    def __next__(self):
+        try:
+            return self._run(self.link.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration
+
+
+class BlockingNode(LoopThread):
+    """A Node for programs without asyncio, with its arguments, in a thread; any thread may call.
+
+    With a TorTransport of a Tor give that as `tor`: it runs there.  Iteration gives the
+    BlockingLinks that peers open; `node` is the Node.
+    """
+
+    def __init__(self, *args, tor=None, **options):
+        self.node, self._stop = Node(*args, **options), None
+        if tor:
+            self.run = tor.run
+            self.run(self.node.start())
+        else:
+            LoopThread.__init__(self, self.node)
+        self.key, self.address = self.node.key, self.node.address
+
+    def link(self, *args, **options):
+        async def link():
+            return self.node.link(*args, **options)
+
+        return BlockingLink(self.run(link()), self.run)
+
+    def close(self, *_):
+        """Close all links, after they were flushed for some seconds, and stop; LinkError."""
+        try:
+            if not self.node.closed:
+                self.run(self.node.close())
+        finally:
+            if self._stop:
+                LoopThread.close(self)
+
+    __exit__ = close
+    __iter__ = lambda self: self
+
+    def __next__(self):
+        try:
+            return BlockingLink(self.run(self.node.__anext__()), self.run)
+        except StopAsyncIteration:
+            raise StopIteration
 
 
 # Coroutines that answer calls, at once.

@@ -1,6 +1,7 @@
 """Section 18, links: over a network in memory whose connections are cut, late, lost or hostile."""
 
 import asyncio
+import errno
 
 import minitor
 import pytest
@@ -117,10 +118,11 @@ def test_cuts_at_every_byte_lose_and_repeat_nothing(quick, private):
         return net
 
     async def every():
-        whole = (await cut_after(None)).moved
-        assert whole > 1000
-        for first in range(0, 1000, 100):
-            nets = await asyncio.gather(*map(cut_after, range(first, first + 100)))
+        # Handshakes, two at once, take some 900 bytes.
+        assert 1500 < (await cut_after(None)).moved
+        step = 5 if private else 1
+        for first in range(0, 1500, 100 * step):
+            nets = await asyncio.gather(*map(cut_after, range(first, first + 100 * step, step)))
             assert all([net.cuts for net in nets])
 
     run(every())
@@ -197,8 +199,10 @@ def test_restarts_with_a_journal_lose_and_repeat_nothing(quick, tmp_path, who):
         assert heard["anna"] == heard["berta"] == list(range(count)), offset
 
     async def every():
-        for first in range(0, 900, 60):
-            await asyncio.gather(*map(restart_after, range(first, first + 60, 2)))
+        # Handshakes, two at once, take some 900 bytes.
+        offsets = list(range(0, 900, 36)) + list(range(900, 2000, 1 + 4 * (who != "both")))
+        for first in range(0, len(offsets), 50):
+            await asyncio.gather(*map(restart_after, offsets[first : first + 50]))
 
     run(every())
 
@@ -731,3 +735,216 @@ def test_what_is_changed_on_the_way_never_arrives(quick, monkeypatch):
         assert sum(changed) > 550
 
     run(every())
+
+
+# ─── Blocking twins ───
+
+
+def test_blocking_nodes_and_links():
+    with minitor.BlockingNode(b"a" * 32, minitor.DirectTransport()) as a:
+        with minitor.BlockingNode(b"b" * 32, minitor.DirectTransport()) as b:
+            link = a.link(b.key, b.address).ready(5)
+            back = next(b)
+            assert back.peer == a.key
+            for i in range(3):
+                link.send(b"%d" % i)
+            assert [back.receive(5) for _ in range(3)] == [b"0", b"1", b"2"]
+            link.flush(5)
+            back.send(b"last")
+            assert next(link) == b"last"
+            with pytest.raises(minitor.TorTimeout):
+                link.receive(0.01)
+            back.close()
+            assert list(link) == []
+            with pytest.raises(minitor.LinkError):
+                link.send(b"late")
+    with pytest.raises(minitor.ConfigError):
+        a.link(b.key)
+    with pytest.raises(minitor.ConfigError, match="cannot listen"):
+        minitor.BlockingNode(b"a" * 32, minitor.DirectTransport("192.0.2.1:1"))
+
+
+# ─── Transports ───
+
+ONION = minitor.onion_address(minitor.ed25519_public(minitor.ed25519_expand(bytes(32))))
+REPLIES = {
+    "nobody there": (b"\5\4", minitor.PeerError), "refused": (b"\5\5", minitor.PeerError),
+    "unreachable": (b"\5\3", minitor.NetworkError), "late": (b"\5\6", minitor.TorTimeout),
+    "a failure": (b"\5\1", minitor.ProxyError), "not allowed": (b"\5\2", minitor.ProxyError),
+    "no descriptor": (b"\5\xf0", minitor.PeerError), "no key": (b"\5\xf4", minitor.AuthorizationError),
+    "another key": (b"\5\xf5", minitor.AuthorizationError),
+    "a bad address": (b"\5\xf6", minitor.AddressError),
+    "introduction": (b"\5\xf7", minitor.TorTimeout), "silence": (b"", minitor.ProxyError),
+}
+
+
+async def proxy(answers, asked):
+    """A SOCKS proxy that answers so, and hangs up; its port."""
+
+    async def serve(reader, writer):
+        for answer in answers:
+            asked.append(await reader.read(1000))
+            writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    return str(server.sockets[0].getsockname()[1])
+
+
+@pytest.mark.parametrize("reply,kind", list(REPLIES.values()), ids=list(REPLIES))
+def test_what_a_socks_proxy_says_is_told_apart(reply, kind):
+    async def test():
+        asked = []
+        end = reply and reply + b"\0\1" + bytes(6)
+        port = await proxy([b"\5\2", b"\1\0", end], asked)
+        with pytest.raises(kind) as e:
+            await minitor.SocksTransport(port).dial(ONION + ":99", 5)
+        assert ONION in str(e.value) or kind is minitor.ProxyError
+        name = ONION.encode()
+        assert asked[0] == b"\5\2\0\2" and asked[1][:10] == b"\1\7minitor\x10" and len(asked[1]) == 26
+        assert asked[2] == b"\5\1\0\3" + bytes([len(name)]) + name + b"\0\x63"
+
+    run(test())
+
+
+@pytest.mark.parametrize("answers", [[b"\5\xff"], [b"\5\2", b"\1\1"], [b"HTTP/1.0 400 x"], [b"\5\0"]])
+def test_a_proxy_that_refuses(answers):
+    async def test():
+        with pytest.raises(minitor.ProxyError):
+            await minitor.SocksTransport(await proxy(answers, [])).dial(ONION, 5)
+
+    run(test())
+
+
+def test_failures_of_transports_are_told_apart(monkeypatch):
+    async def test():
+        listener = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        free = listener.sockets[0].getsockname()[1]
+        listener.close()
+        await listener.wait_closed()
+        direct, at = minitor.DirectTransport(), "127.0.0.1:%d" % free
+        with pytest.raises(minitor.PeerError):
+            await direct.dial(at, 5)
+        for bad in ONION, "localhost:1", "example.com:80", "127.0.0.1:99999", "", ":1", "1.2.3.4:x":
+            with pytest.raises(minitor.AddressError):
+                await direct.dial(bad, 5)
+        with pytest.raises(minitor.ProxyError):
+            await minitor.SocksTransport(at).dial(ONION, 5)
+        for bad in "127.0.0.1:1", "example.com", "x.onion":
+            with pytest.raises(minitor.AddressError):
+                await minitor.SocksTransport(at).dial(bad, 5)
+        error = OSError(errno.ENETUNREACH, "no way")
+
+        async def fails(*_, **__):
+            raise error
+
+        monkeypatch.setattr(minitor.asyncio, "open_connection", fails)
+        with pytest.raises(minitor.NetworkError):
+            await direct.dial(at, 5)
+        with pytest.raises(minitor.ConfigError):
+            minitor.Node(b"short", direct)
+        with pytest.raises(minitor.ConfigError):
+            await minitor.DirectTransport("192.0.2.1:1").listen(None)
+
+    run(test())
+
+
+class Tor:
+    """What TorTransport needs of an AsyncTor, over a network in memory."""
+
+    def __init__(self, net):
+        self.net, self.isolations, self.error, self.services = net, [], None, []
+
+    async def open_connection(self, host, port, timeout, isolation):
+        self.isolations.append(isolation)
+        if self.error:
+            raise self.error
+        end = await self.net.dial("%s:%d" % (host, port))
+        end.drain = lambda: asyncio.sleep(0)
+        wrote, end.write = end.write, lambda data: asyncio.ensure_future(wrote(data))
+        return end, end
+
+    async def create_onion_service(self, port, target, key_dir):
+        async def accept(end):
+            end.drain = lambda: asyncio.sleep(0)
+            wrote, end.write = end.write, lambda data: asyncio.ensure_future(wrote(data))
+            await target(end, end)
+
+        address = minitor.onion_address(key_dir[1])
+        self.net.accepts["%s:%d" % (address, port)] = accept
+        self.services.append(self)
+        return self
+
+    async def close(self):
+        self.services.pop()
+
+
+TOLD = [
+    (minitor.OnionError("x", 0xF0), minitor.PeerError),
+    (minitor.StreamError("x", 6), minitor.PeerError),
+    (minitor.AuthorizationError("x", 0xF4), minitor.AuthorizationError),
+    (minitor.CircuitError("x"), minitor.NetworkError),
+    (minitor.ChannelError("x"), minitor.NetworkError),
+    (minitor.TorTimeout("x"), minitor.TorTimeout),
+]
+
+
+def test_a_node_over_tor():
+    async def test():
+        tor = Tor(Network())
+        one, two = [minitor.load_identity(bytes([i]) * 32) for i in (1, 2)]
+        a = await minitor.Node(one, minitor.TorTransport(tor, one)).start()
+        b = await minitor.Node(two, minitor.TorTransport(tor, two, 99)).start()
+        assert b.address == minitor.onion_address(two[1]) + ":99"
+        link = a.link(b.address)
+        await link.send(b"over Tor")
+        back = await b.__anext__()
+        assert await back.receive(5) == b"over Tor" and back.peer == a.key
+        # Its end is protected already.
+        await link.ready(5)
+        assert link._pipe._out is None and back._pipe._in is None
+        tor.net.cut()
+        await link.send(b"again")
+        assert await back.receive(5) == b"again"
+        # A new circuit each time.
+        assert len(set(tor.isolations)) == len(tor.isolations) == 2
+        await a.close()
+        await b.close()
+        assert not tor.services
+        for error, kind in TOLD:
+            tor.error = error
+            with pytest.raises(kind):
+                await minitor.TorTransport(tor).dial(b.address, 5)
+        with pytest.raises(minitor.AddressError):
+            await minitor.TorTransport(tor).dial("127.0.0.1:80")
+
+    run(test())
+
+
+def test_a_direct_connection_is_made_only_where_it_was_allowed():
+    async def test():
+        tor = Tor(Network())
+        one, two = [minitor.load_identity(bytes([i]) * 32) for i in (1, 2)]
+        ours = minitor.HybridTransport(minitor.TorTransport(tor, one), minitor.DirectTransport())
+        direct = minitor.DirectTransport()
+        theirs = minitor.HybridTransport(minitor.TorTransport(tor, two), direct)
+        async with minitor.Node(one, ours) as a, minitor.Node(two, theirs) as b:
+            # By Tor, while that works; its stream is private, the other is not.
+            ours.allow(b.address, direct.address)
+            link = a.link(b.address)
+            await link.ready(5)
+            assert link._pipe._out is None
+            tor.error = minitor.CircuitError("no guard")
+            tor.net.cut()
+            await link.send(b"now directly")
+            back = await b.__anext__()
+            assert await back.receive(5) == b"now directly"
+            assert link._pipe._out and back._pipe._out
+            await link.flush(5)
+            ours.allow(b.address, None)
+            link._cut(link._pipe, None)
+            with pytest.raises(minitor.NetworkError):
+                await a.link(b.address, protocol="other", retry=False).ready(5)
+            assert not link.up
+
+    run(test())

@@ -25,7 +25,7 @@ def test_size():
     # viper, the relay table on flash, admission by memory; 90 for proxies, torrc and control port;
     # 22 for advertisements and their table.
     # A new feature raises it knowingly.
-    assert len(SOURCE.encode()) <= 392 * 1024
+    assert len(SOURCE.encode()) <= 400 * 1024
 
 
 def test_lines_are_short():

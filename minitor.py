@@ -7697,9 +7697,11 @@ class TorTransport:
 
     async def listen(self, accept):
         serve = lambda reader, writer: accept(PeerStream(reader, writer, True))
-        ports = dict(self._others)
-        ports[self._port] = serve
-        self._service = await self._tor.create_onion_service(ports, key_dir=self._key)
+        port = self._port
+        if self._others:
+            port = dict(self._others)
+            port[self._port] = serve
+        self._service = await self._tor.create_onion_service(port, serve, self._key)
 
     async def close(self):
         if self._service:

@@ -8822,11 +8822,7 @@ class Calls:
 _AD_PREFIX = b"minitor advertisement 1\0"
 AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
 MOST_SERVICES, MOST_METADATA = 16, 128
-
-
-def service_name_is_good(name):
-    """Whether `name` is 1 to 63 of a-z, 0-9, "-", "_", "." and no onion address."""
-    return 0 < len(name) < 64 and not name.strip(_BASE32 + "0189-_.") and not is_onion(name)
+_NAMES = _BASE32 + "0189-_."
 
 
 def _ad_fault(services, lifetime):
@@ -8836,10 +8832,16 @@ def _ad_fault(services, lifetime):
     if not 0 < lifetime <= _AD_LONGEST:
         return "a lifetime of %d s: not 1 to %d" % (lifetime, _AD_LONGEST)
     for name, (port, metadata) in services.items():
-        if not service_name_is_good(name):
+        if not 0 < len(name) < 64 or name.strip(_NAMES) or is_onion(name):
             return "%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name
         if not 0 < port < 65536 or len(metadata) > MOST_METADATA:
             return "%s: port %d, and %d bytes of metadata" % (name, port, len(metadata))
+
+
+def check_service(name):
+    fault = _ad_fault({name: (1, b"")}, 1)
+    if fault:
+        raise ConfigError(fault)
 
 
 class Advertisement:
@@ -8885,7 +8887,7 @@ class Advertisement:
         timestamp, lifetime = reader.uint(8), reader.uint(4)
         for _ in range(reader.uint(1)):
             name = reader.take(reader.uint(1))
-            require(not name.strip(_AD_NAME), "a service's name is none")
+            require(not name.strip(_NAMES.encode()), "a service's name is none")
             port = reader.uint(2)
             services[name.decode()] = port, reader.take(reader.uint(1))
         ad = Advertisement(key, services, timestamp, timestamp + lifetime, reader.take(64))
@@ -8902,9 +8904,6 @@ class Advertisement:
         signed = ed25519_verify(self.key, _AD_PREFIX + self._content(), self.signature)
         require(signed and ed25519_valid(self.key), who + " is not signed by its key")
         return self
-
-
-_AD_NAME = (_BASE32 + "0189-_.").encode()
 
 
 # A distributed hash table of advertisements (Kademlia).  A contact is (public key, where it takes
@@ -8940,7 +8939,7 @@ def pack_contact(contact):
 
 def _read_address(reader):
     text = reader.take(reader.uint(1))
-    require(len(text) < 128 and not text.strip(_AD_NAME + b":[]"), "no address")
+    require(len(text) < 128 and not text.strip(_NAMES.encode() + b":[]"), "no address")
     return text.decode()
 
 
@@ -9059,9 +9058,8 @@ class Discovery:
     def _is_good(self, contact):
         # Whether it may be called: nobody shall make us connect elsewhere than to a peer.
         key, address = contact
-        if not self._direct and address.partition(":")[0] != onion_address(key):
-            return False
-        return key != self.key and address != ""
+        there = self._direct or address.partition(":")[0] == onion_address(key)
+        return there and key != self.key and address != ""
 
     def _bucket(self, key):
         # Where it belongs: contacts, least recently seen first; and spare ones.
@@ -9311,11 +9309,10 @@ class Discovery:
     async def advertise(self, services, seconds=AD_SECONDS):
         """Publish `services`, as an Advertisement has them, under our key and their names; return
         how many peers keep them.  `upkeep` does it anew in time."""
-        ad = Advertisement.create(self._secret, services, seconds)
+        # Later than the last one.
         old = self._ads.get(self.key)
-        if old and old[1].timestamp >= ad.timestamp:
-            later = old[1].timestamp + 1
-            ad = Advertisement.create(self._secret, services, seconds, later)
+        at = max(now(), old[1].timestamp + 1 if old else 0)
+        ad = Advertisement.create(self._secret, services, seconds, at)
         self.services = services, seconds
         self._keep(ad)
         peers = set()
@@ -9331,8 +9328,7 @@ class Discovery:
 
     async def discover(self, name):
         """Return the Advertisements of all who offer the service `name`."""
-        if not service_name_is_good(name):
-            raise ConfigError("%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name)
+        check_service(name)
         _, found = await self._find(place_of(name))
         return [ad for _, ad in sorted(found.items())]
 
@@ -9347,10 +9343,10 @@ class Discovery:
     async def stay(self, contacts, services, told=None):
         """Join by `contacts`, advertise `services`, and look after both for ever; `told`:
         function(TorError or None, how many peers keep the advertisement) after each round."""
-        pause, error = 30, None
+        pause = 30
         while True:
+            error = None
             try:
-                error = None
                 if not self.contacts():
                     await self.join(contacts)
                 if self.services:
@@ -9588,8 +9584,8 @@ def peer_command(options, folder, key_dir):
         return lambda tor: advertise(tor, key, services, targets, contacts, folder)
     if is_onion(what):
         parse_onion_address(what)
-    elif not service_name_is_good(what):
-        raise ConfigError("--discover %s: neither a service's name nor an address" % what)
+    else:
+        check_service(what)
     if not contacts:
         raise ConfigError("nobody is known who could be asked: say --peer ADDRESS, or --peers "
                           "FILE, with what --advertise prints elsewhere")

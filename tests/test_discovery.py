@@ -871,8 +871,8 @@ def test_what_cannot_be_advertised(words, text):
 
 @pytest.mark.parametrize("arguments, text", [
     (["--discover", "web"], "nobody is known"),
-    (["--discover", "Web", "--peer", ONION9], "neither"),
-    (["--discover", "", "--peer", ONION9], "neither"),
+    (["--discover", "Web", "--peer", ONION9], "no name"),
+    (["--discover", "", "--peer", ONION9], "no name"),
     (["--discover", "a" * 56 + ".onion", "--peer", ONION9], "no onion address"),
     (["--discover", "web", "--peer", "x.onion"], "--peer: "),
     (["--advertise", "a=nothing/there"], "no folder"),

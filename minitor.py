@@ -8916,7 +8916,7 @@ _MOST_ASKED, _CREDIT = 96, 3
 # In seconds: a call; when it is late; between rounds of upkeep.
 CALL_SECONDS, _LATE_SECONDS, UPKEEP_SECONDS = 60, 8, 1800
 # Bytes of a call or an answer, and of advertisements in it; advertisements kept, and of one name.
-MOST_CALL, _MOST_ADS_SENT, MOST_ADS, _MOST_OF_NAME = 1 << 14, 12000, 4096, 128
+MOST_CALL, _MOST_ADS_SENT, MOST_ADS, _MOST_OF_NAME = 1 << 14, 12000, 1024, 128
 # Calls of one peer, of all: so many at once, then so many a second.  What storing costs.
 _PEER_RATE, _RATE_OF_ALL, _MOST_RATES, _STORE_COST = (100, 5), (2000, 200), 4096, 4
 LOOK, STORE, DONE, REFUSED = range(4)

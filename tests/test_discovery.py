@@ -758,6 +758,42 @@ def test_calls_over_links(monkeypatch):
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_hostile_calls_over_links(monkeypatch):
+    said = []
+    monkeypatch.setattr(minitor, "log", lambda severity, text, *args: said.append(text % args))
+
+    async def main():
+        chance = random.Random(4)
+        async with contextlib.AsyncExitStack() as stack:
+            a, b = [minitor.Node(bytes([n] * 32), minitor.DirectTransport()) for n in (1, 2)]
+            await stack.enter_async_context(a)
+            await stack.enter_async_context(b)
+            calls = minitor.Calls(a, "calls", lambda key, request: request, largest=1000)
+            # Too short, too long: the link ends.  Answers to nothing are passed over.
+            for message in b"", b"\0", bytes(1001):
+                link = b.link(a.key, a.address, "calls", False)
+                await link.send(message)
+                with pytest.raises(minitor.LinkError):
+                    await link.receive(20)
+            link = b.link(a.key, a.address, "calls", False)
+            for _ in range(300):
+                kind = chance.randrange(1, 9)
+                await link.send(bytes([kind]) + chance.randbytes(4 + chance.randrange(40)))
+            await link.send(b"\0\0\0\0\1hello")
+            assert await link.receive(20) == b"\1\0\0\0\1hello"
+            assert not calls._waiting and len(a.links) == 1
+            # Garbage where the table is.
+            peer = Discovery.over(a, True)
+            link = b.link(a.key, a.address, "discovery", False)
+            for _ in range(50):
+                await link.send(bytes(5) + chance.randbytes(chance.randrange(60)))
+                assert (await link.receive(20))[5] == minitor.REFUSED
+            assert not peer._ads and not peer.contacts()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert not [text for text in said if "bug" in text]
+
+
 # ─── the command line ───
 
 

@@ -38,6 +38,9 @@ class End:
             self.net.left = None
             self.close()
             raise OSError("the connection is cut")
+        # Let the other end answer before there is more.
+        for _ in range(self.net.random.randrange(4)):
+            await asyncio.sleep(0)
         while len(self.other.data) > 1 << 16 and not self.ended:
             self.changed.clear()
             self.other.changed.set()

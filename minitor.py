@@ -9299,8 +9299,10 @@ class Discovery:
     # What programs use.
 
     async def join(self, contacts):
-        """Get to know others, beginning with `contacts`; DiscoveryError where none answers."""
-        self._seeds = [contact for contact in contacts if self._is_good(contact)]
+        """Get to know others, beginning with `contacts` (as `contacts` returns them, or texts as
+        `parse_contact` takes them); DiscoveryError where none answers."""
+        known = [parse_contact(c, self._direct) if isinstance(c, str) else c for c in contacts]
+        self._seeds = [contact for contact in known if self._is_good(contact)]
         nearest, _ = await self._find(self.place)
         if self._seeds and not nearest:
             raise DiscoveryError(

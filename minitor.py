@@ -9533,6 +9533,13 @@ async def _node_of(tor, key, targets=None):
     return await node.start()
 
 
+async def _leave(node):
+    try:
+        await node.close(0)
+    except LinkError:
+        pass  # answers that nobody waited for
+
+
 def _remember(peer, folder):
     known = [address + "\n" for _, address in peer.contacts()]
     if known:
@@ -9556,7 +9563,7 @@ async def advertise(tor, key, services, targets, contacts, folder):
     try:
         await peer.stay(contacts, services, told)
     finally:
-        await node.close(0)
+        await _leave(node)
 
 
 async def discover(tor, what, contacts, folder):
@@ -9573,7 +9580,7 @@ async def discover(tor, what, contacts, folder):
             for name in sorted(ad.services) if is_onion(what) else [what]:
                 print("%s:%d %s" % (ad.address, ad.services[name][0], name))
     finally:
-        await node.close(0)
+        await _leave(node)
 
 
 def peer_command(options, folder, key_dir):

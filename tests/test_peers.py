@@ -109,21 +109,21 @@ def test_cuts_at_every_byte_lose_and_repeat_nothing(quick, small, private):
 
         net.on_cut = cut_again
         await asyncio.gather(
-            talk(link, 12, (1, 40, 120)), talk(back, 12, (30, 2)), hear(back, 12, heard),
-            hear(link, 12, echoed))
+            talk(link, 5, (1, 120)), talk(back, 5, (30, 2)), hear(back, 5, heard),
+            hear(link, 5, echoed))
         net.left = None
         await link.flush(10)
         await back.flush(10)
         await a.close()
         await b.close()
-        assert heard == echoed == list(range(12)), offset
+        assert heard == echoed == list(range(5)), offset
         return net
 
     async def every():
         # Handshakes, two at once, take some 900 bytes.
-        assert 1500 < (await cut_after(None)).moved
+        assert 1200 < (await cut_after(None)).moved
         step = 7 if private else 1
-        for first in range(0, 1500, 100 * step):
+        for first in range(0, 1200, 100 * step):
             nets = await asyncio.gather(*map(cut_after, range(first, first + 100 * step, step)))
             assert all([net.cuts for net in nets])
 
@@ -210,7 +210,7 @@ def test_restarts_with_a_journal_lose_and_repeat_nothing(quick, small, tmp_path,
 
     async def every():
         # Handshakes, two at once, take some 900 bytes.
-        offsets = list(range(0, 900, 36)) + list(range(900, 2000, 3 + 4 * (who != "both")))
+        offsets = list(range(0, 900, 36)) + list(range(900, 1900, 4 + 4 * (who != "both")))
         for first in range(0, len(offsets), 50):
             await asyncio.gather(*map(restart_after, offsets[first : first + 50]))
 

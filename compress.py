@@ -50,7 +50,7 @@ PRESETS = {
     "host": (
         False,
         "Tor AsyncTor Stream OnionService Proxy Node Link DirectTransport SocksTransport TorTransport"
-        " HybridTransport Calls Advertisement Discovery set_log main __version__ __all__",
+        " HybridTransport BlockingNode BlockingLink Calls Advertisement Discovery set_log main __version__ __all__",
         "",
     ),
     "client": (

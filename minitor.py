@@ -12,8 +12,8 @@ MIT licence.
 
 __version__ = "0.1.0"
 __all__ = (
-    "Advertisement", "AsyncTor", "Calls", "DirectTransport", "Discovery", "HybridTransport", "Link",
-    "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
+    "Advertisement", "AsyncTor", "BlockingNode", "Calls", "DirectTransport", "Discovery",
+    "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
 )
 
 # === 1. Platform ===
@@ -7610,8 +7610,8 @@ class DirectTransport:
 
 
 class SocksTransport(DirectTransport):
-    """Through the SOCKS port `proxy` ([ADDRESS:]PORT) of a running tor, best with its flag
-    ExtendedErrors; each connection has a circuit of its own.
+    """Through the SOCKS port `proxy` ([ADDRESS:]PORT or unix:PATH) of a running tor, best with its
+    flag ExtendedErrors; each connection has a circuit of its own.
 
     `where`: to listen at, as its HiddenServicePort says; `address`: that onion service's.
     """
@@ -7630,16 +7630,19 @@ class SocksTransport(DirectTransport):
             raise AddressError("%s is no onion address" % address)
         parse_onion_address(host)
         opening = self._ask(host.encode(), port, address)
-        private = self._trusts(self._proxy.host)
+        private = bool(self._proxy.path) or self._trusts(self._proxy.host)
         return PeerStream(*await _told_apart(opening, address, seconds), private)
 
     async def _ask(self, host, port, address):
         to = self._proxy
         try:
-            opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
+            if to.path:
+                opening = asyncio.open_unix_connection(to.path, limit=1 << 18)
+            else:
+                opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
             reader, writer = await opening
         except OSError as e:
-            raise ProxyError("no proxy at %s:%d: %s" % (to.host, to.port, e))
+            raise ProxyError("no proxy at %s:%d: %s" % (to.path or to.host, to.port, e))
         try:
             writer.write(b"\5\2\0\2")
             method = await reader.readexactly(2)
@@ -7661,9 +7664,6 @@ class SocksTransport(DirectTransport):
             if isinstance(e, (EOFError, OSError)):
                 raise ProxyError("the proxy hung up: %s" % e)
             raise
-
-    async def listen(self, accept):
-        await DirectTransport.listen(self, accept)
 
 
 def _socks_error(code, address):
@@ -7907,7 +7907,7 @@ class _Journal:
         self._size = end
         if not self.id:
             self.id = urandom(16)
-            self.write(b"S", 0, self.id)
+            self.write(_journal_record(b"S", 0, self.id))
 
     def _open(self):
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -7941,9 +7941,9 @@ class _Journal:
                 self.units[number] = kind == b"m", body
         return at
 
-    def write(self, kind, number, body=b""):
-        """Append a record; LinkError, and then it is as if that was not tried."""
-        data = _journal_record(kind, number, body)
+    def write(self, *records):
+        """Append records; LinkError, and then it is as if that was not tried."""
+        data = b"".join(records)
         try:
             if os.write(self._fd, data) != len(data):
                 raise OSError("the disk is full")
@@ -7963,8 +7963,7 @@ class _Journal:
         if self._size < (1 << 20) + 2 * sum([len(unit) for _, unit in units.values()]):
             return
         pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
-        for number, (more, unit) in units.items():
-            pieces.append(_journal_record(b"m" if more else b"M", number, unit))
+        pieces += _unit_records(units)
         try:
             write_file(self._path, *pieces)
             os.close(self._fd)
@@ -7977,9 +7976,13 @@ class _Journal:
         os.close(self._fd)
 
 
-def _journal_record(kind, number, body):
+def _journal_record(kind, number, body=b""):
     rest = pack(">IcQ", len(body), kind, number) + body
     return pack(">I", binascii.crc32(rest)) + rest
+
+
+def _unit_records(units):
+    return [_journal_record(b"m" if more else b"M", n, unit) for n, (more, unit) in units.items()]
 
 
 class Link:
@@ -7993,7 +7996,9 @@ class Link:
     A message is acknowledged when the peer's application takes it, and kept until then; after a
     cut the link is up again by itself.  When the peer started anew without a journal, what was
     sent and not acknowledged may be lost: the next `send` or `flush` raises a LinkError, with these
-    messages in `lost`, and the link goes on.  `up`; `error`: the last; `round_trip` in seconds.
+    messages in `lost`; nothing more is sent by that call, and the link goes on.
+
+    `up`; `error`: the last; `round_trip` in seconds; `buffered`: bytes that are kept.
     """
 
     def __init__(self, node, peer, protocol):
@@ -8007,7 +8012,7 @@ class Link:
         self._id, self._units, self._base, self._next, self._at = urandom(16), {}, 1, 1, 1
         self._sent = self.buffered = self._flying = self._acked = 0
         self._window, self._limit, self._mark, self._trips = _WINDOW, node.buffer, 0, []
-        self._lost, self._bye = [], False
+        self._lost, self._bye, self._biggest = [], False, 0
         # In: the peer's session, its last unit here and the last one taken, as was told; messages
         # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
         self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
@@ -8050,22 +8055,23 @@ class Link:
         n = len(message)
         count = n // UNIT + 1 if n % UNIT or not n else n // UNIT
         cost = n + count * _COST
-        if n > self.node.largest or cost > self._limit:
+        if n > self.node.largest or cost > min(self._limit, self.node.buffer):
             raise ConfigError("a message of %d bytes is too large" % n)
         async with self._turn:
             self._check()
             while self.buffered and self.buffered + cost > self.node.buffer:
                 await self._change()
                 self._check()
-            message = bytes(message)
+            units, message, n = {}, bytes(message), self._next
             for i in range(count):
-                more = i < count - 1
                 unit = message[i * UNIT : (i + 1) * UNIT] if count > 1 else message
-                if self._journal:
-                    self._journal.write(b"m" if more else b"M", self._next, unit)
-                self._units[self._next] = more, unit
-                self._next += 1
+                units[n + i] = i < count - 1, unit
+            if self._journal:
+                self._journal.write(*_unit_records(units))
+            self._units.update(units)
+            self._next += count
             self.buffered += cost
+            self._biggest = max(self._biggest, cost)
         self._wake.set()
 
     async def flush(self, seconds=None):
@@ -8130,7 +8136,7 @@ class Link:
         session, number, message, cost = self._inbox[0]
         if session == self._theirs:
             if self._journal:
-                self._journal.write(b"T", number, session)
+                self._journal.write(_journal_record(b"T", number, session))
             self._taken = number
             self._acknowledge(cost)
         self._inbox.popleft()
@@ -8154,7 +8160,7 @@ class Link:
 
     def _state(self):
         # What the other end has to know (`_parse_state`).
-        limit, kept = self.node.buffer + _COST, self._journal is not None
+        limit, kept = self.node.limit(), self._journal is not None
         state = self._life, self._ups, self._id, self._theirs, self._taken, self._got, limit, kept
         return pack(_STATE, *state)
 
@@ -8183,31 +8189,27 @@ class Link:
         self._flying = sum([self._cost(n) for n in range(self._base, self._at)])
         if hello.id != self._theirs:
             require(self._unread <= self.node.buffer, "too many sessions")
-            self._theirs, self._fresh, self._parts = hello.id, True, []
+            self._theirs, self._fresh = hello.id, True
+            self._forget_parts()
             self._got = self._taken = 0
             self._stale = self._unread
         self._their_life, self._limit = hello.life, hello.limit
+        require(self._biggest <= self._limit, "the peer takes %d bytes at most" % self._limit)
 
     def _cost(self, number):
         return len(self._units[number][1]) + _COST
 
     def _give_up(self, last):
-        # What may have arrived, and may not.
-        message = []
+        # What may have arrived, and may not; to the end of a message that was begun.
+        while last >= self._base and self._units[last][0]:
+            last += 1
+        parts = []
         for number in range(self._base, last + 1):
             more, unit = self._units[number]
-            message.append(unit)
+            parts.append(unit)
             if not more:
-                self._lost.append(b"".join(message))
-                message = []
-        # Units of a message of which some never went.
-        while message and last + 1 < self._next:
-            last += 1
-            more, unit = self._units[last]
-            message.append(unit)
-            if not more:
-                self._lost.append(b"".join(message))
-                break
+                self._lost.append(b"".join(parts))
+                parts = []
         self._sent = max(self._sent, last)
         self._confirm(last)
 
@@ -8224,7 +8226,7 @@ class Link:
             del self._units[n]
         self._base, self._at = number + 1, max(self._at, number + 1)
         if self._journal:
-            self._journal.write(b"A", number)
+            self._journal.write(_journal_record(b"A", number))
             self._journal.tidy(self._base, self._units, self._theirs, self._taken)
         self._changed.set()
         self._wake.set()
@@ -8297,7 +8299,7 @@ class Link:
             size += cost
             self._sent = max(self._sent, self._at)
             self._at += 1
-        if self._told and (frames or self._due):
+        if self._told and (frames or self._due or self._bye):
             frames.append(pack(">BQ", _ACK, self._taken))
             self._told, self._due = 0, False
         if pipe.pong:
@@ -8354,8 +8356,12 @@ class Link:
                 log(WARN, "units %d to %d of a peer are gone: is the journal here an old one?",
                     self._got + 1, number - 1)
             self._got = self._taken = number - 1
-            self._parts = []
+            self._forget_parts()
         self._fresh = False
+
+    def _forget_parts(self):
+        self._unread -= sum([len(unit) + _COST for unit in self._parts])
+        self._parts = []
 
     def _unit(self, pipe, more, unit):
         require(pipe.count is not None, "a unit before its number")
@@ -8364,7 +8370,7 @@ class Link:
             return
         self._got = pipe.count
         self._unread += len(unit) + _COST
-        require(self._unread <= self.node.buffer + _COST + self._stale, "more than was agreed on")
+        require(self._unread <= self.node.limit() + self._stale, "more than was agreed on")
         self._parts.append(unit)
         if not more:
             message = unit if len(self._parts) == 1 else b"".join(self._parts)
@@ -8524,6 +8530,10 @@ class Node:
     @property
     def address(self):
         return self.transport.address
+
+    def limit(self):
+        # What a peer may have on the way: the largest message fits.
+        return min(self.buffer, self.largest + (self.largest // UNIT + 1) * _COST)
 
     async def start(self):
         """Listen; return itself.  ConfigError, and what the transport raises."""

@@ -6,6 +6,8 @@
 import ast
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -422,9 +424,6 @@ def test_host_builds(what, packed, tmp_path):
 
 
 def test_any_bytes_can_be_packed():
-    import random
-    import re
-
     chance = random.Random(1)
     for i in range(3000):
         some = b"'\"\\\r\n\0007n\x1a\x85" if i % 2 else bytes(range(256))

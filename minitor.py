@@ -7759,9 +7759,10 @@ UNIT = 1 << 16
 _MOST_RECORD = 3 * UNIT
 # What a unit costs in memory beside its bytes.
 _COST = 200
-# As long a handshake may take, and the way to the peer; so many may be going on.
+# As long a handshake may take, and the way to the peer; so many may be going on; the least that
+# may be on the way; so much, or for so long, is taken before that is acknowledged.
 HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
-_WINDOW = 1 << 18
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
 _STATE = ">8sI16s16sQQQB"
 
 
@@ -8146,11 +8147,11 @@ class Link:
     def _acknowledge(self, cost):
         # Soon, or with the next that is sent; at once where the peer may be waiting.
         self._told += cost
-        if self._told >= _WINDOW // 8:
+        if self._told >= _ACK_BYTES:
             self._due = True
             self._wake.set()
         elif not self._timer:
-            self._timer = asyncio.get_running_loop().call_later(0.02, self._ack_now)
+            self._timer = asyncio.get_running_loop().call_later(_ACK_SECONDS, self._ack_now)
 
     def _ack_now(self):
         self._timer, self._due = None, True
@@ -8451,8 +8452,8 @@ class Link:
                 await pipe.over.wait()
                 if not self.retry:
                     return self._end(self.error)
-                pause *= pipe.pinged and pipe.asked is not None
-                if time.monotonic() - since > 10:
+                if time.monotonic() - since > 1:
+                    pause = 0
                     continue
             pause = min(max(least, 2 * pause), most)
             await asyncio.sleep(pause * (500 + randbelow(1000)) / 1000)

@@ -8280,8 +8280,8 @@ class Link:
                 if self._journal and self._journal.dirty:
                     await self._journal.sync()
                 await pipe.write(*frames)
+            # The other end hangs up when it has all.
             await pipe.write(pack(">BQ", _BYE, 0))
-            self._cut(pipe, None)
         except (OSError, EOFError, TorError) as e:
             self._cut(pipe, e)
 

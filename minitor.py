@@ -8044,7 +8044,7 @@ class Link:
             error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
             error.lost = lost
             raise error
-        if self.closed:
+        if self.closed or self._bye:
             raise LinkError("the link is closed: %s" % (self.error or "by this end"))
 
     async def _change(self):

@@ -433,7 +433,12 @@ def test_what_was_taken_is_acknowledged_when_the_link_is_closed(quick):
         a, b, link, back = await pair(net)
         await link.send(b"one")
         assert await back.receive(5) == b"one"
-        await back.close()
+        closing = asyncio.ensure_future(back.close())
+        while not back._bye:
+            await asyncio.sleep(0)
+        with pytest.raises(minitor.LinkError, match="by this end"):
+            await back.send(b"late")
+        await closing
         while not link.closed:
             await asyncio.sleep(0.001)
         assert not link._lost and link._base == 2

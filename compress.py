@@ -1,7 +1,7 @@
 """Make small builds of minitor.py: shaken, minified, self-extracting, compiled for boards.
 
     python compress.py                            every build into build/, and a table of sizes
-    python compress.py --for client -o DIR        one of host, client, service, board
+    python compress.py --for client -o DIR        one of all, host, client, service, board
     python compress.py --for board --entry AsyncTor.open_connection --arch xtensawin
     python compress.py --explain "E12 3"          what the codes in a board's messages mean
     python compress.py --image out.bin --firmware ESP32_GENERIC.bin --settings settings.json
@@ -52,6 +52,15 @@ PRESETS = {
     "host": (
         False,
         "Tor AsyncTor Stream OnionService Bridges Proxy set_log main __version__ __all__",
+        "peer_command",
+        "",
+    ),
+    # The place of tor, and peers.
+    "all": (
+        False,
+        "Tor AsyncTor Stream OnionService Bridges Proxy Node Link DirectTransport SocksTransport"
+        " TorTransport HybridTransport BlockingNode BlockingLink Calls Advertisement Discovery"
+        " set_log main __version__ __all__",
         "",
         "",
         "",
@@ -60,7 +69,7 @@ PRESETS = {
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
         "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
-        " Proxy.start Proxy.close diversify",
+        " Proxy.start Proxy.close diversify peer_command",
         "announce is_for_daemon proxies",
     ),
     "service": (
@@ -68,7 +77,8 @@ PRESETS = {
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr AsyncTor.add_onion_key"
         " Tor.add_onion_key load_onion_keys Tor.create_connection Tor.resolve Tor.resolve_ptr"
-        " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start Proxy.close diversify",
+        " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start Proxy.close diversify"
+        " peer_command netcat",
         "announce is_for_daemon proxies",
     ),
     "board": (
@@ -1225,6 +1235,13 @@ def mpy(text, name, architecture, level=0):
         return target.read_bytes()
 
 
+def literal(data):
+    """What stands for bytes in a literal of three double quotes, in Latin-1: most as they are."""
+    text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+    text = re.sub(r"\0(?=[0-7])", r"\\000", text).replace("\0", r"\0")
+    return re.sub(r'"(?=""|\Z)', r'\\"', text)
+
+
 class Build:
     """A build of `source`: one of PRESETS, with more entries; a board logs from `least` on.
 
@@ -1294,11 +1311,8 @@ class Build:
             out = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
-        # Every byte but these can stand in a literal as it is.
-        literal = (raw + best[1]).decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
-        literal = re.sub(r"\0(?=[0-7])", r"\\000", literal).replace("\0", r"\0")
-        literal = re.sub(r'"(?=""|\Z)', r'\\"', literal)
-        return (PACKED % (self.banner, literal, best[0], len(raw), len(raw))).encode("latin-1")
+        text = literal(raw + best[1])
+        return (PACKED % (self.banner, text, best[0], len(raw), len(raw))).encode("latin-1")
 
     def modules(self, architecture):
         """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""

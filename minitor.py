@@ -11,7 +11,11 @@ MIT licence.
 """
 
 __version__ = "0.1.0"
-__all__ = ("AsyncTor", "Bridges", "Proxy", "Tor", "TorError")
+__all__ = (
+    "Advertisement", "AsyncTor", "BlockingNode", "Bridges", "Calls", "DirectTransport",
+    "Discovery", "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError",
+    "TorTransport",
+)
 
 # === 1. Platform ===
 # Every difference between CPython and MicroPython.
@@ -245,13 +249,12 @@ def spawn(coroutine):
             log(ERR, "bug: %s in a task: %s", type(e).__name__, e)
             if _log[0] == DEBUG:
                 print_exception(e)
-        finally:
-            if not MICROPYTHON:
-                _tasks.discard(asyncio.current_task())
 
     task = asyncio.create_task(run())
     if not MICROPYTHON:
         _tasks.add(task)
+        # What is cancelled before it began would be warned about.
+        task.add_done_callback(lambda task: _tasks.discard(task) or coroutine.close())
     return task
 
 
@@ -364,6 +367,33 @@ class DescriptorError(OnionError):
 
 class AuthorizationError(OnionError):
     """An onion service admits some clients alone; `reason` 0xF4: by a key, 0xF5: by another key."""
+
+
+class NetworkError(TorError):
+    """No way leads out: this machine has no network, or Tor no circuit."""
+
+
+class ProxyError(TorError):
+    """The SOCKS proxy is not there, or refuses."""
+
+
+class PeerError(TorError):
+    """A peer cannot be reached, or refuses; `reason` as in proposal 304."""
+
+
+class WrongPeer(PeerError):
+    """Who answers is not the peer that was asked for."""
+
+
+class LinkError(TorError):
+    """A link is closed, or messages may have been lost; `lost`: these."""
+
+    lost = ()
+
+
+class DiscoveryError(TorError):
+    """No peer answers, or knows what was looked for."""
+
 
 
 class TorTimeout(TorError):
@@ -5476,18 +5506,18 @@ def _http_opener(tor, context):
     import http.client as http  # slow
     import urllib.request as web
 
-    class Link(http.HTTPConnection):
+    class Plain(http.HTTPConnection):
         def connect(self):
             self.sock = tor.create_connection((self.host, self.port), self.timeout)
 
-    class TlsLink(http.HTTPSConnection, Link):
-        pass  # HTTPSConnection wraps what Link connects
+    class Tls(http.HTTPSConnection, Plain):
+        pass  # HTTPSConnection wraps what Plain connects
 
     errors = web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler, web.UnknownHandler
 
     class Handler(web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler, *errors):
-        http_open = lambda self, request: self.do_open(Link, request)
-        https_open = lambda self, request: self.do_open(TlsLink, request, context=context)
+        http_open = lambda self, request: self.do_open(Plain, request)
+        https_open = lambda self, request: self.do_open(Tls, request, context=context)
 
         def redirect_request(self, request, response, *where):
             response.close()  # urllib would read it all
@@ -5512,25 +5542,24 @@ def http_call(url, function, *arguments):
         raise (TorTimeout if late else StreamError)("%s: %s" % (url, e))
 
 
-class Tor:
-    """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
+class LoopThread:
+    """A thread with an event loop; `service` has coroutine functions `start` and `aclose`."""
 
-    def __init__(self, data_dir=None, network=None, progress=None, bridges=None):
-        self._tor = AsyncTor(data_dir, network, progress, 0, bridges)
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, service):
+        self._service, self._loop = service, asyncio.new_event_loop()
         self._stop, run = self._loop.create_future(), self._loop.run_until_complete
         live = lambda: run(self._main()) or self._loop.close()
         self._thread = threading.Thread(target=live, daemon=True)
         self._thread.start()
         try:
-            self.run(self._tor.start())
+            self.run(service.start())
         except BaseException:
             self.close()
             raise
 
     async def _main(self):
         await asyncio.wait([self._stop])
-        await self._tor.aclose()
+        await self._service.aclose()
         # Repeated: `wait_for` before Python 3.12 may lose a cancellation.
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in others:
@@ -5538,15 +5567,15 @@ class Tor:
             await asyncio.wait(others, timeout=0.1)
 
     def run(self, coroutine):
-        """Run `coroutine` in Tor's event loop; return its result."""
+        """Run `coroutine` in this event loop; return its result."""
         if self._stop.done() or threading.current_thread() is self._thread:
             coroutine.close()
-            raise ConfigError("this Tor is closed, or would have to wait for itself")
+            raise ConfigError("this is closed, or would have to wait for itself")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except futures.CancelledError:
-            raise TorError("Tor was closed meanwhile")
+            raise TorError("this was closed meanwhile")
         finally:
             future.cancel()  # after Ctrl-C
 
@@ -5559,6 +5588,14 @@ class Tor:
         self._thread.join()
 
     __exit__ = close
+
+
+class Tor(LoopThread):
+    """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
+
+    def __init__(self, data_dir=None, network=None, progress=None, bridges=None):
+        self._tor = AsyncTor(data_dir, network, progress, 0, bridges)
+        LoopThread.__init__(self, self._tor)
 
     def resolve(self, host, isolation=None):
         return self.run(self._tor.resolve(host, isolation))
@@ -9090,6 +9127,1904 @@ def run_daemon(argv):
     return 0
 
 
+# === 18. Peers ===
+# Messages between identified peers that survive disconnects, over transports that can be exchanged.
+#
+# A transport is any object with
+#     async dial(address, seconds): a stream; TorErrors, as `_told_apart` tells
+#     async listen(accept): from then on await accept(stream) in a task for each connection, and
+#         close it when that returns
+#     address: what others dial, known after `listen`
+#     async close()
+# and a stream one with async read(n): up to `n` bytes, b"" at the end; async write(data); close();
+# `private`: whether nobody on the way can read or change it.  They raise OSError or TorError.
+
+if not MICROPYTHON:
+    from collections import deque
+
+PEER_PORT = 7717
+
+
+def load_identity(key):
+    """(expanded secret key, public key) of a HiddenServiceDir (its path, made if it is not
+    there), of a seed of 32 bytes, or of such a pair; ConfigError."""
+    if isinstance(key, str):
+        return load_service_key(key)
+    if isinstance(key, (bytes, bytearray)) and len(key) == 32:
+        esk = ed25519_expand(bytes(key))
+        return esk, ed25519_public(esk)
+    if not isinstance(key, tuple) or [len(part) for part in key] != [64, 32]:
+        raise ConfigError("an identity is a folder, a seed of 32 bytes, or a pair of keys")
+    return key
+
+
+def split_address(address, port=PEER_PORT):
+    """Host and port of "HOST[:PORT]"; AddressError."""
+    host, given = address, str(port)
+    if address[:1] == "[" and address[-1:] != "]" or address.count(":") == 1:
+        host, _, given = address.rpartition(":")
+    if not given.isdecimal() or len(given) > 5:
+        raise AddressError("%s: no port is behind the colon" % address)
+    host = host.strip("[]")
+    check_target(host, int(given))
+    return host, int(given)
+
+
+class PeerStream:
+    """A transport's stream, over a reader and a writer as asyncio's."""
+
+    def __init__(self, reader, writer, private):
+        self._writer, self.read, self.private = writer, reader.read, private
+
+    async def write(self, data):
+        self._writer.write(data)
+        await self._writer.drain()
+
+    def close(self):
+        self._writer.close()
+
+
+async def _told_apart(opening, address, seconds):
+    # What a coroutine returns that opens a connection.
+    try:
+        return await asyncio.wait_for(opening, seconds)
+    except asyncio.TimeoutError:
+        raise TorTimeout("%s did not answer in %s s" % (address, seconds))
+    except (OnionError, StreamError) as e:
+        if isinstance(e, AuthorizationError):
+            raise
+        raise PeerError("%s cannot be reached, is it up? %s" % (address, e), e.reason)
+    except (ChannelError, CircuitError, DirectoryError) as e:
+        raise NetworkError("Tor does not get to %s: %s" % (address, e), e.reason)
+    except OSError as e:
+        import errno
+
+        down = errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL
+        if e.errno in down:
+            raise NetworkError("no network leads from here to %s: %s" % (address, e))
+        raise PeerError("%s cannot be reached, is it up? %s" % (address, e))
+
+
+class DirectTransport:
+    """Bare TCP between IP addresses: whoever watches sees who talks to whom.
+
+    `where`: IP address and port (0: any) to listen at; `address`: what others dial, if not that.
+    """
+
+    def __init__(self, where="127.0.0.1:0", address=None):
+        self._where, self.address, self._server = where, address, None
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not packed_address(host):
+            raise AddressError("%s: a direct connection is to an IP address and port" % address)
+        opening = asyncio.open_connection(host, port, limit=1 << 18)
+        return PeerStream(*await _told_apart(opening, address, seconds), False)
+
+    async def listen(self, accept):
+        to = parse_listener(self._where)
+        private = self._trusts(to.host)
+
+        async def serve(reader, writer):
+            try:
+                await accept(PeerStream(reader, writer, private))
+            finally:
+                writer.close()
+
+        try:
+            bound, address = _bind(to)
+        except OSError as e:
+            raise ConfigError("cannot listen at %s: %s" % (self._where, e))
+        self._server = await asyncio.start_server(serve, sock=bound, limit=1 << 18)
+        self.address = self.address or address
+
+    def _trusts(self, host):
+        return False
+
+    async def close(self):
+        if self._server:
+            self._server.close()
+
+
+class SocksTransport(DirectTransport):
+    """Through the SOCKS port `proxy` ([ADDRESS:]PORT or unix:PATH) of a running tor, best with its
+    flag ExtendedErrors; each connection has a circuit of its own.
+
+    `where`: to listen at, as its HiddenServicePort says; `address`: that onion service's.
+    """
+
+    def __init__(self, proxy="9050", where="127.0.0.1:0", address=None):
+        DirectTransport.__init__(self, where, address)
+        self._proxy = parse_listener(proxy)
+
+    def _trusts(self, host):
+        # Who gets there came through tor, or is on this machine.
+        return is_loopback(host)
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not is_onion(host):
+            raise AddressError("%s is no onion address" % address)
+        parse_onion_address(host)
+        opening = self._ask(host.encode(), port, address)
+        private = bool(self._proxy.path) or self._trusts(self._proxy.host)
+        return PeerStream(*await _told_apart(opening, address, seconds), private)
+
+    async def _ask(self, host, port, address):
+        to = self._proxy
+        try:
+            if to.path:
+                opening = asyncio.open_unix_connection(to.path, limit=1 << 18)
+            else:
+                opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
+            reader, writer = await opening
+        except OSError as e:
+            raise ProxyError("no proxy at %s:%d: %s" % (to.path or to.host, to.port, e))
+        try:
+            writer.write(b"\5\2\0\2")
+            method = await reader.readexactly(2)
+            if method == b"\5\2":
+                # IsolateSOCKSAuth.
+                writer.write(b"\1\7minitor\x10" + urandom(8).hex().encode())
+                method = b"\5" + (await reader.readexactly(2))[1:]
+            if method != b"\5\0":
+                raise ProxyError("the proxy refuses: " + method.hex())
+            writer.write(b"\5\1\0\3" + bytes([len(host)]) + host + pack(">H", port))
+            _, code, _, kind = await reader.readexactly(4)
+            size = {1: 4, 4: 16, 3: 0}.get(kind, 0) or (await reader.readexactly(1))[0]
+            await reader.readexactly(size + 2)
+            if code:
+                raise _socks_error(code, address)
+            return reader, writer
+        except BaseException as e:
+            writer.close()
+            if isinstance(e, (EOFError, OSError)):
+                raise ProxyError("the proxy hung up: %s" % e)
+            raise
+
+
+def _socks_error(code, address):
+    # RFC 1928 and proposal 304.
+    text = "%s: SOCKS error %02X" % (address, code)
+    if code in (0xF4, 0xF5):
+        return AuthorizationError(text + ", it admits some clients alone", code)
+    kinds = {3: NetworkError, 4: PeerError, 5: PeerError, 6: TorTimeout, 0xF6: AddressError,
+             0xF7: TorTimeout}
+    if code in kinds or code >= 0xF0:
+        return kinds.get(code, PeerError)(text + ": is it up?", code)
+    return ProxyError(text, code)
+
+
+class TorTransport:
+    """Through `tor` (AsyncTor, or Tor) in this process; `key`: see load_identity, needed to
+    listen: the onion service's; `others`: its other ports, as of create_onion_service."""
+
+    def __init__(self, tor, key=None, port=PEER_PORT, others=()):
+        self._tor, self._port, self._others = getattr(tor, "_tor", tor), port, dict(others)
+        self._key, self._service = key and load_identity(key), None
+        self.address = key and "%s:%d" % (onion_address(self._key[1]), port)
+
+    async def dial(self, address, seconds=120):
+        host, port = split_address(address)
+        if not is_onion(host):
+            raise AddressError("%s is no onion address" % address)
+        # A circuit of its own: the last one may be what failed.
+        opening = self._tor.open_connection(host, port, seconds, object())
+        return PeerStream(*await _told_apart(opening, address, seconds), True)
+
+    async def listen(self, accept):
+        serve = lambda reader, writer: accept(PeerStream(reader, writer, True))
+        port = self._port
+        if self._others:
+            port = dict(self._others)
+            port[self._port] = serve
+        self._service = await self._tor.create_onion_service(port, serve, self._key)
+
+    async def close(self):
+        if self._service:
+            await self._service.close()
+
+
+class HybridTransport:
+    """Through `tor`, a transport; directly, by the transport `direct`, to peers for whom that was
+    allowed and who are not reached so.  Listens at both."""
+
+    def __init__(self, tor, direct):
+        self._tor, self._direct, self._allowed = tor, direct, {}
+
+    def allow(self, address, direct):
+        """Let what is dialled as `address` be dialled as `direct`; None: not any more."""
+        self._allowed[address] = direct
+
+    async def dial(self, address, seconds=120):
+        try:
+            return await self._tor.dial(address, seconds)
+        except TorError:
+            if not self._allowed.get(address):
+                raise
+            return await self._direct.dial(self._allowed[address], seconds)
+
+    async def listen(self, accept):
+        await self._direct.listen(accept)
+        await self._tor.listen(accept)
+
+    @property
+    def address(self):
+        return self._tor.address
+
+    async def close(self):
+        await self._tor.close()
+        await self._direct.close()
+
+
+# The handshake (SIGMA-I): D dials R, whose key it knows.  `|` is concatenation.
+#     D: M1 = "mnlink1" | private (1 byte) | X, and SHA3("… hint" | R | M1) in 16 bytes
+#     R: M2 = private | Y                       R is silent towards who does not know its key.
+#     Both: th = SHA3(name | R | M1 | M2), keys = HKDF(DH(x, Y), th); records below are sealed.
+#     R: signature by R of name | " responder" | th
+#     D: D | signature by D of name | " dialer" | th | D | state
+#     R: state
+# Messages afterwards are sealed, too, unless both say that the connection is private: that is
+# signed, so none can bring a private end to talk in the clear to one that is not.
+# A record is its length in 4 bytes and, sealed, ciphertext and 16 bytes of HMAC-SHA256 over its
+# number and the ciphertext.  In it are frames: START, ACK, PING, PONG, BYE with 8 bytes, and LAST
+# and MORE with a length in 4 bytes: a message's last unit and others.  Units are counted from 1.
+
+_NAME, _MAGIC = b"minitor link 1", b"mnlink1"
+_START, _ACK, _PING, _PONG, _BYE, _LAST, _MORE = range(1, 8)
+UNIT = 1 << 16
+_MOST_RECORD = 3 * UNIT
+# What a unit costs in memory beside its bytes.
+_COST = 200
+# As long a handshake may take, and the way to the peer; so many may be going on; the least that
+# may be on the way; so much, or for so long, is taken before that is acknowledged.
+HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
+_STATE = ">8sI16s16sQQQB"
+
+
+class _Seal:
+    # One direction of a sealed connection.
+    def __init__(self, keys):
+        self._aes, self._count = AesCtr(keys[:16], keys[16:32]), 0
+        pad = keys[32:] + bytes(32)
+        self._hashes = [hashlib.sha256(bytes([b ^ x for b in pad])) for x in (0x36, 0x5C)]
+
+    def _tag(self, text):
+        inner, outer = [h.copy() for h in self._hashes]
+        inner.update(pack(">Q", self._count))
+        inner.update(text)
+        self._count += 1
+        outer.update(inner.digest())
+        return outer.digest()[:16]
+
+    def seal(self, data):
+        text = self._aes.crypt(data)
+        return text + self._tag(text)
+
+    def open(self, data):
+        text = data[:-16]
+        require(consteq(self._tag(text), data[-16:]), "a record is not as the peer sent it")
+        return self._aes.crypt(text)
+
+
+class _Pipe:
+    # A connection and what belongs to it: `hello`, the peer's state; `count` of the last unit.
+    def __init__(self, stream):
+        self.stream, self._data, self._at = stream, b"", 0
+        self._out = self._in = self.hello = self.count = self.asked = None
+        self.over, self.tasks = asyncio.Event(), []
+        self.dialed, self.heard, self.pinged, self.pong = False, time.monotonic(), 0, b""
+
+    async def take(self, n):
+        left = len(self._data) - self._at
+        if left < n:
+            pieces = [self._data[self._at :]]
+            while left < n:
+                pieces.append(await self.stream.read(1 << 16))
+                if not pieces[-1]:
+                    raise EOFError("the peer hung up")
+                left += len(pieces[-1])
+            self._data, self._at, self.heard = b"".join(pieces), 0, time.monotonic()
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    async def read(self):
+        n = uint(await self.take(4))
+        require(n <= _MOST_RECORD, "a record is too long")
+        data = await self.take(n)
+        return self._in.open(data) if self._in else data
+
+    def write(self, *pieces):
+        data = b"".join(pieces)
+        if self._out:
+            data = self._out.seal(data)
+        return self.stream.write(pack(">I", len(data)) + data)
+
+    def seal(self, secret, th, dialed):
+        """Seal records by what both ends know now; `dialed`: at the end that dialled."""
+        keys = hkdf_sha256(secret, th, _NAME, 128)
+        ends = [_Seal(keys[:64]), _Seal(keys[64:])]
+        self._out, self._in = ends if dialed else ends[::-1]
+
+    def open(self, private):
+        if private and self.stream.private:
+            self._out = self._in = None
+
+
+def _hint(public, m1):
+    return sha3_256(_NAME + b" hint" + public + m1)[:16]
+
+
+async def _greet(pipe, key, peer, state):
+    # The dialling end: the peer's state in bytes.
+    (esk, public), (x, X) = key, x25519_keypair()
+    m1 = _MAGIC + bytes([pipe.stream.private]) + X
+    await pipe.stream.write(m1 + _hint(peer, m1))
+    try:
+        m2 = await pipe.take(33)
+    except EOFError:
+        raise WrongPeer("who answers is not %s, or does not want to" % onion_address(peer))
+    require(m2[0] < 2, "bad handshake")
+    th = sha3_256(_NAME + peer + m1 + m2)
+    pipe.seal(x25519(x, m2[1:]), th, True)
+    if not ed25519_verify(peer, _NAME + b" responder" + th, await pipe.read()):
+        raise WrongPeer("who answers is not " + onion_address(peer))
+    proof = ed25519_sign(esk, public, _NAME + b" dialer" + th + public)
+    # What this end has by now.
+    await pipe.write(public, proof, state())
+    answer = await pipe.read()
+    pipe.open(m2[0])
+    return answer
+
+
+async def _welcome(pipe, key):
+    # The end that was dialled: the peer's key and its state in bytes.
+    esk, public = key
+    head = await pipe.take(len(_MAGIC) + 49)
+    m1 = head[:-16]
+    known = m1[:7] == _MAGIC and m1[7] < 2 and consteq(head[-16:], _hint(public, m1))
+    require(known, "who dials does not know this key")
+    y, Y = x25519_keypair()
+    m2 = bytes([pipe.stream.private]) + Y
+    th = sha3_256(_NAME + public + m1 + m2)
+    secret = x25519(y, m1[8:])
+    await pipe.stream.write(m2)
+    pipe.seal(secret, th, False)
+    await pipe.write(ed25519_sign(esk, public, _NAME + b" responder" + th))
+    proof = await pipe.read()
+    peer = proof[:32]
+    text = _NAME + b" dialer" + th + peer
+    require(peer != public and ed25519_verify(peer, text, proof[32:96]), "a false signature")
+    pipe.private = m1[7]
+    return peer, proof[96:]
+
+
+def _parse_state(data):
+    names = "life ups id theirs taken got limit kept".split()
+    require(len(data) >= 69, "a handshake is too short")
+    state = SimpleNamespace(**dict(zip(names, unpack_from(_STATE, data))))
+    state.protocol = data[69:].decode("utf-8", "replace")
+    return state
+
+
+class _Journal:
+    # What a link keeps on disk: records of a checksum (CRC-32), length, kind, number, bytes.
+    # S: the session of what is sent; M, m: a unit that is a message's last, or not; A: up to
+    # there is acknowledged; T: up to there the peer's session was taken by the application.
+    def __init__(self, path, sync):
+        self._path, self._sync, self.dirty = path, sync, False
+        self.id, self.base, self.units, self.theirs, self.taken = None, 1, {}, bytes(16), 0
+        try:
+            private_dir(os.path.dirname(path))
+            self._open()
+            end = self._load(read_file(path) or b"")
+            os.ftruncate(self._fd, end)
+        except OSError as e:
+            raise ConfigError("the journal %s cannot be used: %s" % (path, e))
+        self._size = end
+        if not self.id:
+            self.id = urandom(16)
+            self.write(_journal_record(b"S", 0, self.id))
+
+    def _open(self):
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._fd)
+                raise ConfigError("another process uses the journal " + self._path)
+
+    def _load(self, data):
+        # Up to what was torn when power or process ended.
+        at = 0
+        while len(data) - at >= 17:
+            crc, size, kind, number = unpack_from(">IIcQ", data, at)
+            end = at + 17 + size
+            if end > len(data) or binascii.crc32(data[at + 4 : end]) != crc:
+                break
+            body, at = data[at + 17 : end], end
+            if kind == b"S":
+                self.id, self.base = body, number + 1
+            elif kind == b"T":
+                self.theirs, self.taken = body, number
+            elif kind == b"A":
+                for n in range(self.base, number + 1):
+                    self.units.pop(n, None)
+                self.base = number + 1
+            else:
+                self.units[number] = kind == b"m", body
+        return at
+
+    def write(self, *records):
+        """Append records; LinkError, and then it is as if that was not tried."""
+        data = b"".join(records)
+        try:
+            if os.write(self._fd, data) != len(data):
+                raise OSError("the disk is full")
+        except OSError as e:
+            os.ftruncate(self._fd, self._size)
+            raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
+        self._size += len(data)
+        self.dirty = self._sync
+
+    async def sync(self):
+        """Have all on the disk before anything leaves."""
+        self.dirty = False
+        await asyncio.get_running_loop().run_in_executor(None, os.fsync, self._fd)
+
+    def tidy(self, base, units, theirs, taken):
+        """Write it anew where most of it is over; LinkError."""
+        if self._size < (1 << 20) + 2 * sum([len(unit) for _, unit in units.values()]):
+            return
+        pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
+        pieces += _unit_records(units)
+        try:
+            write_file(self._path, *pieces)
+            os.close(self._fd)
+            self._open()
+        except OSError as e:
+            raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
+        self._size = sum([len(piece) for piece in pieces])
+
+    def close(self):
+        os.close(self._fd)
+
+
+def _journal_record(kind, number, body=b""):
+    rest = pack(">IcQ", len(body), kind, number) + body
+    return pack(">I", binascii.crc32(rest)) + rest
+
+
+def _unit_records(units):
+    return [_journal_record(b"m" if more else b"M", n, unit) for n, (more, unit) in units.items()]
+
+
+class Link:
+    """A channel for messages (bytes) to the peer with the Ed25519 key `peer`; see Node.link.
+
+        await link.send(b"...")         waits while too much is not acknowledged
+        async for message in link: ...  each once, in order; ends when the link is closed
+        await link.flush()              until the peer's application took all of it
+        await link.close()              flushes for some seconds
+
+    A message is acknowledged when the peer's application takes it, and kept until then; after a
+    cut the link is up again by itself.  When the peer started anew without a journal, what was
+    sent and not acknowledged may be lost: the next `send` or `flush` raises a LinkError, with these
+    messages in `lost`; nothing more is sent by that call, and the link goes on.
+
+    `up`; `error`: the last; `round_trip` in seconds; `buffered`: bytes that are kept.
+    """
+
+    def __init__(self, node, peer, protocol):
+        self.node, self.peer, self.protocol, self.address = node, peer, protocol, None
+        self.error = self.round_trip = self._pipe = self._keeper = self._journal = None
+        self.retry, self.closed, self.lagging = True, False, False
+        self._changed, self._arrived, self._wake = [asyncio.Event() for _ in range(3)]
+        self._turn, self._life, self._ups = asyncio.Lock(), urandom(8), 0
+        # Out: {number: (whether more follow, unit)}; the first; the next to be queued, and to go;
+        # the last that ever went; bytes kept, and on the way; so many may be.
+        self._id, self._units, self._base, self._next, self._at = urandom(16), {}, 1, 1, 1
+        self._sent = self.buffered = self._flying = self._acked = 0
+        self._window, self._limit, self._mark, self._trips = _WINDOW, node.buffer, 0, []
+        self._lost, self._bye, self._biggest = [], False, 0
+        # In: the peer's session, its last unit here and the last one taken, as was told; messages
+        # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
+        self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
+        self._their_life, self._fresh, self._stale = b"", True, 0
+        self._inbox, self._parts, self._unread = deque(), [], 0
+        self._due = self._timer = None
+        if node.journal:
+            name = onion_address(peer)[:56] + ("." + protocol.encode().hex()) * bool(protocol)
+            journal = self._journal = _Journal("%s/%s" % (node.journal, name), node.fsync)
+            self._id, self._units, self._base = journal.id, journal.units, journal.base
+            self._next = self._at = max(journal.units, default=self._base - 1) + 1
+            self._sent, self._theirs = self._next - 1, journal.theirs
+            self._got = self._taken = journal.taken
+            self._fresh = not self._taken
+            self.buffered = sum([len(unit) + _COST for _, unit in self._units.values()])
+
+    up = property(lambda self: self._pipe is not None)
+
+    def __repr__(self):
+        return "<Link to %s, %s>" % (onion_address(self.peer), "up" if self.up else "down")
+
+    # Sending.
+
+    def _check(self):
+        if self._lost:
+            lost, self._lost = self._lost, []
+            why = "the link was closed" if self.closed else "the peer started anew"
+            error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
+            error.lost = lost
+            raise error
+        if self.closed or self._bye:
+            raise LinkError("the link is closed: %s" % (self.error or "by this end"))
+
+    async def _change(self):
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def send(self, message):
+        """Have a message sent; waits for room.  ConfigError: it is too large; LinkError."""
+        n = len(message)
+        count = n // UNIT + 1 if n % UNIT or not n else n // UNIT
+        cost = n + count * _COST
+        if n > self.node.largest or cost > min(self._limit, self.node.buffer):
+            raise ConfigError("a message of %d bytes is too large" % n)
+        async with self._turn:
+            self._check()
+            while self.buffered and self.buffered + cost > self.node.buffer:
+                await self._change()
+                self._check()
+            units, message, n = {}, bytes(message), self._next
+            for i in range(count):
+                unit = message[i * UNIT : (i + 1) * UNIT] if count > 1 else message
+                units[n + i] = i < count - 1, unit
+            if self._journal:
+                self._journal.write(*_unit_records(units))
+            self._units.update(units)
+            self._next += count
+            self.buffered += cost
+            self._biggest = max(self._biggest, cost)
+        self._wake.set()
+
+    async def flush(self, seconds=None):
+        """Wait until the peer's application took all that was sent; LinkError, TorTimeout."""
+        last = self._next
+        try:
+            await asyncio.wait_for(self._flushed(last), seconds)
+        except asyncio.TimeoutError:
+            raise TorTimeout("%d bytes are not acknowledged after %s s" % (self.buffered, seconds))
+
+    async def _flushed(self, last):
+        self._check()
+        while self._base < last:
+            await self._change()
+            self._check()
+
+    async def ready(self, seconds=DIAL_SECONDS):
+        """Wait until it is up; the last failure's TorError, or TorTimeout, after `seconds`."""
+
+        async def wait():
+            while not self._pipe:
+                if self.closed:
+                    raise self.error or LinkError("the link is closed")
+                await self._change()
+
+        try:
+            await asyncio.wait_for(wait(), seconds)
+        except asyncio.TimeoutError:
+            raise self.error or TorTimeout("the link is not up after %s s" % seconds)
+        return self
+
+    # Receiving.
+
+    def __aiter__(self):
+        return self
+
+    async def _arrival(self):
+        while not self._inbox and not self.closed:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def __anext__(self):
+        while True:
+            await self._arrival()
+            if self._inbox:
+                return self._take()
+            if self.closed:
+                raise StopAsyncIteration
+
+    async def receive(self, seconds=None):
+        """Return the next message; LinkError when the link was closed, TorTimeout."""
+        while not self._inbox:
+            try:
+                await asyncio.wait_for(self._arrival(), seconds)
+            except asyncio.TimeoutError:
+                raise TorTimeout("no message came in %s s" % seconds)
+            if self.closed and not self._inbox:
+                raise LinkError("the link is closed: %s" % (self.error or "by this end"))
+        return self._take()
+
+    def _take(self):
+        session, number, message, cost = self._inbox[0]
+        if session == self._theirs:
+            if self._journal:
+                self._journal.write(_journal_record(b"T", number, session))
+            self._taken = number
+            self._acknowledge(cost)
+        self._inbox.popleft()
+        self._unread -= cost
+        return message
+
+    def _acknowledge(self, cost):
+        # Soon, or with the next that is sent; at once where the peer may be waiting.
+        self._told += cost
+        if self._told >= _ACK_BYTES:
+            self._due = True
+            self._wake.set()
+        elif not self._timer:
+            self._timer = asyncio.get_running_loop().call_later(_ACK_SECONDS, self._ack_now)
+
+    def _ack_now(self):
+        self._timer, self._due = None, True
+        self._wake.set()
+
+    # One connection after another.
+
+    def _state(self):
+        # What the other end has to know (`_parse_state`).
+        limit, kept = self.node.limit(), self._journal is not None
+        state = self._life, self._ups, self._id, self._theirs, self._taken, self._got, limit, kept
+        return pack(_STATE, *state)
+
+    def _wins(self, pipe):
+        # Whether a connection takes the place of the one there is.  Both ends decide alike: who
+        # dials has none, so a second one from there replaces the first.  Of two that were dialled
+        # at once, from both sides, that of the smaller key stays.
+        old, hello = self._pipe, pipe.hello
+        if not old or old.dialed == pipe.dialed or old.hello.life != hello.life:
+            return True
+        return hello.ups > old.hello.ups or pipe.dialed == (self.node.key < self.peer)
+
+    def _resume(self, hello):
+        """Learn what the peer has, and where to go on; ProtocolError."""
+        same = hello.life == self._their_life
+        if hello.theirs == self._id:
+            require(hello.taken <= hello.got <= self._sent, "the peer has what was never sent")
+            self._confirm(hello.taken)
+            self._at = max(hello.got + 1, self._base)
+        elif hello.theirs == bytes(16) and self._base == 1 and (same or hello.kept):
+            # It has nothing of this, for sure.
+            self._at = 1
+        else:
+            self._give_up(self._sent)
+            self._at = self._base
+        self._flying = sum([self._cost(n) for n in range(self._base, self._at)])
+        if hello.id != self._theirs:
+            require(self._unread <= self.node.buffer, "too many sessions")
+            self._theirs, self._fresh = hello.id, True
+            self._forget_parts()
+            self._got = self._taken = 0
+            self._stale = self._unread
+        self._their_life, self._limit = hello.life, hello.limit
+        require(self._biggest <= self._limit, "the peer takes %d bytes at most" % self._limit)
+
+    def _cost(self, number):
+        return len(self._units[number][1]) + _COST
+
+    def _give_up(self, last):
+        # What may have arrived, and may not; to the end of a message that was begun.
+        while last >= self._base and self._units[last][0]:
+            last += 1
+        parts = []
+        for number in range(self._base, last + 1):
+            more, unit = self._units[number]
+            parts.append(unit)
+            if not more:
+                self._lost.append(b"".join(parts))
+                parts = []
+        self._sent = max(self._sent, last)
+        self._confirm(last)
+
+    def _confirm(self, number):
+        # Up to there all is done with.
+        if number < self._base:
+            return
+        for n in range(self._base, number + 1):
+            cost = self._cost(n)
+            self.buffered -= cost
+            if n < self._at:
+                self._flying -= cost
+                self._acked += cost
+            del self._units[n]
+        self._base, self._at = number + 1, max(self._at, number + 1)
+        if self._journal:
+            self._journal.write(_journal_record(b"A", number))
+            self._journal.tidy(self._base, self._units, self._theirs, self._taken)
+        self._changed.set()
+        self._wake.set()
+
+    def _install(self, pipe):
+        """Go on over this connection; ProtocolError, or PeerError where another one has won."""
+        if self.closed or not self._wins(pipe):
+            raise PeerError("another connection to that peer is there")
+        self._cut(self._pipe, None)
+        self._resume(pipe.hello)
+        self._pipe, self.error, self._bytes = pipe, None, 0
+        self._ups += 1
+        self._acked, self._mark = 0, time.monotonic()
+        pipe.tasks = [spawn(self._read(pipe)), spawn(self._write(pipe)), spawn(self._watch(pipe))]
+        self._changed.set()
+        self._tell("up")
+
+    def _cut(self, pipe, error):
+        # End a connection, whatever is on the way.
+        if not pipe or pipe.over.is_set():
+            return
+        pipe.over.set()
+        pipe.stream.close()
+        for task in pipe.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if pipe is self._pipe:
+            self._pipe, self.error = None, error
+            self._changed.set()
+            self._tell("down", error)
+
+    def _tell(self, event, detail=None):
+        if self.node.on_event:
+            try:
+                self.node.on_event(self, event, detail)
+            except Exception as e:
+                log(ERR, "bug: %s as %s was told: %s", type(e).__name__, event, e)
+
+    async def _write(self, pipe):
+        try:
+            await pipe.write(pack(">BQ", _START, self._at))
+            while True:
+                self._wake.clear()
+                frames = self._frames(pipe)
+                if not frames:
+                    if self._bye:
+                        break
+                    await self._wake.wait()
+                    continue
+                if self._journal and self._journal.dirty:
+                    await self._journal.sync()
+                await pipe.write(*frames)
+            # The other end hangs up when it has all.
+            await pipe.write(pack(">BQ", _BYE, 0))
+        except (OSError, EOFError, TorError) as e:
+            self._cut(pipe, e)
+
+    def _frames(self, pipe):
+        # What is due, about UNIT bytes of it at most.
+        frames, size = [], 0
+        while self._at < self._next and size < UNIT:
+            more, unit = self._units[self._at]
+            cost = len(unit) + _COST
+            # A message that was begun has to come to its end.
+            begun = self._units.get(self._at - 1, (False,))[0]
+            if self._flying and self._flying + cost > (self._limit if begun else self._window):
+                break
+            frames += pack(">BI", _MORE if more else _LAST, len(unit)), unit
+            self._flying += cost
+            size += cost
+            self._sent = max(self._sent, self._at)
+            self._at += 1
+        if self._told and (frames or self._due or self._bye):
+            frames.append(pack(">BQ", _ACK, self._taken))
+            self._told, self._due = 0, False
+        if pipe.pong:
+            frames.append(pipe.pong)
+            pipe.pong = b""
+        t, most = time.monotonic(), self.node.keepalive
+        due = not pipe.pinged or frames and t - pipe.pinged > 1 or t - pipe.heard > most
+        if due and pipe.asked is None:
+            pipe.asked = pipe.pinged = t
+            frames.append(pack(">BQ", _PING, self._ups))
+        return frames
+
+    async def _read(self, pipe):
+        try:
+            while not pipe.over.is_set():
+                self._feed(pipe, await pipe.read())
+        except (OSError, EOFError, TorError) as e:
+            self._cut(pipe, e)
+
+    def _feed(self, pipe, data):
+        at = 0
+        while at < len(data):
+            kind = data[at]
+            require(len(data) - at >= (5 if kind in (_LAST, _MORE) else 9), "a frame is truncated")
+            if kind in (_LAST, _MORE):
+                (n,) = unpack_from(">I", data, at + 1)
+                at += 5 + n
+                require(at <= len(data) and n <= UNIT, "a unit is truncated, or too long")
+                self._unit(pipe, kind == _MORE, data[at - n : at])
+                continue
+            (number,) = unpack_from(">Q", data, at + 1)
+            at += 9
+            if kind == _ACK:
+                require(number < self._at, "the peer acknowledges what was not sent")
+                self._confirm(number)
+                self._pace()
+            elif kind == _PING:
+                pipe.pong = pack(">BQ", _PONG, number)
+                self._wake.set()
+            elif kind == _PONG:
+                require(pipe.asked is not None, "an answer to nothing")
+                self._ponged(pipe)
+            elif kind == _START and pipe.count is None:
+                self._started(pipe, number)
+            else:
+                require(kind == _BYE, "frame %d is unknown, or out of place" % kind)
+                self._end(LinkError("the peer closed the link"))
+
+    def _started(self, pipe, number):
+        require(number, "units are counted from 1")
+        pipe.count = number - 1
+        if number > self._got + 1:
+            if not self._fresh:
+                log(WARN, "units %d to %d of a peer are gone: is the journal here an old one?",
+                    self._got + 1, number - 1)
+            self._got = self._taken = number - 1
+            self._forget_parts()
+        self._fresh = False
+
+    def _forget_parts(self):
+        self._unread -= sum([len(unit) + _COST for unit in self._parts])
+        self._parts = []
+
+    def _unit(self, pipe, more, unit):
+        require(pipe.count is not None, "a unit before its number")
+        pipe.count += 1
+        if pipe.count <= self._got:
+            return
+        self._got = pipe.count
+        self._unread += len(unit) + _COST
+        require(self._unread <= self.node.limit() + self._stale, "more than was agreed on")
+        self._parts.append(unit)
+        if not more:
+            message = unit if len(self._parts) == 1 else b"".join(self._parts)
+            require(len(message) <= self.node.largest, "a message is too large")
+            cost = len(message) + len(self._parts) * _COST
+            self._inbox.append((self._theirs, self._got, message, cost))
+            self._parts = []
+            self._arrived.set()
+
+    def _pace(self):
+        # What may be on the way: twice what fits into a round trip, at the rate so far.
+        passed = time.monotonic() - self._mark
+        if self.round_trip and passed > max(0.05, self.round_trip):
+            most = int(2 * self._acked / passed * min(self._trips))
+            self._window = max(_WINDOW, min(most, self._limit))
+            self._acked, self._mark = 0, time.monotonic()
+
+    def _ponged(self, pipe):
+        trip, pipe.asked = time.monotonic() - pipe.asked, None
+        self._trips = self._trips[-15:] + [trip]
+        self.round_trip = trip if not self.round_trip else (7 * self.round_trip + trip) / 8
+        if self.lagging:
+            self.lagging = False
+            self._tell("lag", 0)
+
+    async def _watch(self, pipe):
+        # Keep it alive, and end it where it is dead; seconds by a clock that nobody sets.
+        most = self.node.keepalive
+        while True:
+            await asyncio.sleep(min(1, most / 4))
+            self._wake.set()
+            if pipe.asked is None:
+                continue
+            waited = time.monotonic() - pipe.asked
+            if waited > most and time.monotonic() - pipe.heard > most:
+                return self._cut(pipe, TorTimeout("nothing came in %.1f s" % waited))
+            if waited > max(1, 4 * (self.round_trip or 0)) and not self.lagging:
+                self.lagging = True
+                self._tell("lag", waited)
+
+    async def _connect(self):
+        stream = await self.node.transport.dial(self.address, DIAL_SECONDS)
+        pipe = _Pipe(stream)
+
+        def state():
+            if self._pipe or self.closed:
+                raise PeerError("another connection to that peer is there")
+            return self._state() + self.protocol.encode()
+
+        pipe.dialed = True
+        try:
+            greeting = _greet(pipe, self.node.identity, self.peer, state)
+            pipe.hello = _parse_state(await asyncio.wait_for(greeting, HANDSHAKE_SECONDS))
+            self._install(pipe)
+        except BaseException as e:
+            stream.close()
+            if isinstance(e, asyncio.TimeoutError):
+                raise TorTimeout("%s is silent" % self.address)
+            if isinstance(e, (EOFError, OSError)):
+                raise PeerError("%s hung up: does it accept this peer? %s" % (self.address, e))
+            raise
+
+    async def _keep(self):
+        # Dial, and again whenever it is down.
+        pause, (least, most) = 0, self.node.pauses
+        while not self.closed:
+            try:
+                if not self._pipe:
+                    await self._connect()
+            except TorError as e:
+                if not self._pipe and not self.closed:
+                    self.error = e
+                    log(INFO, "a peer is not reached: %s", type(e).__name__)
+                    if not self.retry or isinstance(e, ConfigError):
+                        return self._end(e)
+            pipe, since = self._pipe, time.monotonic()
+            if pipe:
+                await pipe.over.wait()
+                if not self.retry:
+                    return self._end(self.error)
+                if time.monotonic() - since > 1:
+                    pause = 0
+                    continue
+            pause = min(max(least, 2 * pause), most)
+            await asyncio.sleep(pause * (500 + randbelow(1000)) / 1000)
+
+    async def close(self, seconds=5):
+        """Flush for `seconds`, then close the link at both ends; LinkError, with `lost`, where
+        messages are not acknowledged by then, unless they are in the journal."""
+        if self.closed:
+            return
+        try:
+            await self.flush(seconds)
+        except (LinkError, TorTimeout):
+            pass
+        pipe, self._bye = self._pipe, True
+        if pipe:
+            self._wake.set()
+            try:
+                await asyncio.wait_for(pipe.over.wait(), 2)
+            except asyncio.TimeoutError:
+                pass
+        self._end(None)
+        if self._lost:
+            self._check()
+
+    def _end(self, error):
+        # For good.
+        if self.closed:
+            return
+        self.closed = True
+        self._cut(self._pipe, error)
+        self.error = error
+        self.node.links.pop((self.peer, self.protocol), None)
+        if self._keeper and self._keeper is not asyncio.current_task():
+            self._keeper.cancel()
+        if self._timer:
+            self._timer.cancel()
+        if self._journal:
+            # What nobody took, the peer still has.
+            self._inbox.clear()
+            self._journal.close()
+        else:
+            self._give_up(self._next - 1)
+        self._changed.set()
+        self._arrived.set()
+        self._tell("closed", error)
+
+
+class Node:
+    """A peer among peers: an identity, a transport, links.
+
+    `key`: our Ed25519 identity, that of the onion address, see load_identity.
+    `transport`: a DirectTransport, SocksTransport, TorTransport, HybridTransport, or like them.
+    `journal`: a folder where links keep what is not acknowledged, for the next start.
+    `allow`: function(key of 32 bytes) that tells whether that peer may link to us.
+    `on_event`: function(link, event, detail): "up", "down" (why), "lag" (for so many seconds; 0:
+    over), "closed" (why).
+
+        async with Node(key, transport) as node:
+            link = node.link("….onion")
+            async for link in node: ...     links that peers opened
+
+    `key`: our public key; `address`: what others give to `link`; `links`: {(peer, protocol): Link}.
+    """
+
+    # Bytes each link keeps at most, each way; the largest message; seconds of silence until it is
+    # asked, and until it is cut; pauses between attempts; whether the journal outlives power cuts;
+    # links at most.
+    buffer, largest, keepalive, pauses, fsync, most = 17 << 20, 16 << 20, 15, (0.25, 60), True, 256
+
+    def __init__(self, key, transport, journal=None, allow=None, on_event=None):
+        self.identity, self.transport, self.journal = load_identity(key), transport, journal
+        self.allow, self.on_event, self.links, self.handlers = allow, on_event, {}, {}
+        self.key, self._new, self._greetings, self.closed = self.identity[1], deque(), [], False
+
+    @property
+    def address(self):
+        return self.transport.address
+
+    def limit(self):
+        # What a peer may have on the way: the largest message fits.
+        return min(self.buffer, self.largest + (self.largest // UNIT + 1) * _COST)
+
+    async def start(self):
+        """Listen; return itself.  ConfigError, and what the transport raises."""
+        self._changed = asyncio.Event()
+        await self.transport.listen(self._accept)
+        return self
+
+    async def close(self, seconds=5):
+        """Close all links, after they were flushed for `seconds`, and stop listening; LinkError."""
+        if self.closed:
+            return
+        self.closed, errors = True, []
+        closing = [link.close(seconds) for link in list(self.links.values())]
+        for error in await asyncio.gather(*closing, return_exceptions=True):
+            errors += [error] * isinstance(error, Exception)
+        await self.transport.close()
+        self._changed.set()
+        if errors:
+            raise errors[0]
+
+    __aenter__, __aexit__ = start, lambda self, *_: self.close()
+    aclose = close
+
+    def link(self, peer, address=None, protocol="", retry=True):
+        """Return the Link to `peer` (a key of 32 bytes, or an onion address) at `address` (by
+        default the onion address), which is dialled until it is up, and whenever it is down.
+
+        `protocol`: a name; links of different ones have nothing to do with each other.
+        `retry`: else the link is closed by the first failure.  AddressError, ConfigError.
+        """
+        if isinstance(peer, str):
+            address, peer = address or peer, parse_onion_address(split_address(peer)[0])
+        if len(peer) != 32 or peer == self.key or self.closed:
+            raise ConfigError("a link needs the key of another peer, and an open node")
+        link = self.links.get((peer, protocol))
+        if not link:
+            link = self.links[peer, protocol] = Link(self, peer, protocol)
+        if not link.address:
+            link.address, link.retry = address or onion_address(peer), retry
+            link._keeper = spawn(link._keep())
+        return link
+
+    def serve(self, protocol, handler):
+        """Run the coroutine function handler(link) for each link of `protocol` that a peer opens.
+
+        Without, those of the protocol "" come out of `async for link in node`; others are refused.
+        """
+        self.handlers[protocol] = handler
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        while not self._new:
+            if self.closed:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._new.popleft()
+
+    async def _accept(self, stream):
+        # A connection from somebody, until it is over.
+        pipe = _Pipe(stream)
+        try:
+            if len(self._greetings) >= _GREETINGS:
+                # Whoever only holds places will lose them.
+                self._greetings.pop(randbelow(_GREETINGS)).stream.close()
+            self._greetings.append(pipe)
+            try:
+                await asyncio.wait_for(self._greeted(pipe), HANDSHAKE_SECONDS)
+            finally:
+                self._greetings = [other for other in self._greetings if other is not pipe]
+            await pipe.over.wait()
+        except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
+            log(INFO, "a peer's connection came to nothing: %s: %s", type(e).__name__, e)
+        finally:
+            stream.close()
+
+    async def _greeted(self, pipe):
+        peer, state = await _welcome(pipe, self.identity)
+        pipe.hello = _parse_state(state)
+        link = self._opened(peer, pipe.hello.protocol)
+        if link.closed or not link._wins(pipe):
+            raise PeerError("another connection to that peer is there")
+        # What it brings now would come again.
+        link._cut(link._pipe, None)
+        await pipe.write(link._state())
+        pipe.open(pipe.private)
+        link._install(pipe)
+
+    def _opened(self, peer, protocol):
+        # The link for a peer that dialled.
+        link = self.links.get((peer, protocol))
+        if link and link.address:
+            return link
+        if self.closed or self.allow and not self.allow(peer):
+            raise PeerError("that peer is not allowed here")
+        if link:
+            return link
+        handler = self.handlers.get(protocol)
+        if protocol and not handler:
+            raise PeerError("nobody serves the protocol of a peer")
+        for old in list(self.links.values()) if len(self.links) >= self.most else ():
+            if not (old.up or old.address or old.buffered):
+                old._end(LinkError("too many links"))
+        if len(self.links) >= self.most:
+            raise PeerError("there are too many links")
+        link = self.links[peer, protocol] = Link(self, peer, protocol)
+        if handler:
+            spawn(self._handle(handler, link))
+        else:
+            self._new.append(link)
+            self._changed.set()
+        return link
+
+    async def _handle(self, handler, link):
+        try:
+            await handler(link)
+        except TorError as e:
+            log(INFO, "a link's handler ended: %s: %s", type(e).__name__, e)
+
+
+class BlockingLink:
+    """A Link for programs without asyncio: `link` is that; messages by iteration, or `receive`."""
+
+    def __init__(self, link, run):
+        self.link, self._run, self.peer = link, run, link.peer
+
+    def send(self, message):
+        return self._run(self.link.send(message))
+
+    def receive(self, seconds=None):
+        return self._run(self.link.receive(seconds))
+
+    def flush(self, seconds=None):
+        return self._run(self.link.flush(seconds))
+
+    def ready(self, seconds=DIAL_SECONDS):
+        return self._run(self.link.ready(seconds)) and self
+
+    def close(self, seconds=5):
+        return self._run(self.link.close(seconds))
+
+    __iter__ = lambda self: self
+
+    def __next__(self):
+        try:
+            return self._run(self.link.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration
+
+
+class BlockingNode(LoopThread):
+    """A Node for programs without asyncio, with its arguments, in a thread; any thread may call.
+
+    With a TorTransport of a Tor give that as `tor`: it runs there.  Iteration gives the
+    BlockingLinks that peers open; `node` is the Node.
+    """
+
+    def __init__(self, *args, tor=None, **options):
+        self.node, self._stop = Node(*args, **options), None
+        if tor:
+            self.run = tor.run
+            self.run(self.node.start())
+        else:
+            LoopThread.__init__(self, self.node)
+        self.key, self.address = self.node.key, self.node.address
+
+    def link(self, *args, **options):
+        async def link():
+            return self.node.link(*args, **options)
+
+        return BlockingLink(self.run(link()), self.run)
+
+    def close(self, *_):
+        """Close all links, after they were flushed for some seconds, and stop; LinkError."""
+        try:
+            if not self.node.closed:
+                self.run(self.node.close())
+        finally:
+            if self._stop:
+                LoopThread.close(self)
+
+    __exit__ = close
+    __iter__ = lambda self: self
+
+    def __next__(self):
+        try:
+            return BlockingLink(self.run(self.node.__anext__()), self.run)
+        except StopAsyncIteration:
+            raise StopIteration
+
+
+# Coroutines that answer calls, at once.
+_CALLS_AT_ONCE = 64
+
+
+class Calls:
+    """Calls to peers and from them, over links of `node` with that `protocol`.
+
+    `answer`: function or coroutine function(key, request): the reply (bytes) to the peer with that
+    public key.  A link is closed when it was not used for `idle` seconds.
+    """
+
+    def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
+        # `_waiting`: {(link, number): Promise}; `_read`: links that are read from.
+        self._node, self._protocol, self._answer = node, protocol, answer
+        self._idle, self._largest, self._waiting, self._read = idle, largest, {}, []
+        self._count = self._busy = 0
+        if answer:
+            node.serve(protocol, self._serve)
+
+    async def call(self, contact, request, seconds=120):
+        """Return the reply of a contact (public key, address) to `request`; TorError."""
+        try:
+            return await asyncio.wait_for(self._called(contact, request), seconds)
+        except asyncio.TimeoutError:
+            raise TorTimeout("%s did not answer in %s s" % (contact[1], seconds))
+
+    async def _called(self, contact, request):
+        old = self._node.links.get((contact[0], self._protocol))
+        while True:
+            link = self._node.link(*contact, self._protocol, False)
+            self._count = self._count + 1 & 0xFFFFFFFF
+            number, promise = self._count, Promise()
+            self._waiting[link, number] = promise
+            try:
+                if link not in self._read:
+                    self._read.append(link)
+                    spawn(self._serve(link, True))
+                await link.ready()
+                await link.send(pack(">BI", 0, number) + request)
+                return await promise.wait()
+            except LinkError:
+                # The peer may just have closed a link that nobody used.
+                if link is not old:
+                    raise
+                old = None
+            finally:
+                del self._waiting[link, number]
+
+    async def _serve(self, link, ours=False):
+        # Until it is closed, or was not used for a while.
+        if link in self._read and not ours:
+            return
+        error = LinkError("the link is closed")
+        self._read += [link] * (not ours)
+        try:
+            while await self._next(link) or any([other is link for other, _ in self._waiting]):
+                pass
+        except (OSError, TorError) as e:
+            error = e if isinstance(e, LinkError) else LinkError(str(e))
+        finally:
+            self._read.remove(link)
+            for (other, _), promise in list(self._waiting.items()):
+                if other is link:
+                    promise.set(error=error)
+            try:
+                await link.close(1)
+            except TorError:
+                pass  # what was not sent is nobody's reply any more
+
+    async def _reply(self, link, head, answering):
+        try:
+            await link.send(head + await answering)
+        except TorError as e:
+            log(INFO, "a call is not answered: %s", e)
+        finally:
+            self._busy -= 1
+
+    async def _next(self, link):
+        # A message; None: there was none.
+        try:
+            message = await link.receive(self._idle)
+        except TorTimeout:
+            return None
+        require(5 <= len(message) <= self._largest, "a call of %d bytes" % len(message))
+        kind, number = unpack_from(">BI", message)
+        if kind == 0:
+            require(self._answer, "a call, and nobody is there who answers")
+            reply, head = self._answer(link.peer, message[5:]), pack(">BI", 1, number)
+            if isinstance(reply, bytes):
+                await link.send(head + reply)
+            else:
+                # Beside: it may call who asks.
+                while self._busy >= _CALLS_AT_ONCE:
+                    await asyncio.sleep(0.05)
+                self._busy += 1
+                spawn(self._reply(link, head, reply))
+        elif (link, number) in self._waiting:
+            self._waiting[link, number].set(message[5:])
+        return True
+
+
+# Advertisements and discovery.  Who offers what, signed by the key of an onion address.
+
+_AD_PREFIX = b"minitor advertisement 1\0"
+AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
+MOST_SERVICES, MOST_METADATA = 16, 128
+_NAMES = _BASE32 + "0189-_."
+
+
+def _ad_fault(services, lifetime):
+    # What is wrong with them, or None.
+    if len(services) > MOST_SERVICES:
+        return "more than %d services" % MOST_SERVICES
+    if not 0 < lifetime <= _AD_LONGEST:
+        return "a lifetime of %d s: not 1 to %d" % (lifetime, _AD_LONGEST)
+    for name, (port, metadata) in services.items():
+        if not 0 < len(name) < 64 or name.strip(_NAMES) or is_onion(name):
+            return "%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name
+        if not 0 < port < 65536 or len(metadata) > MOST_METADATA:
+            return "%s: port %d, and %d bytes of metadata" % (name, port, len(metadata))
+
+
+def check_service(name):
+    fault = _ad_fault({name: (1, b"")}, 1)
+    if fault:
+        raise ConfigError(fault)
+
+
+class Advertisement:
+    """Who offers what: `key` (Ed25519), `address` (onion), `services`: {name: (port, metadata
+    of up to 128 bytes)}, `timestamp` and `expiry` in seconds since 1970, `signature`.
+    """
+
+    def __init__(self, key, services, timestamp, expiry, signature=b""):
+        self.key, self.address, self.services = key, onion_address(key), services
+        self.timestamp, self.expiry, self.signature = timestamp, expiry, signature
+
+    @staticmethod
+    def create(secret, services, seconds=AD_SECONDS, timestamp=None):
+        """Sign `services`, as above, for `seconds`.  `secret`: of load_service_key; ConfigError."""
+        fault = _ad_fault(services, seconds)
+        if fault:
+            raise ConfigError("cannot be advertised: " + fault)
+        timestamp = now() if timestamp is None else timestamp
+        ad = Advertisement(secret[1], services, timestamp, timestamp + seconds)
+        ad.signature = ed25519_sign(*secret, _AD_PREFIX + ad._content())
+        return ad
+
+    def _content(self):
+        # Of one content, one encoding: services in the order of their names.
+        data = b32decode(self.address[:-6])
+        data += pack(">QIB", self.timestamp, self.expiry - self.timestamp, len(self.services))
+        for name, (port, metadata) in sorted(self.services.items()):
+            data += bytes([len(name)]) + name.encode()
+            data += pack(">HB", port, len(metadata)) + metadata
+        return data
+
+    def encode(self):
+        """Address (35 bytes: key, checksum, version), timestamp (8), lifetime (4), count (1);
+        for each service length (1) and name, port (2), length (1) and metadata; signature (64)."""
+        return self._content() + self.signature
+
+    @staticmethod
+    def decode(data):
+        """Return the Advertisement in `data`, unverified; ProtocolError where `encode` makes
+        another of it."""
+        reader, services = Reader(data, "advertisement"), {}
+        key = reader.take(35)[:32]
+        timestamp, lifetime = reader.uint(8), reader.uint(4)
+        for _ in range(reader.uint(1)):
+            name = reader.take(reader.uint(1))
+            require(not name.strip(_NAMES.encode()), "a service's name is none")
+            port = reader.uint(2)
+            services[name.decode()] = port, reader.take(reader.uint(1))
+        ad = Advertisement(key, services, timestamp, timestamp + lifetime, reader.take(64))
+        fault = _ad_fault(services, lifetime)
+        require(not fault, "bad advertisement: %s" % fault)
+        require(ad.encode() == data, "an advertisement is not encoded as it has to be")
+        return ad
+
+    def verify(self, at=None):
+        """Check it at the time `at` (default: now); ProtocolError."""
+        at, who = now() if at is None else at, "the advertisement of " + self.address
+        require(at < self.expiry, who + " has expired, or this clock is fast")
+        require(self.timestamp <= at + _AD_SKEW, who + " is of the future, or this clock is slow")
+        signed = ed25519_verify(self.key, _AD_PREFIX + self._content(), self.signature)
+        require(signed and ed25519_valid(self.key), who + " is not signed by its key")
+        return self
+
+
+# A distributed hash table of advertisements (Kademlia).  A contact is (public key, where it takes
+# calls: "host:port"); whoever calls or is called has proven its key.
+
+# Contacts in a bucket and in an answer; calls at once in a look-up, and when some are late.
+_K, _ALPHA, _ALPHA_LATE = 8, 3, 12
+# Calls of a look-up; how many contacts of one peer may fail before it counts as a liar.
+_MOST_ASKED, _CREDIT = 96, 3
+# In seconds: a call; when it is late; between rounds of upkeep.
+CALL_SECONDS, _LATE_SECONDS, UPKEEP_SECONDS = 60, 8, 1800
+# Bytes of a call or an answer, and of advertisements in it; advertisements kept, and of one name.
+MOST_CALL, _MOST_ADS_SENT, MOST_ADS, _MOST_OF_NAME = 1 << 14, 12000, 1024, 128
+# Calls of one peer, of all: so many at once, then so many a second.  What storing costs.
+_PEER_RATE, _RATE_OF_ALL, _MOST_RATES, _STORE_COST = (100, 5), (2000, 200), 4096, 4
+LOOK, STORE, DONE, REFUSED = range(4)
+
+
+def place_of(what):
+    """Where in the table something is: a public key (bytes) or a service's name (text)."""
+    named = isinstance(what, str)
+    text = b"minitor discovery: " + (b"name " + what.encode() if named else b"key " + what)
+    return uint(sha3_256(text))
+
+
+def places_of(ad):
+    return [place_of(ad.key)] + [place_of(name) for name in ad.services]
+
+
+def pack_contact(contact):
+    return contact[0] + bytes([len(contact[1])]) + contact[1].encode()
+
+
+def _read_address(reader):
+    text = reader.take(reader.uint(1))
+    require(len(text) < 128 and not text.strip(_NAMES.encode() + b":[]"), "no address")
+    return text.decode()
+
+
+def parse_contact(text, direct=False):
+    """The contact in a text: ADDRESS.onion[:PORT]; where `direct`, ADDRESS.onion@HOST:PORT."""
+    address, at, where = text.partition("@")
+    host, port = split_address(where or address)
+    if at and not direct:
+        raise AddressError("%s: peers are called over Tor here" % text)
+    key = parse_onion_address(address if at else host)
+    host = "[%s]" % host if ":" in host else host
+    return key, "%s:%d" % (host if at else onion_address(key), port)
+
+
+class _Lookup:
+    """The contacts that a look-up has learnt of, and whom it asks next.
+
+    Who is learnt of from liars alone, is not asked: they could name others without end.
+    """
+
+    def __init__(self, place, contacts):
+        # `known`: {contact: [distance, state, who named it]}; `credit`: {who: so many more}.
+        # `verified`: advertisements, encoded.
+        self.place, self.known, self.asked, self.credit = place, {}, 0, {None: 1 << 30}
+        self.verified = set()
+        self.learn(None, contacts)
+
+    def learn(self, source, contacts):
+        self.credit.setdefault(source, _CREDIT)
+        for contact in contacts:
+            distance = place_of(contact[0]) ^ self.place
+            self.known.setdefault(contact, [distance, "new", set()])[2].add(source)
+
+    def next(self):
+        """The contact to ask next, or None."""
+        window, done = 0, set()
+        for contact, (_, state, sources) in sorted(self.known.items(), key=lambda i: i[1][0]):
+            trusted = [source for source in sources if self.credit[source] > 0]
+            over = state in ("failed", "late") or contact[0] in done
+            if over or state == "new" and not trusted:
+                continue
+            if state == "new" and self.asked < _MOST_ASKED:
+                self.known[contact][1], self.asked = "asked", self.asked + 1
+                return contact
+            if state == "answered":
+                done.add(contact[0])
+            window += 1
+            if window == _K:
+                break
+        return None
+
+    def result(self, contact, good):
+        """Note how a call ended."""
+        _, before, sources = self.known[contact]
+        self.known[contact][1] = "answered" if good else "failed"
+        for source in sources:
+            self.credit[source] += (1 if good else -1) + (before == "late")
+
+    def late(self):
+        """What is asked takes long: count on it no more, unless it is all there is."""
+        for entry in self.known.values():
+            if entry[1] == "asked":
+                entry[1] = "late"
+                for source in entry[2]:
+                    self.credit[source] -= 1
+
+    def waits(self):
+        """How many are asked and not late."""
+        return len([entry for entry in self.known.values() if entry[1] == "asked"])
+
+    def lied(self, contact):
+        self.known[contact][1], self.credit[contact] = "failed", -(1 << 30)
+
+    def nearest(self):
+        """The contacts nearest to the place that have answered."""
+        found = [(d, c) for c, (d, state, _) in self.known.items() if state == "answered"]
+        return [contact for _, contact in sorted(found)[:_K]]
+
+
+class Discovery:
+    """A peer that finds others, by key and by what they offer, and is found.
+
+    `call`: coroutine function(contact, request): reply, both bytes, from who has proven the
+    contact's key; TorError.  Its other end is `answer` of a Discovery.  `secret`: as of
+    load_service_key.  `address`: "host:port" where calls are taken; "": none are, so that others
+    are not told of this peer.  `direct`: contacts may be elsewhere than at their onion address.
+    """
+
+    def __init__(self, call, secret, address="", direct=False):
+        self._call, self._secret, self.key, self._direct = call, secret, secret[1], direct
+        self.address, self.place = address, place_of(self.key)
+        # `_asked`: those called just now; `_seeds`: where to begin.
+        self._buckets, self._asked, self._seeds, self._fault = {}, set(), [], None
+        self._looks = set()
+        # `_ads`: {key: (distance, Advertisement, encoded)}; `_places`: {place: keys}; `_rates`:
+        # {key: (calls left, when)}; `_looks`: tasks.
+        self._ads, self._places, self._rates, self.services, self._kept = {}, {}, {}, None, 0
+
+    @staticmethod
+    def over(node, direct=False):
+        """A Discovery whose calls go over links of `node`, once that is started."""
+        answer = lambda key, request: found.answer(key, request)
+        calls = Calls(node, "discovery", answer, largest=MOST_CALL + 5)
+        found = Discovery(calls.call, node.identity, node.address or "", direct)
+        return found
+
+    # Contacts.
+
+    def contacts(self):
+        """Return those who have answered, and did not fail since."""
+        return [contact for bucket, _ in self._buckets.values() for contact in bucket]
+
+    def _near(self, place, n=_K):
+        return sorted(self.contacts(), key=lambda contact: place_of(contact[0]) ^ place)[:n]
+
+    def _is_good(self, contact):
+        # Whether it may be called: nobody shall make us connect elsewhere than to a peer.
+        key, address = contact
+        there = self._direct or address.partition(":")[0] == onion_address(key)
+        return there and key != self.key and address != ""
+
+    def _bucket(self, key):
+        # Where it belongs: contacts, least recently seen first; and spare ones.
+        number = len(bin(place_of(key) ^ self.place))
+        return self._buckets.setdefault(number, ([], []))
+
+    def _seen(self, contact):
+        # It has answered.  Who is there for long will be: it makes room only when it fails.
+        for peers in self._bucket(contact[0]):
+            others = [other for other in peers if other[0] != contact[0]]
+            if len(others) < _K:
+                peers[:] = others + [contact]
+                return
+        peers[:] = others[1:] + [contact]
+
+    def _gone(self, key, address=None):
+        # It did not answer at that address, or lied.
+        bucket, spare = self._bucket(key)
+        for contact in list(bucket):
+            if contact[0] == key and address in (None, contact[1]):
+                bucket.remove(contact)
+                bucket += [spare.pop()] if spare else []
+
+    def _heard(self, contact):
+        # It calls, and says that it takes calls: others are told of it when it does.
+        bucket, _ = self._bucket(contact[0])
+        if contact in bucket:
+            return self._seen(contact)
+        busy = len(self._asked) >= _ALPHA_LATE or contact in self._asked or len(bucket) == _K
+        if not busy and self._is_good(contact):
+            self._asked.add(contact)
+            spawn(self._check(contact))
+
+    async def _check(self, contact):
+        try:
+            await self._look(contact, self.place)
+        except TorError as e:
+            log(INFO, "a peer is not there: %s", e)
+
+    # Calls.
+
+    def _head(self, kind):
+        return bytes([kind, len(self.address)]) + self.address.encode()
+
+    async def _ask(self, contact, kind, body):
+        # The answer's body; TorError.
+        request = self._head(kind) + body
+        self._asked.add(contact)
+        try:
+            reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
+            require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
+        except asyncio.TimeoutError:
+            self._gone(*contact)
+            raise TorTimeout("%s did not answer in %d s" % (contact[1], CALL_SECONDS))
+        except TorError:
+            self._gone(*contact)
+            raise
+        finally:
+            self._asked.discard(contact)
+        reader = Reader(reply, "answer")
+        if reader.uint(1) != DONE:
+            raise DiscoveryError("%s refuses to answer" % contact[1])
+        # Where it is to be called, it knows best: others may have named another place.
+        there = contact[0], _read_address(reader)
+        if self._is_good(there):
+            self._seen(there)
+        else:
+            self._gone(contact[0])
+        return reader.take(reader.left())
+
+    async def _look(self, contact, place):
+        # Contacts and advertisements, undecoded, that a peer has for a place.
+        body = await self._ask(contact, LOOK, place.to_bytes(32, "big"))
+        try:
+            reader, contacts, ads = Reader(body, "answer"), [], []
+            count = reader.uint(1)
+            require(count <= _K, "an answer of %d contacts" % count)
+            for _ in range(count):
+                contacts.append((reader.take(32), _read_address(reader)))
+            while reader.left():
+                ads.append(reader.take(reader.uint(2)))
+        except ProtocolError:
+            self._gone(contact[0])
+            raise
+        return [contact for contact in contacts if self._is_good(contact)], ads
+
+    async def _find(self, place):
+        # The peers nearest to a place, and {key: Advertisement} of all that is there.
+        known = self._near(place) + ([] if len(self.contacts()) >= _K else self._seeds)
+        lookup, tasks, found = _Lookup(place, known), {}, {}
+        for key in self._places.get(place, ()):
+            self._take(found, self._ads[key][1])
+        try:
+            while True:
+                while lookup.waits() < _ALPHA and len(tasks) < _ALPHA_LATE:
+                    contact = lookup.next()
+                    if not contact:
+                        break
+                    tasks[self._looking(contact, place)] = contact
+                nearest = lookup.nearest()
+                if not tasks or len(nearest) == _K and not lookup.waits():
+                    return nearest, found
+                done, _ = await asyncio.wait(
+                    tasks, timeout=_LATE_SECONDS, return_when="FIRST_COMPLETED")
+                if not done:
+                    lookup.late()
+                for task in done:
+                    contact, error = tasks.pop(task), task.exception()
+                    lookup.result(contact, not error)
+                    if not error:
+                        await self._learn(lookup, contact, *task.result(), found)
+                    elif isinstance(error, TorError):
+                        self._fault = error
+                    else:
+                        raise error
+        except BaseException:
+            # Only then: who is late is to be known as that, or as gone.
+            for task in tasks:
+                task.cancel()
+            raise
+
+    def _looking(self, contact, place):
+        # The task of a call, held on to.
+        def done(task):
+            self._looks.discard(task)
+            return task.cancelled() or task.exception()
+
+        task = asyncio.ensure_future(self._look(contact, place))
+        self._looks.add(task)
+        task.add_done_callback(done)
+        return task
+
+    async def _learn(self, lookup, contact, contacts, ads, found):
+        lookup.learn(contact, contacts)
+        try:
+            for data in ads:
+                if data not in lookup.verified and len(found) < _K * _MOST_OF_NAME:
+                    ad = Advertisement.decode(data)
+                    require(lookup.place in places_of(ad), "an advertisement of something else")
+                    if now() < ad.expiry:
+                        self._take(found, ad.verify())
+                        lookup.verified.add(data)
+                        await asyncio.sleep(0)  # a signature takes milliseconds
+        except ProtocolError as e:
+            log(INFO, "a peer lies: %s", e)
+            lookup.lied(contact)
+            self._gone(contact[0])
+
+    def _take(self, found, ad):
+        old = found.get(ad.key)
+        if ad.expiry > now() and (not old or ad.timestamp > old.timestamp):
+            found[ad.key] = ad
+
+    # Answers.
+
+    def answer(self, key, request):
+        """Return the reply to what a peer with that public key asks."""
+        try:
+            reader = Reader(request, "call")
+            kind, address = reader.uint(1), _read_address(reader)
+            cost = _STORE_COST if kind == STORE else 1
+            if not self._affords(key, _PEER_RATE, cost) or not self._affords(0, _RATE_OF_ALL, cost):
+                return bytes([REFUSED])
+            if address:
+                self._heard((key, address))
+            body = reader.take(reader.left())
+            if kind == STORE:
+                ad = Advertisement.decode(body)
+                require(ad.key == key, "an advertisement of another than the caller")
+                self._keep(ad)
+                return self._head(DONE)
+            require(kind == LOOK and len(body) == 32, "no call")
+            return self._head(DONE) + self._answer_look(key, uint(body))
+        except ProtocolError as e:
+            log(INFO, "a peer's call is refused: %s", e)
+            return bytes([REFUSED])
+
+    def _affords(self, key, rate, cost):
+        burst, each = rate
+        left, since = self._rates.pop(key, (burst, ticks_ms()))
+        left = min(burst, left + ticks_diff(ticks_ms(), since) * each / 1000)
+        good = left >= cost
+        self._rates[key] = left - cost * good, ticks_ms()
+        if len(self._rates) > _MOST_RATES:
+            del self._rates[next(iter(self._rates))]  # whose last call is longest ago
+        return good
+
+    def _answer_look(self, asker, place):
+        contacts = [c for c in self._near(place, _K + 1) if c[0] != asker][:_K]
+        reply = bytes([len(contacts)]) + b"".join([pack_contact(c) for c in contacts])
+        left = _MOST_ADS_SENT
+        # Where not all fit, others each time.
+        for _, key in sorted([(urandom(8), key) for key in self._places.get(place, ())]):
+            _, ad, data = self._ads[key]
+            left -= len(data) + 2
+            if left >= 0 and ad.expiry > now():
+                reply += pack(">H", len(data)) + data
+        return reply
+
+    # What is kept.
+
+    def _keep(self, ad):
+        # ProtocolError where it is false, or older than what is there.
+        old, data = self._ads.get(ad.key), ad.encode()
+        if old and old[2] == data:
+            return
+        require(not old or ad.timestamp > old[1].timestamp, "an advertisement older than the last")
+        ad.verify()
+        self._drop(ad.key)
+        places = places_of(ad)
+        self._ads[ad.key] = min([place ^ self.place for place in places]), ad, data
+        for place in places:
+            keys = self._places.setdefault(place, set())
+            keys.add(ad.key)
+            if len(keys) > _MOST_OF_NAME:
+                # Each peer keeps others, and nobody knows beforehand which.
+                keys.discard(max(keys, key=lambda key: place_of(key) ^ self.place))
+        if len(self._ads) > MOST_ADS:
+            self._expire()
+        if len(self._ads) > MOST_ADS:
+            others = [key for key in self._ads if key != self.key]
+            self._drop(max(others, key=lambda key: self._ads[key][0]))
+
+    def _drop(self, key):
+        old = self._ads.pop(key, None)
+        for place in places_of(old[1]) if old else ():
+            keys = self._places.get(place, set())
+            keys.discard(key)
+            if not keys:
+                self._places.pop(place, None)
+
+    def _expire(self):
+        for key, (_, ad, _) in list(self._ads.items()):
+            if ad.expiry <= now() and key != self.key:
+                self._drop(key)
+
+    # What programs use.
+
+    async def join(self, contacts):
+        """Get to know others, beginning with `contacts` (as `contacts` returns them, or texts as
+        `parse_contact` takes them); DiscoveryError where none answers."""
+        known = [parse_contact(c, self._direct) if isinstance(c, str) else c for c in contacts]
+        self._seeds = [contact for contact in known if self._is_good(contact)]
+        nearest, _ = await self._find(self.place)
+        if self._seeds and not nearest:
+            raise DiscoveryError(
+                "none of %d peers answers: %s" % (len(self._seeds), self._fault or "they lie"))
+
+    async def advertise(self, services, seconds=AD_SECONDS):
+        """Publish `services`, as an Advertisement has them, under our key and their names; return
+        how many peers keep them.  `upkeep` does it anew in time."""
+        # Later than the last one.
+        old = self._ads.get(self.key)
+        at = max(now(), old[1].timestamp + 1 if old else 0)
+        ad = Advertisement.create(self._secret, services, seconds, at)
+        self.services = services, seconds
+        self._keep(ad)
+        peers = set()
+        for place in places_of(ad):
+            peers.update((await self._find(place))[0])
+        peers, data, kept = list(peers), ad.encode(), 0
+        while peers:
+            some, peers = peers[:_ALPHA_LATE], peers[_ALPHA_LATE:]
+            calls = [self._ask(contact, STORE, data) for contact in some]
+            kept += (await asyncio.gather(*calls, return_exceptions=True)).count(b"")
+        self._kept = kept
+        return kept
+
+    async def discover(self, name):
+        """Return the Advertisements of all who offer the service `name`."""
+        check_service(name)
+        _, found = await self._find(place_of(name))
+        return [ad for _, ad in sorted(found.items())]
+
+    async def locate(self, address):
+        """Return the newest Advertisement of an onion address; DiscoveryError."""
+        key = parse_onion_address(address)
+        _, found = await self._find(place_of(key))
+        if key not in found:
+            raise DiscoveryError("no peer knows of an advertisement of " + address)
+        return found[key]
+
+    async def stay(self, contacts, services, told=None):
+        """Join by `contacts`, advertise `services`, and look after both for ever; `told`:
+        function(TorError or None, how many peers keep the advertisement) after each round."""
+        pause = 30
+        while True:
+            error = None
+            try:
+                if not self.contacts():
+                    await self.join(contacts)
+                if self.services:
+                    await self.upkeep()
+                else:
+                    await self.advertise(services)
+            except TorError as e:
+                error = e
+            if told:
+                told(error, self._kept)
+            pause = min(2 * pause, UPKEEP_SECONDS)
+            await asyncio.sleep(pause * (750 + randbelow(500)) / 1000)
+
+    async def upkeep(self):
+        """Drop what has expired, look after contacts, advertise anew: now and then."""
+        self._expire()
+        for bucket, _ in list(self._buckets.values()):
+            if bucket:
+                await self._check(bucket[0])
+        await self._find(self.place)
+        await self._find(uint(urandom(32)))
+        # At a third of its time: those who come nearer to its places than who had it, get it.
+        due = self.services and self._ads[self.key][1].timestamp + self.services[1] // 3
+        if self.services and (self._kept < _K or now() >= due):
+            await self.advertise(*self.services)
+
+
 # === 19. Command line ===
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
@@ -9205,15 +11140,161 @@ def make_client_key(name, address, key_dir, auth_dir):
         print("written: " + path, file=sys.stderr)
 
 
+def netcat(tor, host, port, linger=None):
+    """Send standard input to host:port through `tor`, a Tor, and what comes back to standard
+    output, until the other side ends, or `linger` seconds after the input; StreamError …"""
+    stream, _ = tor.run(tor._tor.open_connection(host, port))
+
+    async def send(data):
+        stream.write(data)
+        await stream.drain()
+
+    async def end():
+        stream.close()
+
+    def feed():
+        # In a thread: asyncio cannot wait for files.
+        try:
+            while data := os.read(0, 1 << 16):
+                tor.run(send(data))
+        except (OSError, TorError):
+            pass  # the reader is told
+        if linger is not None:
+            time.sleep(linger)
+            tor.run(end())
+
+    def show(data):
+        while data:
+            data = data[os.write(1, data) :]
+
+    threading.Thread(target=feed, daemon=True).start()
+    while data := tor.run(stream.read(1 << 16)):
+        http_call("standard output", show, data)
+    tor.run(stream.wait_closed())  # when all is sent
+
+
+def read_peers(options, folder):
+    """The contacts that --peer, --peers and the last time name; ConfigError."""
+    lines = [("--peer", text) for text in options.peer]
+    for path in (options.peers, folder + "/peers"):
+        data = read_file(path) if path else b""
+        if data is None and path is options.peers:
+            raise ConfigError("cannot read %s" % path)
+        for text in (data or b"").decode("utf-8", "replace").split("\n"):
+            lines.append((path, text.partition("#")[0].strip()))
+    found = []
+    for source, text in lines:
+        try:
+            found += [parse_contact(text)] if text else []
+        except AddressError as e:
+            raise ConfigError("%s: %s" % (source, e))
+    return found
+
+
+def offers(words, port):
+    """{name: (port, metadata)}, {port: target} of what --advertise names: NAME[=WHAT], WHAT as
+    after --serve; ConfigError."""
+    services, targets = {}, {}
+    for word in words:
+        name, _, what = word.partition("=")
+        check_target("port", port)
+        services[name], targets[port] = (port, b""), serve_target(what)
+        port += 1
+    fault = _ad_fault(services, AD_SECONDS)
+    if fault or PEER_PORT in targets or len(targets) > len(services):
+        port = "port %d is for peers, and a name cannot be there twice" % PEER_PORT
+        raise ConfigError("--advertise: " + (fault or port))
+    return services, targets
+
+
+async def _node_of(tor, key, targets=None):
+    # For peers over Tor; with targets it is reached, too.
+    transport = TorTransport(tor, key if targets is not None else None, others=targets or ())
+    if targets is None:
+        transport.listen = lambda accept: asyncio.sleep(0)
+    node = Node(key, transport)
+    # What is sent here is small, and so is what a stranger can make this machine keep.
+    node.buffer, node.largest = 1 << 18, 1 << 16
+    return await node.start()
+
+
+async def _leave(node):
+    try:
+        await node.close(0)
+    except LinkError:
+        pass  # answers that nobody waited for
+
+
+def _remember(peer, folder):
+    known = [address + "\n" for _, address in peer.contacts()]
+    if known:
+        cache_file(folder + "/peers", "".join(known).encode())
+
+
+async def advertise(tor, key, services, targets, contacts, folder):
+    """Host and advertise services for ever, as --advertise does."""
+    node, said = await _node_of(tor, key, targets), [None]
+    peer = Discovery.over(node)
+    print(peer.address, flush=True)
+
+    def told(error, kept):
+        if error:
+            log(WARN, "%s", error)
+        elif kept not in said:
+            print("Advertised at %d peers" % kept, file=sys.stderr)
+        said[0] = kept
+        _remember(peer, folder)
+
+    try:
+        await peer.stay(contacts, services, told)
+    finally:
+        await _leave(node)
+
+
+async def discover(tor, what, contacts, folder):
+    """Print what --discover does, for a service's name or an onion address."""
+    node = await _node_of(tor, urandom(32))
+    try:
+        peer = Discovery.over(node)
+        await peer.join(contacts)
+        _remember(peer, folder)
+        ads = [await peer.locate(what)] if is_onion(what) else await peer.discover(what)
+        if not ads:
+            raise DiscoveryError("nobody advertises " + what)
+        for ad in ads:
+            for name in sorted(ad.services) if is_onion(what) else [what]:
+                print("%s:%d %s" % (ad.address, ad.services[name][0], name))
+    finally:
+        await _leave(node)
+
+
+def peer_command(options, folder, key_dir):
+    """Check --advertise or --discover; return function(tor): a coroutine that does it."""
+    contacts, what = read_peers(options, folder), options.discover
+    if options.advertise:
+        services, targets = offers(options.advertise, options.port)
+        private_dir(folder)
+        key = load_service_key(key_dir)
+        return lambda tor: advertise(tor, key, services, targets, contacts, folder)
+    if is_onion(what):
+        parse_onion_address(what)
+    else:
+        check_service(what)
+    if not contacts:
+        raise ConfigError("nobody is known who could be asked: say --peer ADDRESS, or --peers "
+                          "FILE, with what --advertise prints elsewhere")
+    return lambda tor: discover(tor, what, contacts, folder)
+
+
 def run_command(options):
     import shutil
 
     if options.diverse:
         diversify()
-    data_dir, _ = folders(options.data_dir, options.network)
-    key_dir = options.key_dir or data_dir + "/onion_service"
+    folder = folders(options.data_dir, options.network)[0]
+    key_dir = options.key_dir or folder + "/onion_service"
     if options.address:
-        private_dir(data_dir)
+        private_dir(folder)
         return print(onion_address(load_service_key(key_dir)[1]))
     if options.make_client_key:
         name, address = (options.make_client_key + [None])[:2]
@@ -9224,7 +11305,15 @@ def run_command(options):
     keys = load_onion_keys(options.auth_dir) if options.auth_dir else {}
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
-    target = options.get or not doors and serve_target(options.serve)
+    if options.serve is not None:
+        target = serve_target(options.serve)
+    if options.connect is not None:
+        target = split_address(options.connect, options.port)
+        if is_onion(target[0]):
+            parse_onion_address(target[0])
+    peers = options.advertise or options.discover is not None
+    if peers:
+        command = peer_command(options, folder, key_dir)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
         for identity, (key, _) in keys.items():
@@ -9234,6 +11323,10 @@ def run_command(options):
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
         if doors:
             return threading.Event().wait()
+        if options.connect is not None:
+            return netcat(tor, *target, options.q)
+        if peers:
+            return tor.run(command(tor))
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -9265,16 +11358,25 @@ def main(argv=None):
     add("--serve", nargs="?", const="", metavar="WHAT",
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--connect", metavar="ADDRESS[:PORT]",
+        help="connect standard input and output to it, as netcat")
+    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
+        help="host WHAT, as --serve does, and tell peers that it is there")
+    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
     add("--address", action="store_true", help="print the service's address")
     add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
         help="make the key of a client that the service, or the one at ADDRESS, admits")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
+    add("--peer", action="append", default=[], metavar="ADDRESS",
+        help="a peer to ask first (what its --advertise prints)")
+    add("--peers", metavar="FILE", help="peers, one a line")
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--diverse", action="store_true",
         help="take the hops of each circuit in different countries (Debian: tor-geoipdb)")
+    add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")
@@ -9295,7 +11397,7 @@ def main(argv=None):
     try:
         run_command(options)
     except KeyboardInterrupt:
-        return 130 if options.get else 0
+        return 130 if options.get or options.connect or options.discover else 0
     except Exception as e:
         if options.v > 1:
             print_exception(e)

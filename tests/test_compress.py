@@ -6,6 +6,7 @@
 import ast
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -424,7 +425,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 def host(request, tmp_path_factory):
     """A folder with a build that keeps what the tests mention."""
     tests = [path.read_text() for path in TESTS.glob("**/*.py")]
-    build = builds.build("host", builds.mentioned(False, *tests))
+    build = builds.build("all", builds.mentioned(False, *tests))
     folder = tmp_path_factory.mktemp(request.param)
     data = build.text.encode() if request.param == "minified" else build.packed()
     (folder / "minitor.py").write_bytes(data)
@@ -451,7 +452,7 @@ def test_vectors_with_a_build(host):
         assert done.stdout == "ok\n", done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("what", ["host", "client", "service"])
+@pytest.mark.parametrize("what", ["all", "host", "client", "service"])
 @pytest.mark.parametrize("packed", [False, True], ids=["minified", "packed"])
 def test_host_builds(what, packed, tmp_path):
     build = builds.build(what)
@@ -480,6 +481,17 @@ def test_host_builds(what, packed, tmp_path):
     assert out.startswith(head), out
     # The traceback shows lines, of what was packed too.
     assert "raise ConfigError(" in out and "cannot read the network file" in out
+
+
+def test_any_bytes_can_be_packed():
+    chance = random.Random(1)
+    for i in range(3000):
+        some = b"'\"\\\r\n\0007n\x1a\x85" if i % 2 else bytes(range(256))
+        data = bytes(chance.choices(some, k=chance.randrange(30)))
+        text = '# coding: latin-1\nx = """%s""".encode("latin-1")\n' % compress.literal(data)
+        there = {}
+        exec(compile(text.encode("latin-1"), "packed", "exec"), there)
+        assert there["x"] == data
 
 
 # ── Sizes ──

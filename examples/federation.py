@@ -36,6 +36,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -133,7 +134,7 @@ class Round:
 
     def __init__(self, n, me, tell, toss):
         self.n, self.f, self.me, self.tell = n, (n - 1) // 3, me, tell
-        # What this member said, and each other: {(kind, tag): value}, {(kind, tag): {member: value}}.
+        # What this member said, {(kind, tag): value}, and what each did, {… : {member: value}}.
         self.said, self.heard, self.batches, self.result = {}, {}, {}, None
         self.agreements = [Agreement(n, self.caster(i), toss) for i in range(n)]
 
@@ -468,12 +469,15 @@ async def take_lines(federation, every):
             await federation.propose("entry %d, %s" % (i + 1, time.strftime("%H:%M:%S")))
             await asyncio.sleep(every)
     loop = asyncio.get_running_loop()
-    while True:
-        line = await loop.run_in_executor(None, sys.stdin.readline)
-        if not line:
-            await asyncio.Event().wait()
-        if line.strip():
-            await federation.propose(line.strip())
+
+    def read():
+        for line in sys.stdin:
+            if line.strip():
+                asyncio.run_coroutine_threadsafe(federation.propose(line.strip()), loop).result()
+
+    # None that the end of the program waits for.
+    threading.Thread(target=read, daemon=True).start()
+    await asyncio.Event().wait()
 
 
 async def run(key, members, direct, every):

@@ -37,6 +37,7 @@ class End:
             self.net.cuts += 1
             self.net.left = None
             self.close()
+            self.net.on_cut()
             raise OSError("the connection is cut")
         # Let the other end answer before there is more.
         for _ in range(self.net.random.randrange(4)):
@@ -64,6 +65,7 @@ class Network:
         self.random, self.loss, self.delay, self.private = random.Random(seed), loss, delay, private
         self.accepts, self.ends, self.tasks = {}, [], set()
         self.left, self.moved, self.cuts, self.dials, self.seen = None, 0, 0, 0, []
+        self.on_cut = lambda: None
 
     def transport(self, name):
         return Transport(self, name)

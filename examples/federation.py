@@ -213,21 +213,24 @@ class Member:
         self.answered.clear()
         return out
 
-    def handle(self, sender, message):
-        """Take a message; what is none is dropped."""
-        try:
-            kind, number, *rest = message
-            if type(number) is not int or not 0 <= number < 1 << 60:
-                return
-            if kind in ("send", "echo", "ready"):
-                (origin, i, place), value = rest
-                if all(type(x) is int for x in (origin, i, place)):
-                    self.hear(sender, kind, number, (origin, i, place), value)
-            elif kind in ("done", "want", "result", "jump"):
-                getattr(self, kind)(sender, number, *rest)
-        except (ValueError, TypeError):
-            return
+    def handle(self, sender, messages):
+        """Take messages; what is none is dropped."""
+        for message in messages if type(messages) is list else ():
+            try:
+                self.take(sender, *message)
+            except (ValueError, TypeError):
+                continue
         self.settle()
+
+    def take(self, sender, kind, number, *rest):
+        if type(number) is not int or not 0 <= number < 1 << 60:
+            return
+        if kind in ("send", "echo", "ready"):
+            (origin, i, place), value = rest
+            if all(type(x) is int for x in (origin, i, place)):
+                self.hear(sender, kind, number, (origin, i, place), value)
+        elif kind in ("done", "want", "result", "jump"):
+            getattr(self, kind)(sender, number, *rest)
 
     def hear(self, sender, kind, number, tag, value):
         if number in self.rounds or self.number <= number <= self.number + AHEAD:
@@ -425,8 +428,7 @@ class Federation:
                     messages = json.loads(data)
                 except (ValueError, RecursionError):
                     continue
-                for message in messages if type(messages) is list else ():
-                    self.member.handle(i, message)
+                self.member.handle(i, messages)
                 self.wake.set()
             # It was closed in order; the member may come back.
             await asyncio.sleep(0.1)

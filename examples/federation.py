@@ -500,7 +500,10 @@ async def run(key, members, direct, every):
     if direct:
         await serve(minitor.DirectTransport(direct))
     else:
-        async with minitor.AsyncTor(data_dir=os.path.join(key, "tor")) as tor:
+        def progress(percent, tag, summary):
+            print("%d%% (%s)" % (percent, summary), file=sys.stderr)
+
+        async with minitor.AsyncTor(os.path.join(key, "tor"), progress=progress) as tor:
             await serve(minitor.TorTransport(tor, key))
 
 

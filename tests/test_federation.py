@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import federation  # noqa: E402
 from federation import Federation, Member, entries  # noqa: E402
+from livekit import Program, wait_for  # noqa: E402
 
 # Times as many schedules.
 MORE = int(os.environ.get("MINITOR_SCHEDULES", 1))
@@ -347,3 +348,24 @@ def test_who_starts_anew_gets_what_is_kept(monkeypatch):
         await m.have("here again")
 
     four(test)
+
+
+def test_the_program(tmp_path):
+    program, lines, ports = [Path(federation.__file__), "--key"], [], []
+    for i in range(4):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append("127.0.0.1:%d" % free.getsockname()[1])
+        with Program(program + [tmp_path / str(i)]) as one:
+            assert one.wait(30) == 0, one.err
+            lines.append("%s %s\n" % (one.out.strip(), ports[i]))
+    (tmp_path / "members").write_text("# ours\n" + "".join(lines))
+    rest = ["--members", tmp_path / "members", "--every", 0.2, "--direct"]
+    four = [Program(program + [tmp_path / str(i)] + rest + [ports[i]]) for i in range(4)]
+    try:
+        wait_for(lambda: all(one.out.count("\n") > 8 for one in four), 60, "agreement")
+        for one in four:
+            assert one.interrupt() == 0 and one.err.startswith("this member is "), one.err
+        assert len({tuple(one.out.splitlines()[:8]) for one in four}) == 1
+    finally:
+        for one in four:
+            one.kill()

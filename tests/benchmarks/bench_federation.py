@@ -267,7 +267,7 @@ def netem():
         except OSError as e:
             return str(e)
         if done.returncode:
-            return "%s: %s" % (" ".join(command[:8]), done.stdout.decode().strip())
+            return "%s: %s" % (" ".join(command), done.stdout.decode().strip())
     return None
 
 

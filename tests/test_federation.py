@@ -13,11 +13,76 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import federation  # noqa: E402
-from federation import Federation, Member, entries  # noqa: E402
+from federation import PLAIN, Agreement, Federation, Member, Round, entries  # noqa: E402
 from livekit import Program, wait_for  # noqa: E402
 
 # Times as many schedules.
 MORE = int(os.environ.get("MINITOR_SCHEDULES", 1))
+
+
+def delivered(bag, rnd):
+    """Yield what is in `bag`, and comes into it, in an order that `rnd` chooses."""
+    style, starved = rnd.choice(["random", "last first", "starve"]), rnd.randrange(4)
+    while bag:
+        k = rnd.randrange(len(bag)) if style != "last first" or rnd.random() < 0.1 else len(bag) - 1
+        if style == "starve":
+            # One is as slow as can be.
+            for _ in range(20):
+                if starved not in bag[k][:2]:
+                    break
+                k = rnd.randrange(len(bag))
+        bag[k], bag[-1] = bag[-1], bag[k]
+        yield bag.pop()
+
+
+def test_what_is_broadcast_all_get_alike():
+    for seed in range(2000 * MORE):
+        rnd, bag, rounds = random.Random(seed), [], []
+
+        def sayer(i):
+            def say(kind, tag, value):
+                if tag[1] < 0:
+                    bag.extend((i, j, kind, tag, value) for j in range(3))
+
+            return say
+
+        rounds = [Round(4, i, sayer(i), int) for i in range(3)]
+        tag = rnd.choice([0, 3]), -1, 0
+        if not tag[0]:
+            rounds[0].say("send", tag, "a")
+        # Member 3 says something else to each, at times twice.
+        for kind in ("send", "echo", "ready") * 2:
+            for j in range(3):
+                if rnd.random() < 0.7:
+                    bag.append((3, j, kind, tag, rnd.choice("ab")))
+        for sender, to, kind, tag, value in delivered(bag, rnd):
+            rounds[to].hear(sender, kind, tag, value)
+        got = [list(one.batches.values()) for one in rounds]
+        possible = [["a"]] if not tag[0] else [[], ["a"], ["b"]]
+        assert got[0] == got[1] == got[2] and got[0] in possible, seed
+
+
+def test_all_decide_alike():
+    for seed in range(2000 * MORE):
+        rnd, bag, members = random.Random(seed), [], []
+
+        def caster(i):
+            return lambda place, value: bag.extend((i, j, place, value) for j in range(3))
+
+        members = [Agreement(4, caster(i), lambda: rnd.getrandbits(1)) for i in range(3)]
+        # Broadcasts are reliable: what member 3 says all hear, if one does, sooner or later.
+        inputs = [rnd.getrandbits(1) for _ in members]
+        worst = [int(sum(inputs) < 2)] * 2 + [PLAIN]
+        for place in range(30):
+            value = rnd.choice([worst[place % 3], worst[place % 3], rnd.randrange(3)])
+            if rnd.random() < 0.9:
+                bag += [(3, j, place, value) for j in range(3)]
+        for one, value in zip(members, inputs):
+            one.enter(value)
+        for sender, to, place, value in delivered(bag, rnd):
+            members[to].take(sender, place, value)
+        decided = {one.decided for one in members}
+        assert decided in ({0}, {1}) and decided <= set(inputs), seed
 
 
 class Honest:
@@ -123,24 +188,17 @@ class Forging:
 
 
 def everything(members, rnd):
-    """Deliver all messages, in an order that `rnd` chooses; return how many there were."""
-    n, bag, count = len(members), [], 0
-    style, starved = rnd.choice(["random", "random", "last first", "starve"]), rnd.randrange(n)
-    while True:
-        for i, one in enumerate(members):
-            bag += [(i, j, message) for j, message in one.sendings()]
-        if not bag:
-            return count
-        k = rnd.randrange(len(bag)) if style != "last first" or rnd.random() < 0.1 else len(bag) - 1
-        if style == "starve":
-            # One is as slow as can be.
-            for _ in range(20):
-                if starved not in bag[k][:2]:
-                    break
-                k = rnd.randrange(len(bag))
-        bag[k], bag[-1] = bag[-1], bag[k]
-        sender, to, message = bag.pop()
+    """Deliver all messages, in an order that `rnd` chooses."""
+    bag, count = [], 0
+
+    def collect(i):
+        bag.extend((i, j, message) for j, message in members[i].sendings())
+
+    for i in range(len(members)):
+        collect(i)
+    for sender, to, message in delivered(bag, rnd):
         members[to].handle(sender, [message])
+        collect(to)
         count += 1
         assert count < 200000, "it does not end"
 

@@ -50,21 +50,21 @@ PRESETS = {
     "host": (
         False,
         "Tor AsyncTor Stream OnionService Proxy Node Link DirectTransport SocksTransport TorTransport"
-        " HybridTransport set_log main __version__ __all__",
+        " HybridTransport BlockingNode BlockingLink Calls Advertisement Discovery set_log main __version__ __all__",
         "",
     ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
         "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " run_daemon",
+        " run_daemon peer_command",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
         " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " run_daemon",
+        " run_daemon peer_command netcat",
     ),
     "board": (
         True,

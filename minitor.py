@@ -12,8 +12,8 @@ MIT licence.
 
 __version__ = "0.1.0"
 __all__ = (
-    "AsyncTor", "DirectTransport", "HybridTransport", "Link", "Node", "Proxy", "SocksTransport",
-    "Tor", "TorError", "TorTransport",
+    "Advertisement", "AsyncTor", "BlockingNode", "Calls", "DirectTransport", "Discovery",
+    "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
 )
 
 # === 1. Platform ===
@@ -383,6 +383,11 @@ class LinkError(TorError):
     """A link is closed, or messages may have been lost; `lost`: these."""
 
     lost = ()
+
+
+class DiscoveryError(TorError):
+    """No peer answers, or knows what was looked for."""
+
 
 
 class TorTimeout(TorError):
@@ -7516,13 +7521,16 @@ def load_identity(key):
     return key
 
 
-def split_address(address):
+def split_address(address, port=PEER_PORT):
     """Host and port of "HOST[:PORT]"; AddressError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or host[-1] == ":":
-        host, port = address, str(PEER_PORT)
-    check_target(host.strip("[]"), int(port[:6]))
-    return host.strip("[]"), int(port)
+    host, given = address, str(port)
+    if address[:1] == "[" and address[-1:] != "]" or address.count(":") == 1:
+        host, _, given = address.rpartition(":")
+    if not given.isdecimal() or len(given) > 5:
+        raise AddressError("%s: no port is behind the colon" % address)
+    host = host.strip("[]")
+    check_target(host, int(given))
+    return host, int(given)
 
 
 class PeerStream:
@@ -7602,8 +7610,8 @@ class DirectTransport:
 
 
 class SocksTransport(DirectTransport):
-    """Through the SOCKS port `proxy` ([ADDRESS:]PORT) of a running tor, best with its flag
-    ExtendedErrors; each connection has a circuit of its own.
+    """Through the SOCKS port `proxy` ([ADDRESS:]PORT or unix:PATH) of a running tor, best with its
+    flag ExtendedErrors; each connection has a circuit of its own.
 
     `where`: to listen at, as its HiddenServicePort says; `address`: that onion service's.
     """
@@ -7622,16 +7630,19 @@ class SocksTransport(DirectTransport):
             raise AddressError("%s is no onion address" % address)
         parse_onion_address(host)
         opening = self._ask(host.encode(), port, address)
-        private = self._trusts(self._proxy.host)
+        private = bool(self._proxy.path) or self._trusts(self._proxy.host)
         return PeerStream(*await _told_apart(opening, address, seconds), private)
 
     async def _ask(self, host, port, address):
         to = self._proxy
         try:
-            opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
+            if to.path:
+                opening = asyncio.open_unix_connection(to.path, limit=1 << 18)
+            else:
+                opening = asyncio.open_connection(to.host, to.port, limit=1 << 18)
             reader, writer = await opening
         except OSError as e:
-            raise ProxyError("no proxy at %s:%d: %s" % (to.host, to.port, e))
+            raise ProxyError("no proxy at %s:%d: %s" % (to.path or to.host, to.port, e))
         try:
             writer.write(b"\5\2\0\2")
             method = await reader.readexactly(2)
@@ -7654,9 +7665,6 @@ class SocksTransport(DirectTransport):
                 raise ProxyError("the proxy hung up: %s" % e)
             raise
 
-    async def listen(self, accept):
-        await DirectTransport.listen(self, accept)
-
 
 def _socks_error(code, address):
     # RFC 1928 and proposal 304.
@@ -7672,10 +7680,10 @@ def _socks_error(code, address):
 
 class TorTransport:
     """Through `tor` (AsyncTor, or Tor) in this process; `key`: see load_identity, needed to
-    listen: the onion service's."""
+    listen: the onion service's; `others`: its other ports, as of create_onion_service."""
 
-    def __init__(self, tor, key=None, port=PEER_PORT):
-        self._tor, self._port = getattr(tor, "_tor", tor), port
+    def __init__(self, tor, key=None, port=PEER_PORT, others=()):
+        self._tor, self._port, self._others = getattr(tor, "_tor", tor), port, dict(others)
         self._key, self._service = key and load_identity(key), None
         self.address = key and "%s:%d" % (onion_address(self._key[1]), port)
 
@@ -7689,7 +7697,11 @@ class TorTransport:
 
     async def listen(self, accept):
         serve = lambda reader, writer: accept(PeerStream(reader, writer, True))
-        self._service = await self._tor.create_onion_service(self._port, serve, self._key)
+        port = self._port
+        if self._others:
+            port = dict(self._others)
+            port[self._port] = serve
+        self._service = await self._tor.create_onion_service(port, serve, self._key)
 
     async def close(self):
         if self._service:
@@ -7895,7 +7907,7 @@ class _Journal:
         self._size = end
         if not self.id:
             self.id = urandom(16)
-            self.write(b"S", 0, self.id)
+            self.write(_journal_record(b"S", 0, self.id))
 
     def _open(self):
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -7929,9 +7941,9 @@ class _Journal:
                 self.units[number] = kind == b"m", body
         return at
 
-    def write(self, kind, number, body=b""):
-        """Append a record; LinkError, and then it is as if that was not tried."""
-        data = _journal_record(kind, number, body)
+    def write(self, *records):
+        """Append records; LinkError, and then it is as if that was not tried."""
+        data = b"".join(records)
         try:
             if os.write(self._fd, data) != len(data):
                 raise OSError("the disk is full")
@@ -7951,8 +7963,7 @@ class _Journal:
         if self._size < (1 << 20) + 2 * sum([len(unit) for _, unit in units.values()]):
             return
         pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
-        for number, (more, unit) in units.items():
-            pieces.append(_journal_record(b"m" if more else b"M", number, unit))
+        pieces += _unit_records(units)
         try:
             write_file(self._path, *pieces)
             os.close(self._fd)
@@ -7965,9 +7976,13 @@ class _Journal:
         os.close(self._fd)
 
 
-def _journal_record(kind, number, body):
+def _journal_record(kind, number, body=b""):
     rest = pack(">IcQ", len(body), kind, number) + body
     return pack(">I", binascii.crc32(rest)) + rest
+
+
+def _unit_records(units):
+    return [_journal_record(b"m" if more else b"M", n, unit) for n, (more, unit) in units.items()]
 
 
 class Link:
@@ -7981,7 +7996,9 @@ class Link:
     A message is acknowledged when the peer's application takes it, and kept until then; after a
     cut the link is up again by itself.  When the peer started anew without a journal, what was
     sent and not acknowledged may be lost: the next `send` or `flush` raises a LinkError, with these
-    messages in `lost`, and the link goes on.  `up`; `error`: the last; `round_trip` in seconds.
+    messages in `lost`; nothing more is sent by that call, and the link goes on.
+
+    `up`; `error`: the last; `round_trip` in seconds; `buffered`: bytes that are kept.
     """
 
     def __init__(self, node, peer, protocol):
@@ -7995,7 +8012,7 @@ class Link:
         self._id, self._units, self._base, self._next, self._at = urandom(16), {}, 1, 1, 1
         self._sent = self.buffered = self._flying = self._acked = 0
         self._window, self._limit, self._mark, self._trips = _WINDOW, node.buffer, 0, []
-        self._lost, self._bye = [], False
+        self._lost, self._bye, self._biggest = [], False, 0
         # In: the peer's session, its last unit here and the last one taken, as was told; messages
         # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
         self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
@@ -8038,22 +8055,23 @@ class Link:
         n = len(message)
         count = n // UNIT + 1 if n % UNIT or not n else n // UNIT
         cost = n + count * _COST
-        if n > self.node.largest or cost > self._limit:
+        if n > self.node.largest or cost > min(self._limit, self.node.buffer):
             raise ConfigError("a message of %d bytes is too large" % n)
         async with self._turn:
             self._check()
             while self.buffered and self.buffered + cost > self.node.buffer:
                 await self._change()
                 self._check()
-            message = bytes(message)
+            units, message, n = {}, bytes(message), self._next
             for i in range(count):
-                more = i < count - 1
                 unit = message[i * UNIT : (i + 1) * UNIT] if count > 1 else message
-                if self._journal:
-                    self._journal.write(b"m" if more else b"M", self._next, unit)
-                self._units[self._next] = more, unit
-                self._next += 1
+                units[n + i] = i < count - 1, unit
+            if self._journal:
+                self._journal.write(*_unit_records(units))
+            self._units.update(units)
+            self._next += count
             self.buffered += cost
+            self._biggest = max(self._biggest, cost)
         self._wake.set()
 
     async def flush(self, seconds=None):
@@ -8118,7 +8136,7 @@ class Link:
         session, number, message, cost = self._inbox[0]
         if session == self._theirs:
             if self._journal:
-                self._journal.write(b"T", number, session)
+                self._journal.write(_journal_record(b"T", number, session))
             self._taken = number
             self._acknowledge(cost)
         self._inbox.popleft()
@@ -8142,7 +8160,7 @@ class Link:
 
     def _state(self):
         # What the other end has to know (`_parse_state`).
-        limit, kept = self.node.buffer + _COST, self._journal is not None
+        limit, kept = self.node.limit(), self._journal is not None
         state = self._life, self._ups, self._id, self._theirs, self._taken, self._got, limit, kept
         return pack(_STATE, *state)
 
@@ -8171,31 +8189,27 @@ class Link:
         self._flying = sum([self._cost(n) for n in range(self._base, self._at)])
         if hello.id != self._theirs:
             require(self._unread <= self.node.buffer, "too many sessions")
-            self._theirs, self._fresh, self._parts = hello.id, True, []
+            self._theirs, self._fresh = hello.id, True
+            self._forget_parts()
             self._got = self._taken = 0
             self._stale = self._unread
         self._their_life, self._limit = hello.life, hello.limit
+        require(self._biggest <= self._limit, "the peer takes %d bytes at most" % self._limit)
 
     def _cost(self, number):
         return len(self._units[number][1]) + _COST
 
     def _give_up(self, last):
-        # What may have arrived, and may not.
-        message = []
+        # What may have arrived, and may not; to the end of a message that was begun.
+        while last >= self._base and self._units[last][0]:
+            last += 1
+        parts = []
         for number in range(self._base, last + 1):
             more, unit = self._units[number]
-            message.append(unit)
+            parts.append(unit)
             if not more:
-                self._lost.append(b"".join(message))
-                message = []
-        # Units of a message of which some never went.
-        while message and last + 1 < self._next:
-            last += 1
-            more, unit = self._units[last]
-            message.append(unit)
-            if not more:
-                self._lost.append(b"".join(message))
-                break
+                self._lost.append(b"".join(parts))
+                parts = []
         self._sent = max(self._sent, last)
         self._confirm(last)
 
@@ -8212,7 +8226,7 @@ class Link:
             del self._units[n]
         self._base, self._at = number + 1, max(self._at, number + 1)
         if self._journal:
-            self._journal.write(b"A", number)
+            self._journal.write(_journal_record(b"A", number))
             self._journal.tidy(self._base, self._units, self._theirs, self._taken)
         self._changed.set()
         self._wake.set()
@@ -8285,7 +8299,7 @@ class Link:
             size += cost
             self._sent = max(self._sent, self._at)
             self._at += 1
-        if self._told and (frames or self._due):
+        if self._told and (frames or self._due or self._bye):
             frames.append(pack(">BQ", _ACK, self._taken))
             self._told, self._due = 0, False
         if pipe.pong:
@@ -8342,8 +8356,12 @@ class Link:
                 log(WARN, "units %d to %d of a peer are gone: is the journal here an old one?",
                     self._got + 1, number - 1)
             self._got = self._taken = number - 1
-            self._parts = []
+            self._forget_parts()
         self._fresh = False
+
+    def _forget_parts(self):
+        self._unread -= sum([len(unit) + _COST for unit in self._parts])
+        self._parts = []
 
     def _unit(self, pipe, more, unit):
         require(pipe.count is not None, "a unit before its number")
@@ -8352,7 +8370,7 @@ class Link:
             return
         self._got = pipe.count
         self._unread += len(unit) + _COST
-        require(self._unread <= self.node.buffer + _COST + self._stale, "more than was agreed on")
+        require(self._unread <= self.node.limit() + self._stale, "more than was agreed on")
         self._parts.append(unit)
         if not more:
             message = unit if len(self._parts) == 1 else b"".join(self._parts)
@@ -8512,6 +8530,10 @@ class Node:
     @property
     def address(self):
         return self.transport.address
+
+    def limit(self):
+        # What a peer may have on the way: the largest message fits.
+        return min(self.buffer, self.largest + (self.largest // UNIT + 1) * _COST)
 
     async def start(self):
         """Listen; return itself.  ConfigError, and what the transport raises."""
@@ -8704,6 +8726,664 @@ class BlockingNode(LoopThread):
             raise StopIteration
 
 
+# Coroutines that answer calls, at once.
+_CALLS_AT_ONCE = 64
+
+
+class Calls:
+    """Calls to peers and from them, over links of `node` with that `protocol`.
+
+    `answer`: function or coroutine function(key, request): the reply (bytes) to the peer with that
+    public key.  A link is closed when it was not used for `idle` seconds.
+    """
+
+    def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
+        # `_waiting`: {(link, number): Promise}; `_read`: links that are read from.
+        self._node, self._protocol, self._answer = node, protocol, answer
+        self._idle, self._largest, self._waiting, self._read = idle, largest, {}, []
+        self._count = self._busy = 0
+        if answer:
+            node.serve(protocol, self._serve)
+
+    async def call(self, contact, request, seconds=120):
+        """Return the reply of a contact (public key, address) to `request`; TorError."""
+        try:
+            return await asyncio.wait_for(self._called(contact, request), seconds)
+        except asyncio.TimeoutError:
+            raise TorTimeout("%s did not answer in %s s" % (contact[1], seconds))
+
+    async def _called(self, contact, request):
+        old = self._node.links.get((contact[0], self._protocol))
+        while True:
+            link = self._node.link(*contact, self._protocol, False)
+            self._count = self._count + 1 & 0xFFFFFFFF
+            number, promise = self._count, Promise()
+            self._waiting[link, number] = promise
+            try:
+                if link not in self._read:
+                    self._read.append(link)
+                    spawn(self._serve(link, True))
+                await link.ready()
+                await link.send(pack(">BI", 0, number) + request)
+                return await promise.wait()
+            except LinkError:
+                # The peer may just have closed a link that nobody used.
+                if link is not old:
+                    raise
+                old = None
+            finally:
+                del self._waiting[link, number]
+
+    async def _serve(self, link, ours=False):
+        # Until it is closed, or was not used for a while.
+        if link in self._read and not ours:
+            return
+        error = LinkError("the link is closed")
+        self._read += [link] * (not ours)
+        try:
+            while await self._next(link) or any([other is link for other, _ in self._waiting]):
+                pass
+        except (OSError, TorError) as e:
+            error = e if isinstance(e, LinkError) else LinkError(str(e))
+        finally:
+            self._read.remove(link)
+            for (other, _), promise in list(self._waiting.items()):
+                if other is link:
+                    promise.set(error=error)
+            try:
+                await link.close(1)
+            except TorError:
+                pass  # what was not sent is nobody's reply any more
+
+    async def _reply(self, link, head, answering):
+        try:
+            await link.send(head + await answering)
+        except TorError as e:
+            log(INFO, "a call is not answered: %s", e)
+        finally:
+            self._busy -= 1
+
+    async def _next(self, link):
+        # A message; None: there was none.
+        try:
+            message = await link.receive(self._idle)
+        except TorTimeout:
+            return None
+        require(5 <= len(message) <= self._largest, "a call of %d bytes" % len(message))
+        kind, number = unpack_from(">BI", message)
+        if kind == 0:
+            require(self._answer, "a call, and nobody is there who answers")
+            reply, head = self._answer(link.peer, message[5:]), pack(">BI", 1, number)
+            if isinstance(reply, bytes):
+                await link.send(head + reply)
+            else:
+                # Beside: it may call who asks.
+                while self._busy >= _CALLS_AT_ONCE:
+                    await asyncio.sleep(0.05)
+                self._busy += 1
+                spawn(self._reply(link, head, reply))
+        elif (link, number) in self._waiting:
+            self._waiting[link, number].set(message[5:])
+        return True
+
+
+# Advertisements and discovery.  Who offers what, signed by the key of an onion address.
+
+_AD_PREFIX = b"minitor advertisement 1\0"
+AD_SECONDS, _AD_LONGEST, _AD_SKEW = 3 * 3600, 86400, 1800
+MOST_SERVICES, MOST_METADATA = 16, 128
+_NAMES = _BASE32 + "0189-_."
+
+
+def _ad_fault(services, lifetime):
+    # What is wrong with them, or None.
+    if len(services) > MOST_SERVICES:
+        return "more than %d services" % MOST_SERVICES
+    if not 0 < lifetime <= _AD_LONGEST:
+        return "a lifetime of %d s: not 1 to %d" % (lifetime, _AD_LONGEST)
+    for name, (port, metadata) in services.items():
+        if not 0 < len(name) < 64 or name.strip(_NAMES) or is_onion(name):
+            return "%r is no name of a service: 1 to 63 of a-z, 0-9, - _ ." % name
+        if not 0 < port < 65536 or len(metadata) > MOST_METADATA:
+            return "%s: port %d, and %d bytes of metadata" % (name, port, len(metadata))
+
+
+def check_service(name):
+    fault = _ad_fault({name: (1, b"")}, 1)
+    if fault:
+        raise ConfigError(fault)
+
+
+class Advertisement:
+    """Who offers what: `key` (Ed25519), `address` (onion), `services`: {name: (port, metadata
+    of up to 128 bytes)}, `timestamp` and `expiry` in seconds since 1970, `signature`.
+    """
+
+    def __init__(self, key, services, timestamp, expiry, signature=b""):
+        self.key, self.address, self.services = key, onion_address(key), services
+        self.timestamp, self.expiry, self.signature = timestamp, expiry, signature
+
+    @staticmethod
+    def create(secret, services, seconds=AD_SECONDS, timestamp=None):
+        """Sign `services`, as above, for `seconds`.  `secret`: of load_service_key; ConfigError."""
+        fault = _ad_fault(services, seconds)
+        if fault:
+            raise ConfigError("cannot be advertised: " + fault)
+        timestamp = now() if timestamp is None else timestamp
+        ad = Advertisement(secret[1], services, timestamp, timestamp + seconds)
+        ad.signature = ed25519_sign(*secret, _AD_PREFIX + ad._content())
+        return ad
+
+    def _content(self):
+        # Of one content, one encoding: services in the order of their names.
+        data = b32decode(self.address[:-6])
+        data += pack(">QIB", self.timestamp, self.expiry - self.timestamp, len(self.services))
+        for name, (port, metadata) in sorted(self.services.items()):
+            data += bytes([len(name)]) + name.encode()
+            data += pack(">HB", port, len(metadata)) + metadata
+        return data
+
+    def encode(self):
+        """Address (35 bytes: key, checksum, version), timestamp (8), lifetime (4), count (1);
+        for each service length (1) and name, port (2), length (1) and metadata; signature (64)."""
+        return self._content() + self.signature
+
+    @staticmethod
+    def decode(data):
+        """Return the Advertisement in `data`, unverified; ProtocolError where `encode` makes
+        another of it."""
+        reader, services = Reader(data, "advertisement"), {}
+        key = reader.take(35)[:32]
+        timestamp, lifetime = reader.uint(8), reader.uint(4)
+        for _ in range(reader.uint(1)):
+            name = reader.take(reader.uint(1))
+            require(not name.strip(_NAMES.encode()), "a service's name is none")
+            port = reader.uint(2)
+            services[name.decode()] = port, reader.take(reader.uint(1))
+        ad = Advertisement(key, services, timestamp, timestamp + lifetime, reader.take(64))
+        fault = _ad_fault(services, lifetime)
+        require(not fault, "bad advertisement: %s" % fault)
+        require(ad.encode() == data, "an advertisement is not encoded as it has to be")
+        return ad
+
+    def verify(self, at=None):
+        """Check it at the time `at` (default: now); ProtocolError."""
+        at, who = now() if at is None else at, "the advertisement of " + self.address
+        require(at < self.expiry, who + " has expired, or this clock is fast")
+        require(self.timestamp <= at + _AD_SKEW, who + " is of the future, or this clock is slow")
+        signed = ed25519_verify(self.key, _AD_PREFIX + self._content(), self.signature)
+        require(signed and ed25519_valid(self.key), who + " is not signed by its key")
+        return self
+
+
+# A distributed hash table of advertisements (Kademlia).  A contact is (public key, where it takes
+# calls: "host:port"); whoever calls or is called has proven its key.
+
+# Contacts in a bucket and in an answer; calls at once in a look-up, and when some are late.
+_K, _ALPHA, _ALPHA_LATE = 8, 3, 12
+# Calls of a look-up; how many contacts of one peer may fail before it counts as a liar.
+_MOST_ASKED, _CREDIT = 96, 3
+# In seconds: a call; when it is late; between rounds of upkeep.
+CALL_SECONDS, _LATE_SECONDS, UPKEEP_SECONDS = 60, 8, 1800
+# Bytes of a call or an answer, and of advertisements in it; advertisements kept, and of one name.
+MOST_CALL, _MOST_ADS_SENT, MOST_ADS, _MOST_OF_NAME = 1 << 14, 12000, 1024, 128
+# Calls of one peer, of all: so many at once, then so many a second.  What storing costs.
+_PEER_RATE, _RATE_OF_ALL, _MOST_RATES, _STORE_COST = (100, 5), (2000, 200), 4096, 4
+LOOK, STORE, DONE, REFUSED = range(4)
+
+
+def place_of(what):
+    """Where in the table something is: a public key (bytes) or a service's name (text)."""
+    named = isinstance(what, str)
+    text = b"minitor discovery: " + (b"name " + what.encode() if named else b"key " + what)
+    return uint(sha3_256(text))
+
+
+def places_of(ad):
+    return [place_of(ad.key)] + [place_of(name) for name in ad.services]
+
+
+def pack_contact(contact):
+    return contact[0] + bytes([len(contact[1])]) + contact[1].encode()
+
+
+def _read_address(reader):
+    text = reader.take(reader.uint(1))
+    require(len(text) < 128 and not text.strip(_NAMES.encode() + b":[]"), "no address")
+    return text.decode()
+
+
+def parse_contact(text, direct=False):
+    """The contact in a text: ADDRESS.onion[:PORT]; where `direct`, ADDRESS.onion@HOST:PORT."""
+    address, at, where = text.partition("@")
+    host, port = split_address(where or address)
+    if at and not direct:
+        raise AddressError("%s: peers are called over Tor here" % text)
+    key = parse_onion_address(address if at else host)
+    host = "[%s]" % host if ":" in host else host
+    return key, "%s:%d" % (host if at else onion_address(key), port)
+
+
+class _Lookup:
+    """The contacts that a look-up has learnt of, and whom it asks next.
+
+    Who is learnt of from liars alone, is not asked: they could name others without end.
+    """
+
+    def __init__(self, place, contacts):
+        # `known`: {contact: [distance, state, who named it]}; `credit`: {who: so many more}.
+        # `verified`: advertisements, encoded.
+        self.place, self.known, self.asked, self.credit = place, {}, 0, {None: 1 << 30}
+        self.verified = set()
+        self.learn(None, contacts)
+
+    def learn(self, source, contacts):
+        self.credit.setdefault(source, _CREDIT)
+        for contact in contacts:
+            distance = place_of(contact[0]) ^ self.place
+            self.known.setdefault(contact, [distance, "new", set()])[2].add(source)
+
+    def next(self):
+        """The contact to ask next, or None."""
+        window, done = 0, set()
+        for contact, (_, state, sources) in sorted(self.known.items(), key=lambda i: i[1][0]):
+            trusted = [source for source in sources if self.credit[source] > 0]
+            over = state in ("failed", "late") or contact[0] in done
+            if over or state == "new" and not trusted:
+                continue
+            if state == "new" and self.asked < _MOST_ASKED:
+                self.known[contact][1], self.asked = "asked", self.asked + 1
+                return contact
+            if state == "answered":
+                done.add(contact[0])
+            window += 1
+            if window == _K:
+                break
+        return None
+
+    def result(self, contact, good):
+        """Note how a call ended."""
+        _, before, sources = self.known[contact]
+        self.known[contact][1] = "answered" if good else "failed"
+        for source in sources:
+            self.credit[source] += (1 if good else -1) + (before == "late")
+
+    def late(self):
+        """What is asked takes long: count on it no more, unless it is all there is."""
+        for entry in self.known.values():
+            if entry[1] == "asked":
+                entry[1] = "late"
+                for source in entry[2]:
+                    self.credit[source] -= 1
+
+    def waits(self):
+        """How many are asked and not late."""
+        return len([entry for entry in self.known.values() if entry[1] == "asked"])
+
+    def lied(self, contact):
+        self.known[contact][1], self.credit[contact] = "failed", -(1 << 30)
+
+    def nearest(self):
+        """The contacts nearest to the place that have answered."""
+        found = [(d, c) for c, (d, state, _) in self.known.items() if state == "answered"]
+        return [contact for _, contact in sorted(found)[:_K]]
+
+
+class Discovery:
+    """A peer that finds others, by key and by what they offer, and is found.
+
+    `call`: coroutine function(contact, request): reply, both bytes, from who has proven the
+    contact's key; TorError.  Its other end is `answer` of a Discovery.  `secret`: as of
+    load_service_key.  `address`: "host:port" where calls are taken; "": none are, so that others
+    are not told of this peer.  `direct`: contacts may be elsewhere than at their onion address.
+    """
+
+    def __init__(self, call, secret, address="", direct=False):
+        self._call, self._secret, self.key, self._direct = call, secret, secret[1], direct
+        self.address, self.place = address, place_of(self.key)
+        # `_asked`: those called just now; `_seeds`: where to begin.
+        self._buckets, self._asked, self._seeds, self._fault = {}, set(), [], None
+        self._looks = set()
+        # `_ads`: {key: (distance, Advertisement, encoded)}; `_places`: {place: keys}; `_rates`:
+        # {key: (calls left, when)}; `_looks`: tasks.
+        self._ads, self._places, self._rates, self.services, self._kept = {}, {}, {}, None, 0
+
+    @staticmethod
+    def over(node, direct=False):
+        """A Discovery whose calls go over links of `node`, once that is started."""
+        answer = lambda key, request: found.answer(key, request)
+        calls = Calls(node, "discovery", answer, largest=MOST_CALL + 5)
+        found = Discovery(calls.call, node.identity, node.address or "", direct)
+        return found
+
+    # Contacts.
+
+    def contacts(self):
+        """Return those who have answered, and did not fail since."""
+        return [contact for bucket, _ in self._buckets.values() for contact in bucket]
+
+    def _near(self, place, n=_K):
+        return sorted(self.contacts(), key=lambda contact: place_of(contact[0]) ^ place)[:n]
+
+    def _is_good(self, contact):
+        # Whether it may be called: nobody shall make us connect elsewhere than to a peer.
+        key, address = contact
+        there = self._direct or address.partition(":")[0] == onion_address(key)
+        return there and key != self.key and address != ""
+
+    def _bucket(self, key):
+        # Where it belongs: contacts, least recently seen first; and spare ones.
+        number = len(bin(place_of(key) ^ self.place))
+        return self._buckets.setdefault(number, ([], []))
+
+    def _seen(self, contact):
+        # It has answered.  Who is there for long will be: it makes room only when it fails.
+        for peers in self._bucket(contact[0]):
+            others = [other for other in peers if other[0] != contact[0]]
+            if len(others) < _K:
+                peers[:] = others + [contact]
+                return
+        peers[:] = others[1:] + [contact]
+
+    def _gone(self, key, address=None):
+        # It did not answer at that address, or lied.
+        bucket, spare = self._bucket(key)
+        for contact in list(bucket):
+            if contact[0] == key and address in (None, contact[1]):
+                bucket.remove(contact)
+                bucket += [spare.pop()] if spare else []
+
+    def _heard(self, contact):
+        # It calls, and says that it takes calls: others are told of it when it does.
+        bucket, _ = self._bucket(contact[0])
+        if contact in bucket:
+            return self._seen(contact)
+        busy = len(self._asked) >= _ALPHA_LATE or contact in self._asked or len(bucket) == _K
+        if not busy and self._is_good(contact):
+            self._asked.add(contact)
+            spawn(self._check(contact))
+
+    async def _check(self, contact):
+        try:
+            await self._look(contact, self.place)
+        except TorError as e:
+            log(INFO, "a peer is not there: %s", e)
+
+    # Calls.
+
+    def _head(self, kind):
+        return bytes([kind, len(self.address)]) + self.address.encode()
+
+    async def _ask(self, contact, kind, body):
+        # The answer's body; TorError.
+        request = self._head(kind) + body
+        self._asked.add(contact)
+        try:
+            reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
+            require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
+        except asyncio.TimeoutError:
+            self._gone(*contact)
+            raise TorTimeout("%s did not answer in %d s" % (contact[1], CALL_SECONDS))
+        except TorError:
+            self._gone(*contact)
+            raise
+        finally:
+            self._asked.discard(contact)
+        reader = Reader(reply, "answer")
+        if reader.uint(1) != DONE:
+            raise DiscoveryError("%s refuses to answer" % contact[1])
+        # Where it is to be called, it knows best: others may have named another place.
+        there = contact[0], _read_address(reader)
+        if self._is_good(there):
+            self._seen(there)
+        else:
+            self._gone(contact[0])
+        return reader.take(reader.left())
+
+    async def _look(self, contact, place):
+        # Contacts and advertisements, undecoded, that a peer has for a place.
+        body = await self._ask(contact, LOOK, place.to_bytes(32, "big"))
+        try:
+            reader, contacts, ads = Reader(body, "answer"), [], []
+            count = reader.uint(1)
+            require(count <= _K, "an answer of %d contacts" % count)
+            for _ in range(count):
+                contacts.append((reader.take(32), _read_address(reader)))
+            while reader.left():
+                ads.append(reader.take(reader.uint(2)))
+        except ProtocolError:
+            self._gone(contact[0])
+            raise
+        return [contact for contact in contacts if self._is_good(contact)], ads
+
+    async def _find(self, place):
+        # The peers nearest to a place, and {key: Advertisement} of all that is there.
+        known = self._near(place) + ([] if len(self.contacts()) >= _K else self._seeds)
+        lookup, tasks, found = _Lookup(place, known), {}, {}
+        for key in self._places.get(place, ()):
+            self._take(found, self._ads[key][1])
+        try:
+            while True:
+                while lookup.waits() < _ALPHA and len(tasks) < _ALPHA_LATE:
+                    contact = lookup.next()
+                    if not contact:
+                        break
+                    tasks[self._looking(contact, place)] = contact
+                nearest = lookup.nearest()
+                if not tasks or len(nearest) == _K and not lookup.waits():
+                    return nearest, found
+                done, _ = await asyncio.wait(
+                    tasks, timeout=_LATE_SECONDS, return_when="FIRST_COMPLETED")
+                if not done:
+                    lookup.late()
+                for task in done:
+                    contact, error = tasks.pop(task), task.exception()
+                    lookup.result(contact, not error)
+                    if not error:
+                        await self._learn(lookup, contact, *task.result(), found)
+                    elif isinstance(error, TorError):
+                        self._fault = error
+                    else:
+                        raise error
+        except BaseException:
+            # Only then: who is late is to be known as that, or as gone.
+            for task in tasks:
+                task.cancel()
+            raise
+
+    def _looking(self, contact, place):
+        # The task of a call, held on to.
+        def done(task):
+            self._looks.discard(task)
+            return task.cancelled() or task.exception()
+
+        task = asyncio.ensure_future(self._look(contact, place))
+        self._looks.add(task)
+        task.add_done_callback(done)
+        return task
+
+    async def _learn(self, lookup, contact, contacts, ads, found):
+        lookup.learn(contact, contacts)
+        try:
+            for data in ads:
+                if data not in lookup.verified and len(found) < _K * _MOST_OF_NAME:
+                    ad = Advertisement.decode(data)
+                    require(lookup.place in places_of(ad), "an advertisement of something else")
+                    if now() < ad.expiry:
+                        self._take(found, ad.verify())
+                        lookup.verified.add(data)
+                        await asyncio.sleep(0)  # a signature takes milliseconds
+        except ProtocolError as e:
+            log(INFO, "a peer lies: %s", e)
+            lookup.lied(contact)
+            self._gone(contact[0])
+
+    def _take(self, found, ad):
+        old = found.get(ad.key)
+        if ad.expiry > now() and (not old or ad.timestamp > old.timestamp):
+            found[ad.key] = ad
+
+    # Answers.
+
+    def answer(self, key, request):
+        """Return the reply to what a peer with that public key asks."""
+        try:
+            reader = Reader(request, "call")
+            kind, address = reader.uint(1), _read_address(reader)
+            cost = _STORE_COST if kind == STORE else 1
+            if not self._affords(key, _PEER_RATE, cost) or not self._affords(0, _RATE_OF_ALL, cost):
+                return bytes([REFUSED])
+            if address:
+                self._heard((key, address))
+            body = reader.take(reader.left())
+            if kind == STORE:
+                ad = Advertisement.decode(body)
+                require(ad.key == key, "an advertisement of another than the caller")
+                self._keep(ad)
+                return self._head(DONE)
+            require(kind == LOOK and len(body) == 32, "no call")
+            return self._head(DONE) + self._answer_look(key, uint(body))
+        except ProtocolError as e:
+            log(INFO, "a peer's call is refused: %s", e)
+            return bytes([REFUSED])
+
+    def _affords(self, key, rate, cost):
+        burst, each = rate
+        left, since = self._rates.pop(key, (burst, ticks_ms()))
+        left = min(burst, left + ticks_diff(ticks_ms(), since) * each / 1000)
+        good = left >= cost
+        self._rates[key] = left - cost * good, ticks_ms()
+        if len(self._rates) > _MOST_RATES:
+            del self._rates[next(iter(self._rates))]  # whose last call is longest ago
+        return good
+
+    def _answer_look(self, asker, place):
+        contacts = [c for c in self._near(place, _K + 1) if c[0] != asker][:_K]
+        reply = bytes([len(contacts)]) + b"".join([pack_contact(c) for c in contacts])
+        left = _MOST_ADS_SENT
+        # Where not all fit, others each time.
+        for _, key in sorted([(urandom(8), key) for key in self._places.get(place, ())]):
+            _, ad, data = self._ads[key]
+            left -= len(data) + 2
+            if left >= 0 and ad.expiry > now():
+                reply += pack(">H", len(data)) + data
+        return reply
+
+    # What is kept.
+
+    def _keep(self, ad):
+        # ProtocolError where it is false, or older than what is there.
+        old, data = self._ads.get(ad.key), ad.encode()
+        if old and old[2] == data:
+            return
+        require(not old or ad.timestamp > old[1].timestamp, "an advertisement older than the last")
+        ad.verify()
+        self._drop(ad.key)
+        places = places_of(ad)
+        self._ads[ad.key] = min([place ^ self.place for place in places]), ad, data
+        for place in places:
+            keys = self._places.setdefault(place, set())
+            keys.add(ad.key)
+            if len(keys) > _MOST_OF_NAME:
+                # Each peer keeps others, and nobody knows beforehand which.
+                keys.discard(max(keys, key=lambda key: place_of(key) ^ self.place))
+        if len(self._ads) > MOST_ADS:
+            self._expire()
+        if len(self._ads) > MOST_ADS:
+            others = [key for key in self._ads if key != self.key]
+            self._drop(max(others, key=lambda key: self._ads[key][0]))
+
+    def _drop(self, key):
+        old = self._ads.pop(key, None)
+        for place in places_of(old[1]) if old else ():
+            keys = self._places.get(place, set())
+            keys.discard(key)
+            if not keys:
+                self._places.pop(place, None)
+
+    def _expire(self):
+        for key, (_, ad, _) in list(self._ads.items()):
+            if ad.expiry <= now() and key != self.key:
+                self._drop(key)
+
+    # What programs use.
+
+    async def join(self, contacts):
+        """Get to know others, beginning with `contacts`; DiscoveryError where none answers."""
+        self._seeds = [contact for contact in contacts if self._is_good(contact)]
+        nearest, _ = await self._find(self.place)
+        if self._seeds and not nearest:
+            raise DiscoveryError(
+                "none of %d peers answers: %s" % (len(self._seeds), self._fault or "they lie"))
+
+    async def advertise(self, services, seconds=AD_SECONDS):
+        """Publish `services`, as an Advertisement has them, under our key and their names; return
+        how many peers keep them.  `upkeep` does it anew in time."""
+        # Later than the last one.
+        old = self._ads.get(self.key)
+        at = max(now(), old[1].timestamp + 1 if old else 0)
+        ad = Advertisement.create(self._secret, services, seconds, at)
+        self.services = services, seconds
+        self._keep(ad)
+        peers = set()
+        for place in places_of(ad):
+            peers.update((await self._find(place))[0])
+        peers, data, kept = list(peers), ad.encode(), 0
+        while peers:
+            some, peers = peers[:_ALPHA_LATE], peers[_ALPHA_LATE:]
+            calls = [self._ask(contact, STORE, data) for contact in some]
+            kept += (await asyncio.gather(*calls, return_exceptions=True)).count(b"")
+        self._kept = kept
+        return kept
+
+    async def discover(self, name):
+        """Return the Advertisements of all who offer the service `name`."""
+        check_service(name)
+        _, found = await self._find(place_of(name))
+        return [ad for _, ad in sorted(found.items())]
+
+    async def locate(self, address):
+        """Return the newest Advertisement of an onion address; DiscoveryError."""
+        key = parse_onion_address(address)
+        _, found = await self._find(place_of(key))
+        if key not in found:
+            raise DiscoveryError("no peer knows of an advertisement of " + address)
+        return found[key]
+
+    async def stay(self, contacts, services, told=None):
+        """Join by `contacts`, advertise `services`, and look after both for ever; `told`:
+        function(TorError or None, how many peers keep the advertisement) after each round."""
+        pause = 30
+        while True:
+            error = None
+            try:
+                if not self.contacts():
+                    await self.join(contacts)
+                if self.services:
+                    await self.upkeep()
+                else:
+                    await self.advertise(services)
+            except TorError as e:
+                error = e
+            if told:
+                told(error, self._kept)
+            pause = min(2 * pause, UPKEEP_SECONDS)
+            await asyncio.sleep(pause * (750 + randbelow(500)) / 1000)
+
+    async def upkeep(self):
+        """Drop what has expired, look after contacts, advertise anew: now and then."""
+        self._expire()
+        for bucket, _ in list(self._buckets.values()):
+            if bucket:
+                await self._check(bucket[0])
+        await self._find(self.place)
+        await self._find(uint(urandom(32)))
+        # At a third of its time: those who come nearer to its places than who had it, get it.
+        due = self.services and self._ads[self.key][1].timestamp + self.services[1] // 3
+        if self.services and (self._kept < _K or now() >= due):
+            await self.advertise(*self.services)
+
+
 # === 19. Command line ===
 
 OWN_PAGE = """<!doctype html><title>minitor</title><h1>It works.</h1>
@@ -8783,20 +9463,167 @@ def serve_target(what):
     return lambda reader, writer: web_serve(folder, reader, writer)
 
 
+def netcat(tor, host, port, linger=None):
+    """Send standard input to host:port through `tor`, a Tor, and what comes back to standard
+    output, until the other side ends, or `linger` seconds after the input; StreamError …"""
+    stream, _ = tor.run(tor._tor.open_connection(host, port))
+
+    async def send(data):
+        stream.write(data)
+        await stream.drain()
+
+    async def end():
+        stream.close()
+
+    def feed():
+        # In a thread: asyncio cannot wait for files.
+        try:
+            while data := os.read(0, 1 << 16):
+                tor.run(send(data))
+        except (OSError, TorError):
+            pass  # the reader is told
+        if linger is not None:
+            time.sleep(linger)
+            tor.run(end())
+
+    def show(data):
+        while data:
+            data = data[os.write(1, data) :]
+
+    threading.Thread(target=feed, daemon=True).start()
+    while data := tor.run(stream.read(1 << 16)):
+        http_call("standard output", show, data)
+    tor.run(stream.wait_closed())  # when all is sent
+
+
+def read_peers(options, folder):
+    """The contacts that --peer, --peers and the last time name; ConfigError."""
+    lines = [("--peer", text) for text in options.peer]
+    for path in (options.peers, folder + "/peers"):
+        data = read_file(path) if path else b""
+        if data is None and path is options.peers:
+            raise ConfigError("cannot read %s" % path)
+        for text in (data or b"").decode("utf-8", "replace").split("\n"):
+            lines.append((path, text.partition("#")[0].strip()))
+    found = []
+    for source, text in lines:
+        try:
+            found += [parse_contact(text)] if text else []
+        except AddressError as e:
+            raise ConfigError("%s: %s" % (source, e))
+    return found
+
+
+def offers(words, port):
+    """{name: (port, metadata)}, {port: target} of what --advertise names: NAME[=WHAT], WHAT as
+    after --serve; ConfigError."""
+    services, targets = {}, {}
+    for word in words:
+        name, _, what = word.partition("=")
+        check_target("port", port)
+        services[name], targets[port] = (port, b""), serve_target(what)
+        port += 1
+    fault = _ad_fault(services, AD_SECONDS)
+    if fault or PEER_PORT in targets or len(targets) > len(services):
+        port = "port %d is for peers, and a name cannot be there twice" % PEER_PORT
+        raise ConfigError("--advertise: " + (fault or port))
+    return services, targets
+
+
+async def _node_of(tor, key, targets=None):
+    # For peers over Tor; with targets it is reached, too.
+    transport = TorTransport(tor, key if targets is not None else None, others=targets or ())
+    if targets is None:
+        transport.listen = lambda accept: asyncio.sleep(0)
+    node = Node(key, transport)
+    # What is sent here is small, and so is what a stranger can make this machine keep.
+    node.buffer, node.largest = 1 << 18, 1 << 16
+    return await node.start()
+
+
+def _remember(peer, folder):
+    known = [address + "\n" for _, address in peer.contacts()]
+    if known:
+        cache_file(folder + "/peers", "".join(known).encode())
+
+
+async def advertise(tor, key, services, targets, contacts, folder):
+    """Host and advertise services for ever, as --advertise does."""
+    node, said = await _node_of(tor, key, targets), [None]
+    peer = Discovery.over(node)
+    print(peer.address, flush=True)
+
+    def told(error, kept):
+        if error:
+            log(WARN, "%s", error)
+        elif kept not in said:
+            print("Advertised at %d peers" % kept, file=sys.stderr)
+        said[0] = kept
+        _remember(peer, folder)
+
+    try:
+        await peer.stay(contacts, services, told)
+    finally:
+        await node.close(0)
+
+
+async def discover(tor, what, contacts, folder):
+    """Print what --discover does, for a service's name or an onion address."""
+    node = await _node_of(tor, urandom(32))
+    try:
+        peer = Discovery.over(node)
+        await peer.join(contacts)
+        _remember(peer, folder)
+        ads = [await peer.locate(what)] if is_onion(what) else await peer.discover(what)
+        if not ads:
+            raise DiscoveryError("nobody advertises " + what)
+        for ad in ads:
+            for name in sorted(ad.services) if is_onion(what) else [what]:
+                print("%s:%d %s" % (ad.address, ad.services[name][0], name))
+    finally:
+        await node.close(0)
+
+
+def peer_command(options, folder, key_dir):
+    """Check --advertise or --discover; return function(tor): a coroutine that does it."""
+    contacts, what = read_peers(options, folder), options.discover
+    if options.advertise:
+        services, targets = offers(options.advertise, options.port)
+        private_dir(folder)
+        key = load_service_key(key_dir)
+        return lambda tor: advertise(tor, key, services, targets, contacts, folder)
+    if is_onion(what):
+        parse_onion_address(what)
+    else:
+        check_service(what)
+    if not contacts:
+        raise ConfigError("nobody is known who could be asked: say --peer ADDRESS, or --peers "
+                          "FILE, with what --advertise prints elsewhere")
+    return lambda tor: discover(tor, what, contacts, folder)
+
+
 def run_command(options):
     import shutil
 
+    folder = folders(options.data_dir, options.network)[0]
+    key_dir = options.key_dir or folder + "/onion_service"
     if options.address:
-        data_dir, _ = folders(options.data_dir, options.network)
-        private_dir(data_dir)
-        _, key = load_service_key(options.key_dir or data_dir + "/onion_service")
-        return print(onion_address(key))
+        private_dir(folder)
+        return print(onion_address(load_service_key(key_dir)[1]))
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
-    target = options.get or not doors and serve_target(options.serve)
+    if options.serve is not None:
+        target = serve_target(options.serve)
+    if options.connect is not None:
+        target = split_address(options.connect, options.port)
+        if is_onion(target[0]):
+            parse_onion_address(target[0])
+    peers = options.advertise or options.discover is not None
+    if peers:
+        command = peer_command(options, folder, key_dir)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
         for proxy in doors:
@@ -8804,6 +9631,10 @@ def run_command(options):
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
         if doors:
             return threading.Event().wait()
+        if options.connect is not None:
+            return netcat(tor, *target, options.q)
+        if peers:
+            return tor.run(command(tor))
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
             print(service.address, flush=True)
@@ -8835,12 +9666,21 @@ def main(argv=None):
     add("--serve", nargs="?", const="", metavar="WHAT",
         help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--connect", metavar="ADDRESS[:PORT]",
+        help="connect standard input and output to it, as netcat")
+    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
+        help="host WHAT, as --serve does, and tell peers that it is there")
+    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
     add("--address", action="store_true", help="print the service's address")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
+    add("--peer", action="append", default=[], metavar="ADDRESS",
+        help="a peer to ask first (what its --advertise prints)")
+    add("--peers", metavar="FILE", help="peers, one a line")
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
     add("--port", type=int, default=80, help="the service's port (80)")
     add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
     add("--data-dir", help="state (~/.local/state/minitor)")
@@ -8855,7 +9695,7 @@ def main(argv=None):
     try:
         run_command(options)
     except KeyboardInterrupt:
-        return 130 if options.get else 0
+        return 130 if options.get or options.connect or options.discover else 0
     except Exception as e:
         if options.v > 1:
             print_exception(e)

@@ -3,8 +3,11 @@
 import asyncio
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import minitor
@@ -272,3 +275,167 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(minitor, "Tor", Failing)
     assert minitor.main(["--get", "x.onion", "--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr()[1].splitlines()[1:] == ["minitor: not there"]
+
+
+# ─── --connect ───
+
+# The command line over a made-up Tor: whatever is connected to is a port on this machine.
+FAKE = """
+import asyncio, sys, threading
+sys.path.insert(0, %r)
+import minitor
+
+class Stream:
+    def __init__(self, reader, writer):
+        self.reader, self.writer, self.ended = reader, writer, asyncio.Event()
+        self.write, self.drain = writer.write, writer.drain
+
+    async def read(self, n):
+        # As Tor's: it is over when this side closes, too.
+        read, ended = [asyncio.ensure_future(c) for c in (self.reader.read(n), self.ended.wait())]
+        await asyncio.wait([read, ended], return_when="FIRST_COMPLETED")
+        try:
+            return await read if read.done() else b""
+        except OSError:
+            raise minitor.StreamError("the stream ended: CONNRESET")
+
+    def close(self):
+        self.writer.close()
+        self.ended.set()
+
+    async def wait_closed(self):
+        self.close()
+        try:
+            await self.writer.wait_closed()
+        except OSError:
+            pass
+
+class Tor:
+    def __init__(self, *_):
+        self._tor, self.loop = self, asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    async def open_connection(self, host, port):
+        if port == 1:
+            raise minitor.OnionError("there is no %%s" %% host)
+        stream = Stream(*await asyncio.open_connection("127.0.0.1", port))
+        return stream, stream
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: None
+
+minitor.Tor = Tor
+sys.exit(minitor.main())
+"""
+ONION = minitor.onion_address(minitor.ed25519_public(minitor.ed25519_expand(bytes(32))))
+
+
+@pytest.fixture
+def peer():
+    """A server on this machine: `port`, and `answer`, a function(socket) that a test sets."""
+    class Peer:
+        server = socket.create_server(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        answer = None
+
+        def serve(self):
+            with self.server.accept()[0] as connection:
+                self.answer(connection)
+
+    peer = Peer()
+    peer.server.settimeout(30)
+    thread = threading.Thread(target=peer.serve, daemon=True)
+    thread.start()
+    yield peer
+    thread.join(30 if peer.answer else 0)
+    peer.server.close()
+
+
+def connecting(tmp_path, *arguments):
+    program = tmp_path / "fake.py"
+    program.write_text(FAKE % str(MINITOR.parent))
+    return subprocess.Popen(
+        [sys.executable, str(program), "--data-dir", str(tmp_path), "--connect", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_connect_is_binary_safe_and_waits_for_the_other_side(peer, tmp_path):
+    sent, back = os.urandom(3 << 20), os.urandom(3 << 20)
+    there = bytearray()
+
+    def answer(connection):
+        while len(there) < len(sent):
+            there.extend(connection.recv(1 << 16))
+        # Standard input is at its end, what comes back is not.
+        connection.sendall(back)
+
+    peer.answer = answer
+    client = connecting(tmp_path, "%s:%d" % (ONION, peer.port))
+    out, err = client.communicate(sent, timeout=30)
+    assert (client.returncode, out == back, there == sent) == (0, True, True), err
+
+
+def test_connect_ends_after_its_input_if_told_to(peer, tmp_path):
+    there = []
+
+    def answer(connection):
+        # It says nothing, and ends when the other side does.
+        while data := connection.recv(1 << 16):
+            there.append(data)
+
+    peer.answer = answer
+    client = connecting(tmp_path, ONION, "--port", str(peer.port), "-q", "0")
+    out, err = client.communicate(b"x" * 500000, timeout=30)
+    assert (client.returncode, out, len(b"".join(there))) == (0, b"", 500000), err
+
+
+def test_connect_as_a_dialogue_until_interrupted(peer, tmp_path):
+    def answer(connection):
+        while data := connection.recv(1 << 16):
+            connection.sendall(data.upper())
+
+    peer.answer = answer
+    client = connecting(tmp_path, "%s:%d" % (ONION, peer.port))
+    for line in b"one\n", b"\0\xff\n", b"z\n":
+        client.stdin.write(line)
+        client.stdin.flush()
+        assert client.stdout.readline() == line.upper()
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) == 130
+    assert client.stderr.read() == b""
+    client.stdin.close()
+
+
+def test_connect_says_how_it_failed(peer, tmp_path):
+    def answer(connection):
+        connection.recv(1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    client = connecting(tmp_path, ONION + ":1")
+    out, err = client.communicate(b"", timeout=30)
+    assert (client.returncode, out) == (1, b"") and err.decode().startswith("minitor: there is no")
+    # Reset by the other side.
+    peer.answer = answer
+    client = connecting(tmp_path, "%s:%d" % (ONION, peer.port))
+    out, err = client.communicate(b"x", timeout=30)
+    assert (client.returncode, out) == (1, b"") and b"CONNRESET" in err
+
+
+def test_connect_to_a_pipe_that_is_closed(peer, tmp_path):
+    peer.answer = lambda connection: connection.sendall(bytes(1 << 20))
+    client = connecting(tmp_path, "%s:%d" % (ONION, peer.port))
+    client.stdout.close()
+    assert client.wait(30) == 1
+    assert client.stderr.read().startswith(b"minitor: standard output: ")
+    client.stdin.close()
+
+
+@pytest.mark.parametrize("where", ["x" * 56 + ".onion", ONION[1:] + ":80", ONION + ":", ONION + ":x",
+                                   ONION + ":0", ONION + ":65536", "a b:80", ":80", "x:y:80 "])
+def test_connect_to_no_address(where, tmp_path):
+    done = run("--connect", where, "--data-dir", str(tmp_path / "data"))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "data").exists()

@@ -109,21 +109,21 @@ def test_cuts_at_every_byte_lose_and_repeat_nothing(quick, small, private):
 
         net.on_cut = cut_again
         await asyncio.gather(
-            talk(link, 12, (1, 40, 120)), talk(back, 12, (30, 2)), hear(back, 12, heard),
-            hear(link, 12, echoed))
+            talk(link, 5, (1, 120)), talk(back, 5, (30, 2)), hear(back, 5, heard),
+            hear(link, 5, echoed))
         net.left = None
         await link.flush(10)
         await back.flush(10)
         await a.close()
         await b.close()
-        assert heard == echoed == list(range(12)), offset
+        assert heard == echoed == list(range(5)), offset
         return net
 
     async def every():
         # Handshakes, two at once, take some 900 bytes.
-        assert 1500 < (await cut_after(None)).moved
+        assert 1200 < (await cut_after(None)).moved
         step = 7 if private else 1
-        for first in range(0, 1500, 100 * step):
+        for first in range(0, 1200, 100 * step):
             nets = await asyncio.gather(*map(cut_after, range(first, first + 100 * step, step)))
             assert all([net.cuts for net in nets])
 
@@ -210,7 +210,7 @@ def test_restarts_with_a_journal_lose_and_repeat_nothing(quick, small, tmp_path,
 
     async def every():
         # Handshakes, two at once, take some 900 bytes.
-        offsets = list(range(0, 900, 36)) + list(range(900, 2000, 3 + 4 * (who != "both")))
+        offsets = list(range(0, 900, 36)) + list(range(900, 1900, 4 + 4 * (who != "both")))
         for first in range(0, len(offsets), 50):
             await asyncio.gather(*map(restart_after, offsets[first : first + 50]))
 
@@ -218,14 +218,13 @@ def test_restarts_with_a_journal_lose_and_repeat_nothing(quick, small, tmp_path,
 
 
 def test_a_torn_journal_is_what_was_whole(tmp_path):
-    path = str(tmp_path / "link")
+    path, record = str(tmp_path / "link"), minitor._journal_record
     journal = minitor._Journal(path, False)
     ends = []
     for i in range(1, 6):
-        journal.write(b"m" if i == 2 else b"M", i, b"unit %d" % i)
+        journal.write(record(b"m" if i == 2 else b"M", i, b"unit %d" % i))
         ends.append(journal._size)
-    journal.write(b"A", 1, b"")
-    journal.write(b"T", 7, b"p" * 16)
+    journal.write(record(b"A", 1), record(b"T", 7, b"p" * 16))
     journal.close()
     whole = (tmp_path / "link").read_bytes()
     assert (tmp_path / "link").stat().st_mode & 0o777 == 0o600
@@ -237,7 +236,7 @@ def test_a_torn_journal_is_what_was_whole(tmp_path):
         assert sorted(journal.units) == list(range(1 + gone, count + 1))
         assert journal.taken == (7 if size == len(whole) else 0)
         # It goes on from there.
-        journal.write(b"M", count + 1, b"next")
+        journal.write(record(b"M", count + 1, b"next"))
         journal.close()
         again = minitor._Journal(path, False)
         assert again.units[count + 1] == (False, b"next") and again.id == journal.id
@@ -273,9 +272,9 @@ def test_a_full_disk_is_told_and_changes_nothing(quick, tmp_path, monkeypatch):
         link = a.link(bytes(31) + b"k", "nobody")
         await link.send(b"first")
         write = minitor.os.write
-        monkeypatch.setattr(minitor.os, "write", lambda fd, data: write(fd, data[:9]))
+        monkeypatch.setattr(minitor.os, "write", lambda fd, data: write(fd, data[:-9]))
         with pytest.raises(minitor.LinkError, match="cannot be written"):
-            await link.send(b"second")
+            await link.send(b"second" * 30000)
         monkeypatch.setattr(minitor.os, "write", write)
         await link.send(b"third")
         crash(a)
@@ -381,6 +380,63 @@ def test_a_sender_waits_while_the_application_over_there_does_not_read(quick):
             await link.send(bytes(100001))
         await a.close()
         await b.close()
+
+    run(test())
+
+
+def test_what_was_taken_is_acknowledged_when_the_link_is_closed(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"one")
+        assert await back.receive(5) == b"one"
+        await back.close()
+        while not link.closed:
+            await asyncio.sleep(0.001)
+        assert not link._lost and link._base == 2
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_a_peer_that_takes_less_is_named(quick):
+    async def test():
+        net = Network()
+        async with node(net, "anna") as a, node(net, "berta") as b:
+            b.largest = 1000
+            link = a.link(b.key, "berta")
+            await link.send(bytes(1300))
+            with pytest.raises(minitor.ProtocolError, match="1200 bytes at most"):
+                await link.ready(0.2)
+            with pytest.raises(minitor.LinkError):
+                await link.close(0)
+            link = a.link(b.key, "berta")
+            await link.ready(5)
+            with pytest.raises(minitor.ConfigError, match="too large"):
+                await link.send(bytes(1300))
+            await link.send(bytes(1000))
+            assert len(await (await b.__anext__()).receive(5)) == 1000
+
+    run(test())
+
+
+def test_sessions_that_begin_a_message_and_end_leave_room(quick):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        b.buffer = b.largest = 100000
+        link = None
+        for i in range(5):
+            peer = await Hostile.dial(net, "berta", b.key, id=b"%016d" % i)
+            await peer.say(START, unit(bytes(50000), True))
+            link = link or await b.__anext__()
+            while link._unread < 50000:
+                await asyncio.sleep(0.001)
+        peer = await Hostile.dial(net, "berta", b.key, id=b"whole" + bytes(11))
+        await peer.say(START, unit(bytes(60000)))
+        assert len(await link.receive(5)) == 60000 and link._unread == 0
+        await b.close(0)
 
     run(test())
 

@@ -22,9 +22,10 @@ POSITIONAL = set("from_bytes to_bytes split rsplit splitlines encode decode".spl
 
 def test_size():
     # The client and the host of onion services took 150 KB; 56 came for boards: hashes and AES in
-    # viper, the relay table on flash, admission by memory; 90 for proxies, torrc and control port.
+    # viper, the relay table on flash, admission by memory; 90 for proxies, torrc and control port;
+    # 22 for advertisements and their table.
     # A new feature raises it knowingly.
-    assert len(SOURCE.encode()) <= 360 * 1024
+    assert len(SOURCE.encode()) <= 400 * 1024
 
 
 def test_lines_are_short():

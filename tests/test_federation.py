@@ -143,7 +143,6 @@ class Equivocating:
         for i, one in enumerate(self.both):
             for j, message in one.sendings():
                 side = self.rnd.randrange(2) if self.mixed else self.side[j]
-                # Else it would want rounds for ever, as no batch of its may count.
                 if side == i and self.left:
                     self.left -= 1
                     yield j, message
@@ -155,7 +154,7 @@ class Forging:
     KINDS = "send", "echo", "ready", "done", "want", "result", "jump"
 
     def __init__(self, n, me, rnd):
-        self.honest, self.n, self.rnd, self.left = Honest(n, me, rnd), n, rnd, 600
+        self.honest, self.n, self.rnd, self.left = Honest(n, me, rnd), n, rnd, 1000
 
     def handle(self, sender, messages):
         self.honest.handle(sender, messages)
@@ -173,6 +172,10 @@ class Forging:
 
     def sendings(self):
         for j, message in self.honest.sendings():
+            # Then silent: as no batch of its may ever count, it would want rounds for ever.
+            self.left -= 1
+            if self.left < 0:
+                continue
             message = list(message)
             if len(message) == 4 and self.rnd.random() < 0.5:
                 values = '["forged"]', '["lie"]'
@@ -182,9 +185,7 @@ class Forging:
                 else:
                     message[3] = self.rnd.choice(values)
             yield j, message
-            if self.left:
-                self.left -= 1
-                yield j, self.invented(message)
+            yield j, self.invented(message)
 
 
 def everything(members, rnd):

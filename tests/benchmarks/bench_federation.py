@@ -293,9 +293,10 @@ def table(rows):
         print("| %s | %.1f | %.1f | %.0f ms | %.0f ms | %.0f ms |" % (
             row["setting"], row["rounds"], row["entries"], 1000 * row["median"], 1000 * row["95"],
             1000 * row["trip"]))
+    for row in rows:
         if "caught up, s" in row:
-            print("\nThe member that was away had missed %d rounds, and had them after %.1f s.\n"
-                  % (row["rounds missed"], row["caught up, s"]))
+            print("\n%s: the member that was away had missed %d rounds, and had them after %.1f s."
+                  % (row["setting"], row["rounds missed"], row["caught up, s"]))
 
 
 def run(options):

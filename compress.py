@@ -1241,10 +1241,10 @@ class Build:
             out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
-        # Every byte but these can stand in a literal as it is.
-        literal = best[1].decode("latin-1").replace("\\", "\\\\")
-        for character, escape in ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\x00"):
-            literal = literal.replace(character, escape)
+        # Every byte but these can stand in a literal of three quotes as it is.
+        literal = best[1].decode("latin-1")
+        for pattern, escape in PACKED_ESCAPES:
+            literal = re.sub(pattern, escape, literal)
         return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
 
     def modules(self, architecture):
@@ -1267,12 +1267,16 @@ class Build:
             yield self.what + "-packed/minitor.py", self.packed()
 
 
+PACKED_ESCAPES = (
+    (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"),
+    (r"'(?='')|'\Z", r"\\'"),
+)
 # Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
 PACKED = """# coding: latin-1
 # %s
 import linecache as _c,lzma as _l
 _f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
-_s=_l.decompress("%s".encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
+_s=_l.decompress('''%s'''.encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))

@@ -7759,9 +7759,10 @@ UNIT = 1 << 16
 _MOST_RECORD = 3 * UNIT
 # What a unit costs in memory beside its bytes.
 _COST = 200
-# As long a handshake may take, and the way to the peer; so many may be going on.
+# As long a handshake may take, and the way to the peer; so many may be going on; the least that
+# may be on the way; so much, or for so long, is taken before that is acknowledged.
 HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
-_WINDOW = 1 << 18
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
 _STATE = ">8sI16s16sQQQB"
 
 
@@ -8146,11 +8147,11 @@ class Link:
     def _acknowledge(self, cost):
         # Soon, or with the next that is sent; at once where the peer may be waiting.
         self._told += cost
-        if self._told >= _WINDOW // 8:
+        if self._told >= _ACK_BYTES:
             self._due = True
             self._wake.set()
         elif not self._timer:
-            self._timer = asyncio.get_running_loop().call_later(0.02, self._ack_now)
+            self._timer = asyncio.get_running_loop().call_later(_ACK_SECONDS, self._ack_now)
 
     def _ack_now(self):
         self._timer, self._due = None, True
@@ -8451,8 +8452,8 @@ class Link:
                 await pipe.over.wait()
                 if not self.retry:
                     return self._end(self.error)
-                pause *= pipe.pinged and pipe.asked is not None
-                if time.monotonic() - since > 10:
+                if time.monotonic() - since > 1:
+                    pause = 0
                     continue
             pause = min(max(least, 2 * pause), most)
             await asyncio.sleep(pause * (500 + randbelow(1000)) / 1000)
@@ -9309,8 +9310,10 @@ class Discovery:
     # What programs use.
 
     async def join(self, contacts):
-        """Get to know others, beginning with `contacts`; DiscoveryError where none answers."""
-        self._seeds = [contact for contact in contacts if self._is_good(contact)]
+        """Get to know others, beginning with `contacts` (as `contacts` returns them, or texts as
+        `parse_contact` takes them); DiscoveryError where none answers."""
+        known = [parse_contact(c, self._direct) if isinstance(c, str) else c for c in contacts]
+        self._seeds = [contact for contact in known if self._is_good(contact)]
         nearest, _ = await self._find(self.place)
         if self._seeds and not nearest:
             raise DiscoveryError(
@@ -9541,6 +9544,13 @@ async def _node_of(tor, key, targets=None):
     return await node.start()
 
 
+async def _leave(node):
+    try:
+        await node.close(0)
+    except LinkError:
+        pass  # answers that nobody waited for
+
+
 def _remember(peer, folder):
     known = [address + "\n" for _, address in peer.contacts()]
     if known:
@@ -9564,7 +9574,7 @@ async def advertise(tor, key, services, targets, contacts, folder):
     try:
         await peer.stay(contacts, services, told)
     finally:
-        await node.close(0)
+        await _leave(node)
 
 
 async def discover(tor, what, contacts, folder):
@@ -9581,7 +9591,7 @@ async def discover(tor, what, contacts, folder):
             for name in sorted(ad.services) if is_onion(what) else [what]:
                 print("%s:%d %s" % (ad.address, ad.services[name][0], name))
     finally:
-        await node.close(0)
+        await _leave(node)
 
 
 def peer_command(options, folder, key_dir):

@@ -39,7 +39,7 @@ class Agent:
     """`skills`: {name: function}; `tor`: None for direct connections."""
 
     def __init__(self, skills, tor=None):
-        key = minitor.load_identity(os.urandom(32))
+        key = os.urandom(32)  # or a folder, where it is kept
         transport = minitor.TorTransport(tor, key) if tor else minitor.DirectTransport()
         self.skills, self.direct, self.node = skills, not tor, minitor.Node(key, transport)
 
@@ -51,7 +51,8 @@ class Agent:
         self.contact = self.node.key, self.node.address
         # Where to call an agent over Tor follows from its key; else its advertisement says it.
         where = self.node.address.encode() if self.direct else b""
-        services = {name: (minitor.PEER_PORT, where) for name in self.skills}
+        port = int(self.node.address.rpartition(":")[2])
+        services = {name: (port, where) for name in self.skills}
         self.staying = asyncio.ensure_future(self.peers.stay(contacts, services))
 
     async def close(self):

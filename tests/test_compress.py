@@ -6,6 +6,8 @@
 import ast
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -419,6 +421,20 @@ def test_host_builds(what, packed, tmp_path):
     assert out.startswith(head), out
     # The traceback shows lines, of what was packed too.
     assert "raise ConfigError(" in out and "cannot read the network file" in out
+
+
+def test_any_bytes_can_be_packed():
+    chance = random.Random(1)
+    for i in range(3000):
+        some = b"'\"\\\r\n\0007n\x1a\x85" if i % 2 else bytes(range(256))
+        data = bytes(chance.choices(some, k=chance.randrange(30)))
+        literal = data.decode("latin-1")
+        for pattern, escape in compress.PACKED_ESCAPES:
+            literal = re.sub(pattern, escape, literal)
+        text = "# coding: latin-1\nx = '''%s'''.encode('latin-1')\n" % literal
+        there = {}
+        exec(compile(text.encode("latin-1"), "packed", "exec"), there)
+        assert there["x"] == data
 
 
 # ── Sizes ──

@@ -685,7 +685,8 @@ async def nodes_of(stack, count):
         node = minitor.Node(n.to_bytes(32, "big"), minitor.DirectTransport())
         await stack.enter_async_context(node)
         found.append((node, Discovery.over(node, direct=True)))
-        await found[-1][1].join([(found[0][0].key, found[0][0].address)] * bool(n))
+        text = "%s@%s" % (minitor.onion_address(found[0][0].key), found[0][0].address)
+        await found[-1][1].join([text] * bool(n))
     return found
 
 

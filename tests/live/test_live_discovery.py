@@ -1,5 +1,6 @@
 """--connect, --advertise and --discover in the private network, with C tor at the other end."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import threading
 
 import pytest
 from httptarget import payload
-from livekit import ADDRESS, MB, MINITOR, minitor, wait_for
+from livekit import ADDRESS, MB, MINITOR, Program, minitor, wait_for
 
+AGENTS = MINITOR.parent / "examples" / "agents.py"
 OURS, THEIRS = payload(MB, 1), payload(2 * MB, 2)
 
 
@@ -86,3 +88,14 @@ def test_connect_to_a_service_of_tor(tornet, counterpart, tmp_path):
 def test_connect_says_what_is_wrong(tornet, counterpart, tmp_path):
     status, out, err = connect(tornet, tmp_path / "a", counterpart.address + ":8", b"")
     assert (status, out) == (1, b"") and err.splitlines()[-1].startswith("minitor: "), err
+
+
+def test_agents(tornet, tmp_path):
+    network = tmp_path / "network"
+    shutil.copy(tornet.network_file, network)
+    with Program([AGENTS], {"MINITOR_NETWORK": str(network)}) as agents:
+        assert agents.wait(120) == 0, agents.err
+        lines = agents.out.splitlines()
+    assert len({ADDRESS.search(line)[1] for line in lines[:3]}) == 3
+    assert lines[3:5] == ["words: 4", "total: 6.5"] and "ValueError" in lines[5]
+    assert agents.err == ""

@@ -244,7 +244,7 @@ class Member:
         if sender in self.answered:
             return
         self.answered.add(sender)
-        self.out.append((sender, ["done", self.number]))
+        self.greet(sender)
         first = min(self.marks)
         if number < first:
             self.out.append((sender, ["jump", first, self.marks[first].hex()]))
@@ -332,7 +332,7 @@ class Member:
         self.claims.pop(self.number, None)
         self.number += 1
         self.passed[self.me] = self.number
-        self.out.append((None, ["done", self.number]))
+        self.greet(None)
         if self.number % KEEP == 0:
             self.marks[self.number] = self.digest
             while len(self.marks) > 2:
@@ -345,15 +345,20 @@ class Member:
 
     # When messages may have been lost
 
+    def greet(self, who):
+        """Tell how far this member is: who is behind will ask."""
+        self.out.append((who, ["done", self.number]))
+
     def ask(self, who=None):
         self.out.append((who, ["want", self.number]))
 
     def tick(self):
         """To be called every second or so: where nothing goes on, say and ask all again."""
-        self.still = self.still + 1 if self.seen == self.number else 0
-        self.seen, going = self.number, self.number in self.rounds
-        # After 2, 4, 8 … ticks.
-        if self.still > 1 and not self.still & self.still - 1 and (going or self.behind()):
+        going = self.number in self.rounds
+        waits = self.seen == self.number and (going or self.behind())
+        self.seen, self.still = self.number, self.still + 1 if waits else 0
+        # After 2, 4, 8, 16, 32, 48 … ticks.
+        if self.still > 1 and not self.still & min(self.still - 1, 15):
             if going:
                 self.repeat(None, self.number)
             self.ask()
@@ -386,7 +391,7 @@ class Federation:
             raise minitor.ConfigError("4, 7, 10 … members are needed, and this one among them")
         self.member = Member(len(members), self.keys.index(node.key), on_result)
         node.allow, node.on_event = members.__contains__, self.happened
-        self.links, self.tasks, self.wake = {}, [], asyncio.Event()
+        self.links, self.tasks, self.wake, self.missed = {}, [], asyncio.Event(), set()
         # Links that others open are found by `listen`.
         node.serve("federation", lambda link: asyncio.sleep(0))
 
@@ -443,14 +448,20 @@ class Federation:
                 if messages and link.buffered < self.MOST:
                     try:
                         await link.send(json.dumps(messages, separators=(",", ":")).encode())
+                        continue
                     except minitor.LinkError:
-                        # It was started anew, and asks.
+                        # It was started anew, or has left.
                         pass
+                if messages:
+                    self.missed.add(i)
 
     async def tick(self):
         while True:
             await asyncio.sleep(1)
             self.member.tick()
+            for i in [i for i in self.missed if self.links[i].buffered < self.MOST]:
+                self.missed.discard(i)
+                self.member.greet(i)
             self.wake.set()
 
 

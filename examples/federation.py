@@ -357,8 +357,8 @@ class Member:
         going = self.number in self.rounds
         waits = self.seen == self.number and (going or self.behind())
         self.seen, self.still = self.number, self.still + 1 if waits else 0
-        # After 2, 4, 8, 16, 32, 48 … ticks.
-        if self.still > 1 and not self.still & min(self.still - 1, 15):
+        # After 2, 4, 8, 12 … ticks.
+        if self.still > 1 and not self.still & min(self.still - 1, 3):
             if going:
                 self.repeat(None, self.number)
             self.ask()

@@ -303,7 +303,8 @@ class Member:
                 self.finish(result[0])
             elif not self.begin():
                 break
-        if told and self.behind() and self.number not in self.claims:
+        if told and self.number not in self.claims:
+            # What was said meanwhile in the round that goes on was too far ahead.
             self.ask()
 
     def begin(self):

@@ -245,6 +245,44 @@ def test_seven_agree_with_two_that_lie(faulty):
         agreed(schedule(7, faulty, seed), seed)
 
 
+@pytest.mark.parametrize("missed", range(1, 40, 5))
+def test_who_comes_back_takes_part_while_the_others_go_on(missed):
+    counted = [[] for _ in range(4)]
+
+    def noting(i):
+        return lambda number, batches, digest: counted[i].append((number, batches))
+
+    rnd = random.Random(missed)
+    members, way, now = [Member(4, i, noting(i), rnd.getrandbits) for i in range(4)], {}, [0]
+    late = [[rnd.randrange(2, 9) for _ in range(4)] for _ in range(4)]
+
+    def hop(away=()):
+        # Each way between two members takes its time; all have always something to say.
+        for i, one in enumerate(members):
+            for to, message in one.sendings():
+                for j in range(4) if to is None else [to]:
+                    if j != i and not {i, j} & set(away):
+                        due = now[0] + late[i][j]
+                        way.setdefault((due, i, j), []).append(message)
+            if not one.pending:
+                one.propose("more")
+        now[0] += 1
+        for i in range(4):
+            for j in range(4):
+                members[j].handle(i, way.pop((now[0], i, j), []))
+
+    while members[0].number < missed:
+        hop([3])
+    for i in range(3):
+        members[i].ask(3)
+        members[3].ask(i)
+    # Nobody ticks: no clock is needed.
+    while members[0].number < missed + 12:
+        hop()
+    assert members[0].number - members[3].number <= 1
+    assert all(batches[3] is not None for _, batches in counted[0][-3:])
+
+
 # Over links
 
 

@@ -52,8 +52,8 @@ PRESETS = {
     "host": (
         False,
         "Tor AsyncTor Stream OnionService Bridges Proxy set_log main __version__ __all__",
-        "peer_command",
         "",
+        "peer_command peer_options",
     ),
     # The place of tor, and peers.
     "all": (
@@ -63,14 +63,13 @@ PRESETS = {
         " set_log main __version__ __all__",
         "",
         "",
-        "",
     ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
         "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
-        " Proxy.start Proxy.close diversify peer_command",
-        "announce is_for_daemon proxies",
+        " Proxy.start Proxy.close diversify",
+        "announce is_for_daemon proxies peer_command peer_options",
     ),
     "service": (
         False,
@@ -78,8 +77,8 @@ PRESETS = {
         "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr AsyncTor.add_onion_key"
         " Tor.add_onion_key load_onion_keys Tor.create_connection Tor.resolve Tor.resolve_ptr"
         " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start Proxy.close diversify"
-        " peer_command netcat",
-        "announce is_for_daemon proxies",
+        " netcat",
+        "announce is_for_daemon proxies peer_command peer_options",
     ),
     "board": (
         True,

@@ -11268,9 +11268,21 @@ async def discover(tor, what, contacts, folder):
         await _leave(node)
 
 
+def peer_options(choose, add):
+    choose("--advertise", nargs="+", metavar="NAME[=WHAT]",
+        help="host WHAT, as --serve does, and tell peers that it is there")
+    choose("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
+    add("--peer", action="append", default=[], metavar="ADDRESS",
+        help="a peer to ask first (what its --advertise prints)")
+    add("--peers", metavar="FILE", help="peers, one a line")
+
+
 def peer_command(options, folder, key_dir):
-    """Check --advertise or --discover; return function(tor): a coroutine that does it."""
-    contacts, what = read_peers(options, folder), options.discover
+    """Check --advertise or --discover; return function(tor): a coroutine that does it, or None."""
+    what = options.discover
+    if not options.advertise and what is None:
+        return None
+    contacts = read_peers(options, folder)
     if options.advertise:
         services, targets = offers(options.advertise, options.port)
         private_dir(folder)
@@ -11311,9 +11323,7 @@ def run_command(options):
         target = split_address(options.connect, options.port)
         if is_onion(target[0]):
             parse_onion_address(target[0])
-    peers = options.advertise or options.discover is not None
-    if peers:
-        command = peer_command(options, folder, key_dir)
+    command = peer_command(options, folder, key_dir)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
         for identity, (key, _) in keys.items():
@@ -11325,7 +11335,7 @@ def run_command(options):
             return threading.Event().wait()
         if options.connect is not None:
             return netcat(tor, *target, options.q)
-        if peers:
+        if command:
             return tor.run(command(tor))
         if not options.get:
             service = tor.create_onion_service(options.port, target, options.key_dir)
@@ -11338,18 +11348,10 @@ def run_command(options):
             raise StreamError(options.get + " ends early")
 
 
-def main(argv=None):
-    """Run the command line `argv` (default: the program's); return the exit status."""
+def parse_options(argv):
+    """What `argv`, without the program's name, asks for; it exits where that is nothing."""
     import argparse
-    import signal
 
-    argv = sys.argv[1:] if argv is None else argv
-    if is_for_daemon(argv):
-        try:
-            return run_daemon(argv)
-        except TorError as e:
-            print("minitor:", e, file=sys.stderr)
-            return 1
     parser = argparse.ArgumentParser("minitor", allow_abbrev=False, epilog=(
         "As tor: -f torrc, options of a torrc (--SocksPort 9050), --verify-config, "
         "--hash-password; and --status, --newnym, --stop for one that runs."))
@@ -11360,18 +11362,13 @@ def main(argv=None):
     add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
     add("--connect", metavar="ADDRESS[:PORT]",
         help="connect standard input and output to it, as netcat")
-    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
-        help="host WHAT, as --serve does, and tell peers that it is there")
-    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
+    peer_options(add, parser.add_argument)
     add("--address", action="store_true", help="print the service's address")
     add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
         help="make the key of a client that the service, or the one at ADDRESS, admits")
     add("--socks", nargs="?", const="9050", metavar="WHERE",
         help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
     add = parser.add_argument
-    add("--peer", action="append", default=[], metavar="ADDRESS",
-        help="a peer to ask first (what its --advertise prints)")
-    add("--peers", metavar="FILE", help="peers, one a line")
     add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
     add("-o", metavar="FILE", help="where --get writes (standard output)")
     add("--diverse", action="store_true",
@@ -11389,6 +11386,21 @@ def main(argv=None):
         parser.error("--http-tunnel goes with --socks")
     if len(options.make_client_key or ()) > 2:
         parser.error("--make-client-key takes a NAME and an ADDRESS")
+    return options
+
+
+def main(argv=None):
+    """Run the command line `argv` (default: the program's); return the exit status."""
+    import signal
+
+    argv = sys.argv[1:] if argv is None else argv
+    if is_for_daemon(argv):
+        try:
+            return run_daemon(argv)
+        except TorError as e:
+            print("minitor:", e, file=sys.stderr)
+            return 1
+    options = parse_options(argv)
     # No onion address of others, as with SafeLogging.
     set_log((WARN, INFO, DEBUG)[min(options.v, 2)], lambda severity, text: print(
         time.strftime("%H:%M:%S [") + _SEVERITIES[severity],
@@ -11397,7 +11409,7 @@ def main(argv=None):
     try:
         run_command(options)
     except KeyboardInterrupt:
-        return 130 if options.get or options.connect or options.discover else 0
+        return 130 if options.get or options.connect or getattr(options, "discover", 0) else 0
     except Exception as e:
         if options.v > 1:
             print_exception(e)

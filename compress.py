@@ -44,27 +44,34 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent / "minitor.py"
 ARCHITECTURES = ("xtensawin", "rv32imc", "armv7emsp", "x86", "x64")
 
-# What a build is for: whether MICROPYTHON is true; entry points; and what is cut out: it
-# raises an error when it is called, and reaches nothing else.
+# What a build is for: whether MICROPYTHON is true; entry points; what is cut out: it raises an
+# error when it is called, and reaches nothing else; and what is nothing: calls of these functions
+# and attributes of these names are None.  A board has no congestion control, and who has no
+# control port no one to announce things to.
 PRESETS = {
     "host": (
         False,
-        "Tor AsyncTor Stream OnionService Proxy Node Link DirectTransport SocksTransport TorTransport"
-        " HybridTransport BlockingNode BlockingLink Calls Advertisement Discovery set_log main __version__ __all__",
+        "Tor AsyncTor Stream OnionService Bridges Proxy Node Link DirectTransport SocksTransport"
+        " TorTransport HybridTransport BlockingNode BlockingLink Calls Advertisement Discovery"
+        " set_log main __version__ __all__",
+        "",
         "",
     ),
     "client": (
         False,
         "Tor AsyncTor Stream set_log main __version__ __all__",
-        "AsyncTor.create_onion_service serve_target load_service_key Proxy.__init__ Proxy.start"
-        " run_daemon peer_command",
+        "AsyncTor.create_onion_service serve_target load_service_key make_client_key Proxy.__init__"
+        " Proxy.start Proxy.close diversify peer_command",
+        "announce is_for_daemon proxies",
     ),
     "service": (
         False,
         "Tor AsyncTor Stream OnionService set_log main __version__ __all__",
-        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr Tor.create_connection"
-        " Tor.resolve Tor.resolve_ptr Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start"
-        " run_daemon peer_command netcat",
+        "AsyncTor.open_connection AsyncTor.resolve AsyncTor.resolve_ptr AsyncTor.add_onion_key"
+        " Tor.add_onion_key load_onion_keys Tor.create_connection Tor.resolve Tor.resolve_ptr"
+        " Tor.urlopen Tor.http_get http_call Proxy.__init__ Proxy.start Proxy.close diversify"
+        " peer_command netcat",
+        "announce is_for_daemon proxies",
     ),
     "board": (
         True,
@@ -72,15 +79,15 @@ PRESETS = {
         " Stream.read Stream.readexactly Stream.readline Stream.readuntil Stream.write"
         " Stream.drain Stream.close Stream.wait_closed Stream.get_extra_info set_log",
         "AsyncTor.open_connection AsyncTor.resolve",
+        "vegas",
     ),
 }
 # Of these texts a board gets so much, line breaks left out: twice 9 for authorities, 21 of 200
 # fallback mirrors; no words for reasons, which have numbers.
 SHORTER = {"_PLACES": 32 * (9 + 9 + 21), "END_REASONS": 0, "DESTROY_REASONS": 0}
-# Attributes that are None on a board: it has no congestion control.
-ABSENT = ("vegas",)
 # What programs name, and these attributes, stay.
-PUBLIC = "Tor AsyncTor Stream OnionService Proxy set_log main DEBUG INFO NOTICE WARN ERR".split()
+PUBLIC = """Tor AsyncTor Stream OnionService Bridges Proxy set_log main DEBUG INFO NOTICE WARN
+    ERR""".split()
 CONSTRUCTORS = "Tor.__init__ AsyncTor.__init__".split()
 PUBLIC_ATTRIBUTES = "address reason".split()
 
@@ -255,14 +262,15 @@ def number(node):
 class Fold(ast.NodeTransformer):
     """Put in the values of the names in `known`, and drop what can then not run.
 
-    Docstrings go as well, logs below the severity `least`, and attributes that are `absent`.
+    Docstrings go as well, logs below the severity `least`, and attributes and calls of functions
+    whose names are in `nothing`.
     """
 
-    def __init__(self, known, least=0, absent=()):
-        self.known, self.least, self.absent = known, least, absent
+    def __init__(self, known, least=0, nothing=()):
+        self.known, self.least, self.nothing = known, least, nothing
 
     def visit_Attribute(self, node):
-        if isinstance(node.ctx, ast.Load) and node.attr in self.absent:
+        if isinstance(node.ctx, ast.Load) and node.attr in self.nothing:
             return ast.copy_location(ast.Constant(None), node)
         return self.generic_visit(node)
 
@@ -317,6 +325,8 @@ class Fold(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
+        if getattr(node.func, "id", None) in self.nothing:
+            return ast.copy_location(ast.Constant(None), node)
         if self.least and getattr(node.func, "id", None) == "log":
             severity = node.args[0]
             if isinstance(severity, ast.Constant) and severity.value < self.least:
@@ -369,13 +379,13 @@ def constants(tree, kind):
     return found
 
 
-def fold(tree, micropython, least=0):
+def fold(tree, micropython, least=0, nothing=()):
     """Fold the module for one of the runtimes; for MicroPython integer constants as well.
 
     Returns the tree and {name: value} of the constants.
     """
     known = {"MICROPYTHON": micropython}
-    tree, found, more = Fold(known, 0, ABSENT if micropython else ()).visit(tree), None, {}
+    tree, found, more = Fold(known, 0, nothing).visit(tree), None, {}
     while more != found:
         found = more
         tree = Fold(dict(found, **known), least).visit(tree)
@@ -614,7 +624,8 @@ OVERLAYS = (
     "Directory._verify Consensus.__init__ Consensus.check_times Consensus.missing_certs"
     " Consensus.verify document CertParser clock_error Directory._judge_clock",
     "Directory._microdescs_from MicrodescParser FlashTable.set_microdesc",
-    "Directory._next_time PathSelector.__init__ PathSelector.update new_table load_table"
+    "Directory._next_time PathSelector.__init__ PathSelector._load PathSelector.update"
+    " PathSelector._expire PathSelector._expand new_table load_table"
     " FlashTable.__init__ FlashTable.load FlashTable.begin FlashTable.finish",
     # Signatures; a service's descriptors.
     "ed25519_expand ed25519_public ed25519_sign ed25519_verify ed25519_blind_public"
@@ -630,6 +641,7 @@ OVERLAYS = (
     "PathSelector.pick PathSelector._draw PathSelector.guard PathSelector.failed"
     " PathSelector.succeeded PathSelector.onion_path PathSelector._path PathSelector._layer_two"
     " PathSelector._until PathSelector._save PathSelector.primary PathSelector._order distinct"
+    " PathSelector._seconds PathSelector._primaries PathSelector._apart Guard.down"
     " FlashTable.same_family _Relays.subnets _Relays.relay",
     "hs_ntor_service _rend_keys _intro_keys parse_link_specifiers",
 )
@@ -1104,20 +1116,38 @@ def shorten(tree, stay):
             inside = member.args if isinstance(member, FUNCTIONS) else member
             never |= {names.get(name) for name in used(inside)} | binds(member) - set(users)
     never |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} - set(users)
-    fresh = {n: set() for n in FRESH if n not in never}
-    attributes = {}
-    for a in sorted(users, key=lambda a: (None not in users[a], a)):
-        for n, others in fresh.items():
-            if not others or not (others & users[a] or None in others | users[a]):
-                others |= users[a]
-                attributes[a] = n
-                break
+    order = sorted(users, key=lambda a: (None not in users[a], a))
+    attributes = allot(order, users, [n for n in FRESH if n not in never])
     tree = Rename(names, attributes).visit(tree)
     stay = module_names(tree) | keywords
     for _, part in parts(tree):
         if isinstance(part, FUNCTIONS):
             shorten_arguments(part, stay)
     return tree, names, attributes
+
+
+def allot(attributes, users, fresh):
+    """Return {attribute: one of `fresh`}: those of unrelated `users` may share a name."""
+    found, taken = {}, {n: set() for n in fresh}
+    for a in attributes:
+        for n, others in taken.items():
+            if not others or not (others & users[a] or None in others | users[a]):
+                others |= users[a]
+                found[a] = n
+                break
+    return found
+
+
+def shorten_private(tree, stay):
+    """Shorten attributes that begin with one underline, those used most the most."""
+    users = own_attributes(tree, stay)
+    users = {a: u for a, u in users.items() if a[0] == "_" and a not in given(tree, stay)}
+    every = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    order = sorted(users, key=lambda a: (-every.count(a), a))
+    fresh = ["_" + n for n in LETTERS.replace("_", "")]
+    fresh += [n + other for n in fresh for other in LETTERS]
+    every = set(every) - set(users)
+    return Rename({}, allot(order, users, [n for n in fresh if n not in every])).visit(tree)
 
 
 def shorten_arguments(function, stay):
@@ -1136,6 +1166,21 @@ def shorten_arguments(function, stay):
     name = function.name
     Rename({n: next(fresh) for n in inner}, {}).visit(function)
     function.name = name
+
+
+def by_position(tree, stay, classes):
+    """Mark the arguments that nobody gives by keyword: python-minifier can then rename them.
+
+    Functions and methods in `stay`, and all methods of `classes`, are called by others.
+    """
+    keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    called = [f for c, f in parts(tree) if isinstance(f, FUNCTIONS)
+              and (c and c.name in classes or (c and c.name + "." or "") + f.name in stay)]
+    for f in ast.walk(tree):
+        if isinstance(f, FUNCTIONS + (ast.Lambda,)) and f not in called:
+            while f.args.args and f.args.args[0].arg not in keywords:
+                f.args.posonlyargs.append(f.args.args.pop(0))
+    return tree
 
 
 def check(tree):
@@ -1190,14 +1235,14 @@ class Build:
     """
 
     def __init__(self, source, what, more=(), least="notice"):
-        self.micropython, entries, cuts = PRESETS[what]
+        self.micropython, entries, cuts, nothing = PRESETS[what]
         self.version = re.search('^__version__ = "(.*)"', source, re.M).group(1)
         line = "minitor %s for %s, made by compress.py. MIT licence."
         self.banner = line % (self.version, what)
         self.what, self.map = what, {}
         tree, entries = ast.parse(source), entries.split() + list(more)
         self.codes = texts(tree)
-        tree, values = fold(tree, self.micropython, SEVERITIES.index(least))
+        tree, values = fold(tree, self.micropython, SEVERITIES.index(least), nothing.split())
         cut(tree, [path for path in cuts.split() if path not in more])
         stay = public(tree, entries)
         if self.micropython:
@@ -1213,7 +1258,9 @@ class Build:
             self.map = {"names": names, "attributes": attributes, "values": values}
             self.text, *self.overlays = modules_of(tree, stay, exports, tag)
         else:
-            tree = check(Shake(tree, entries).result())
+            tree = by_position(check(Shake(tree, entries).result()), stay, more)
+            # The host's stay: programs may look at them, as tests do.
+            tree = tree if what == "host" else shorten_private(tree, stay)
             self.text = self._minified(ast.unparse(tree), sorted(stay))
 
     def _cut_texts(self, tree, whole):
@@ -1235,17 +1282,25 @@ class Build:
 
     def packed(self):
         """Return a module that unpacks itself, and is then as the original: bytes (Latin-1)."""
-        data, best = self.text.encode(), None
+        text, raw, best = self.text, b"", None
+        # To LZMA, digits to base 91 are a third longer than what they stand for: 26 bytes for 32.
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, ast.Constant) and re.fullmatch(r"[$-~\n]{5000,}", str(n.value)):
+                text = text.replace(ast.get_source_segment(self.text, n), "_p")
+                digits = [ord(c) - 36 for c in n.value.replace("\n", "")]
+                for i in range(0, len(digits), 32):
+                    number = sum([d * 91**j for j, d in enumerate(digits[i : i + 32][::-1])])
+                    raw += number.to_bytes(26, "big")
         for lc in range(5):
             filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=lc, pb=0)]
-            out = lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+            out = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=filters)
             if best is None or len(out) < len(best[1]):
                 best = lc, out
-        # Every byte but these can stand in a literal of three quotes as it is.
-        literal = best[1].decode("latin-1")
-        for pattern, escape in PACKED_ESCAPES:
-            literal = re.sub(pattern, escape, literal)
-        return (PACKED % (self.banner, best[0], literal)).encode("latin-1")
+        # Every byte but these can stand in a literal as it is.
+        literal = (raw + best[1]).decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+        literal = re.sub(r"\0(?=[0-7])", r"\\000", literal).replace("\0", r"\0")
+        literal = re.sub(r'"(?=""|\Z)', r'\\"', literal)
+        return (PACKED % (self.banner, literal, best[0], len(raw), len(raw))).encode("latin-1")
 
     def modules(self, architecture):
         """Yield (name, content) of minitor.mpy and its overlays, for one of ARCHITECTURES."""
@@ -1267,20 +1322,19 @@ class Build:
             yield self.what + "-packed/minitor.py", self.packed()
 
 
-PACKED_ESCAPES = (
-    (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"),
-    (r"'(?='')|'\Z", r"\\'"),
-)
 # Tracebacks find its lines in linecache, under the file's name and "(unpacked)".
-PACKED = """# coding: latin-1
+PACKED = '''# coding: latin-1
 # %s
 import linecache as _c,lzma as _l
+_d="""%s""".encode("latin-1")
 _f=dict(id=_l.FILTER_LZMA1,preset=9,lc=%d,pb=0)
-_s=_l.decompress('''%s'''.encode("latin-1"),_l.FORMAT_RAW,None,[_f]).decode()
+_s=_l.decompress(_d[%d:],_l.FORMAT_RAW,None,[_f]).decode()
+_b=[int.from_bytes(_d[i:i+26],"big")for i in range(0,%d,26)]
+_p="".join(chr(n//91**j%%91+36)for n in _b for j in range(31,-1,-1))
 _n=__file__+" (unpacked)"
 _c.cache[_n]=len(_s),None,_s.splitlines(True),_n
 exec(compile(_s,_n,"exec"))
-"""
+'''
 
 
 # ── Images ──

@@ -12,7 +12,7 @@ MIT licence.
 
 __version__ = "0.1.0"
 __all__ = (
-    "Advertisement", "AsyncTor", "BlockingNode", "Calls", "DirectTransport", "Discovery",
+    "Advertisement", "AsyncTor", "BlockingNode", "Bridges", "Calls", "DirectTransport", "Discovery",
     "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
 )
 
@@ -278,8 +278,11 @@ def _noting(seen):
     return note
 
 
-async def tls_connect(address, port, seconds):
-    """Reader, writer, and a list: the certificate's SHA-256, once data was read."""
+async def tls_connect(address, port, seconds, through=None):
+    """Reader, writer, and a list: the certificate's SHA-256, once data was read.
+
+    `through`: on a host, a socket that is connected already.
+    """
     # CERTS proves the relay's identity (tor-spec 4.2).
     seen = [b""]
     if MICROPYTHON:
@@ -291,6 +294,8 @@ async def tls_connect(address, port, seconds):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     # As tor's: a fixed one, or none, would stand out.
     name = "www.%s.com" % b32encode(urandom(20))[: 4 + randbelow(22)]
+    if not MICROPYTHON and through:
+        address, port, limit["sock"] = None, None, through
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
     reader, writer = await asyncio.wait_for(opening, seconds)
     if not MICROPYTHON:
@@ -387,7 +392,6 @@ class LinkError(TorError):
 
 class DiscoveryError(TorError):
     """No peer answers, or knows what was looked for."""
-
 
 
 class TorTimeout(TorError):
@@ -1309,8 +1313,9 @@ def check_ed_cert(data, kind, public, when):
     signed, signature = data[: r.at], r.take(64)
     require(good and not r.left(), what + " is malformed")
     require(expires * 3600 >= when, what + " has expired, or the clock is ahead")
-    # Only type 5, for a TLS certificate, need not name it.
-    good = signer == public or kind == 5 and not signer
+    # Type 5, for a TLS certificate, and 10, by an ntor key, need not name it.
+    named = kind != 5 and (MICROPYTHON or kind != 10)
+    good = signer == public or not (named or signer)
     good = good and ed25519_verify(public, signed, signature)
     require(good, what + " has a bad signature, or is signed by another key")
     return key
@@ -2533,20 +2538,41 @@ def _seal(keyword, secret, salt, pieces):
 
 
 def _unseal(item, keyword, secret):
+    # None for another secret.
     blob = item(keyword)[1]
+    require(len(blob) > 48, "descriptor: a layer is missing")
     crypt, mac = _layer(keyword, secret, blob[:16])
-    error = "descriptor: %s is corrupt, or for authorized clients only" % keyword.decode()
     mac.update(blob[16:-32])
-    require(consteq(mac.digest(), blob[-32:]), error)
-    return crypt(blob[16:-32]).partition(b"\0")[0]
+    good = consteq(mac.digest(), blob[-32:])
+    return crypt(blob[16:-32]).partition(b"\0")[0] if good else None
+
+
+def _client_keys(subcred, secret, public):
+    # CLIENT-ID, COOKIE-KEY (2.5.1.2).
+    keys = shake256(subcred + x25519(secret, public), 40)
+    return keys[:8], keys[8:]
+
+
+def _cookie(text, item, subcred, secret):
+    # The descriptor cookie for the client with that key, b"" if there is none (2.5.1.3).
+    public = b64decode(item(b"desc-auth-ephemeral-key")[0].split(b" ")[0], 32)
+    client_id, key = _client_keys(subcred, secret, public)
+    for line in text.split(b"\nauth-client ")[1:]:
+        words = line.partition(b"\n")[0].split(b" ")
+        if len(words) > 2 and consteq(words[0].rstrip(b"="), b64encode(client_id).encode()):
+            return AesCtr(key, b64decode(words[1], 16)).crypt(b64decode(words[2], 16))
+    return b""
 
 
 _SIGNED = b"Tor onion service descriptor sig v3"
 
 
-def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0):
-    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key."""
-    signer, secret = ed25519_expand(urandom(32)), blinded + subcred + pack(">Q", revision)
+def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, flow=0, clients=()):
+    """Write a descriptor (2.4, 2.5) to `file`, in pieces; `esk`: the blinded secret key.
+
+    `clients`: the X25519 keys of those who can read it, if not everybody.
+    """
+    signer, secret = ed25519_expand(urandom(32)), subcred + pack(">Q", revision)
     public = ed25519_public(signer)
 
     def cert(keyword, kind, key, esk=signer, by=public):
@@ -2570,18 +2596,27 @@ def make_descriptor(file, esk, blinded, subcred, revision, intro_points, when, f
         for at in range(0, left, 480):
             yield bytes(min(480, left - at))
 
-    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(x25519_keypair()[1])
-    for _ in range(16):
-        # Made up: nobody shall see whether there are authorized clients.
-        made_up = tuple([b64encode(urandom(n)) for n in (8, 16, 16)])
-        head += ("auth-client %s %s %s\n" % made_up).encode()
-    sealed = _seal(b"encrypted", secret, urandom(16), inner())
-    text = _seal(b"superencrypted", secret, urandom(16), outer())
+    x, X = x25519_keypair()
+    cookie, lines = urandom(16) if clients else b"", []
+    # Made up: nobody shall see how many clients are authorized, nor whether there are any.
+    for _ in range(-len(clients) % 16 or 16 * (not clients)):
+        lines.append([urandom(n) for n in (8, 16, 16)])
+    for client in clients:
+        (client_id, key), iv = _client_keys(subcred, x, client), urandom(16)
+        line = [client_id, iv, AesCtr(key, iv).crypt(cookie)]
+        lines.insert(randbelow(len(lines) + 1), line)
+    head = b"desc-auth-type x25519\ndesc-auth-ephemeral-key " + _base64(X)
+    for line in lines:
+        head += ("auth-client %s %s %s\n" % tuple([b64encode(word) for word in line])).encode()
+    sealed = _seal(b"encrypted", blinded + cookie + secret, urandom(16), inner())
+    text = _seal(b"superencrypted", blinded + secret, urandom(16), outer())
     file.write(b"hs-descriptor 3\ndescriptor-lifetime 180\n")
     file.write(cert(b"descriptor-signing-key-cert", 8, public, esk, blinded))
     file.write(b"revision-counter %d\n" % revision)
     for piece in _armour(b"superencrypted", b"MESSAGE", text):
         file.write(piece)
+    if not MICROPYTHON:
+        require(file.tell() < 49900, "descriptor: too large for directories, fewer clients may do")
     signature = ed25519_sign(signer, public, _SIGNED, file)
     file.write(b"signature %s\n" % b64encode(signature).encode())
 
@@ -2603,8 +2638,11 @@ def _intro_point(text, signing, when):
     return target
 
 
-def parse_descriptor(data, blinded, subcred, when):
-    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified."""
+def parse_descriptor(data, blinded, subcred, when, secret=None):
+    """Return `subcred`, `revision`, `until`, `flow`, `intro_points` (the good ones); verified.
+
+    `secret`: the client's X25519 key.  AuthorizationError: it takes one, or another one.
+    """
     text, end, signature = data.rpartition(b"\nsignature ")
     require(end and text.startswith(b"hs-descriptor 3\n"), "descriptor: cut, or not version 3")
     item = document(text)
@@ -2615,9 +2653,18 @@ def parse_descriptor(data, blinded, subcred, when):
     found.until = when + 60 * decimal(item(b"descriptor-lifetime")[0], 30, 720)
     found.subcred = subcred
     found.revision = decimal(item(b"revision-counter")[0], 0, (1 << 64) - 1)
-    secret = blinded + subcred + pack(">Q", found.revision)
-    item = document(_unseal(item, b"superencrypted", secret))
-    sections = _unseal(item, b"encrypted", secret).split(b"\nintroduction-point ")
+    tail = subcred + pack(">Q", found.revision)
+    text = _unseal(item, b"superencrypted", blinded + tail)
+    require(text is not None, "descriptor: superencrypted is corrupt")
+    item = document(text)
+    cookie = _cookie(text, item, subcred, secret) if secret else b""
+    text = _unseal(item, b"encrypted", blinded + cookie + tail)
+    if text is None and secret:
+        raise AuthorizationError("does not admit this key: the right one, not withdrawn?", 0xF5)
+    if text is None:
+        raise AuthorizationError("admits clients by keys alone: give one (--auth-dir, "
+                                 "ClientOnionAuthDir, add_onion_key)", 0xF4)
+    sections = text.split(b"\nintroduction-point ")
     item = document(sections[0])
     require(b"2" in item(b"create2-formats")[0].split(b" "), "descriptor: without ntor")
     # Versions, the SENDME increment.
@@ -2687,7 +2734,8 @@ class Channel:
 
     async def _run(self, seconds):
         try:
-            reader, writer, self._certificate = await tls_connect(self.address, self.port, seconds)
+            opening = (tls_connect if MICROPYTHON else self._dial)(self.address, self.port, seconds)
+            reader, writer, self._certificate = await opening
             read = self._read_cells if MICROPYTHON else self._read_batches
             self._tasks.append(spawn(read(reader)))
             self._tasks.append(spawn(self._write(writer)))
@@ -2718,6 +2766,9 @@ class Channel:
         await asyncio.sleep(2)
         for task in self._tasks:
             task.cancel()
+
+    if not MICROPYTHON:
+        _dial = staticmethod(tls_connect)
 
     def room(self):
         # In cells.
@@ -2889,12 +2940,15 @@ class Channel:
 
 class Channels:
     open = {}  # By RSA identity.
+    if not MICROPYTHON:
+        link = Channel  # what makes one, or refuses to
 
     async def get(self, address, port, rsa_id, ed_id=None, seconds=20):
         """The relay's one open Channel, or a new one; ChannelError."""
         self.open = {r: c for r, c in self.open.items() if not c.closed}
         if rsa_id not in self.open:
-            self.open[rsa_id] = Channel(address, port, rsa_id, ed_id, seconds)
+            link = (Channel if MICROPYTHON else self.link)(address, port, rsa_id, ed_id, seconds)
+            self.open[rsa_id] = link
         return await self.open[rsa_id].opened.wait()
 
     def close(self):
@@ -3134,7 +3188,7 @@ class Stream:
         self.opened.set(error=error)
         self._changed.set()
         if not MICROPYTHON:
-            announce("STREAM", self, "CLOSED", self)
+            announce("STREAM", self)
 
     def accept(self):
         if not self._ended:
@@ -3626,34 +3680,56 @@ def distinct(table, i, j):
     return net != other and (not net6 or net6 != other6) and not table.same_family(i, j)
 
 
+# Failing up to so many hours, a guard is tried again after so many minutes: a primary one, or
+# another (guard-spec A.1).
+_RETRIES = (6, 10, 60), (96, 90, 240), (168, 240, 1080), (1 << 16, 540, 2160)
+
+
 class Guard:
-    """A sampled guard, good `until` then; `index` -1: not listed now (guard-spec 4.1)."""
+    """A sampled guard, good `until` then (guard-spec 4.1).
 
-    failing_since = failed_at = 0
+    `index`: in the table, -1: not listed now, but until `unlisted` (0: it is listed).
+    """
 
-    def __init__(self, rsa_id, until, confirmed, index=-1):
+    failing_since = failed_at = primary = 0
+
+    def __init__(self, rsa_id, until, confirmed, index=-1, unlisted=0):
         self.rsa_id, self.until, self.confirmed, self.index = rsa_id, until, confirmed, index
+        self.unlisted = unlisted
 
     def down(self):
-        # Tried again after 10 minutes to 9 hours, nearly as in guard-spec 4.5.
-        wait = min(max(600, (self.failed_at - self.failing_since) // 4), 32400)
-        return 0 <= now() - self.failed_at < wait
+        """Tell whether it failed, and is not to be tried again yet (4.5)."""
+        hours = (now() - self.failing_since) // 3600
+        waits = [wait for wait in _RETRIES if hours < wait[0]] or _RETRIES
+        return 0 <= now() - self.failed_at < waits[0][1 if self.primary else 2] * 60
 
 
 class PathSelector:
     """Chooses paths, lists of Relay; CircuitError.  `path`: the guards' file (None: no guards)."""
 
     updates = 0
+    # Indexes of relays that the configuration refuses as guards (guard-spec 4.2).
+    refused = ()
+    if not MICROPYTHON:
+        # Whether a relay is one to avoid.
+        excluded = staticmethod(lambda relay: False)
 
     def __init__(self, table, consensus, path):
         # `online`: when a relay last answered; `layer_two`: {RSA identity: until}, as tor unstored.
-        self.sample, self.online, self.layer_two, self._file = [], 0, {}, path
+        self.online, self.layer_two = 0, {}
+        self._load(path)
+        self.update(table, consensus)
+
+    def _load(self, path):
+        self.sample, self._file = [], path
         try:
             stored = json.loads(read_file(path or "") or b"[]")
-            self.sample = [Guard(b32decode(g[0]), int(g[1]), int(g[2])) for g in stored]
+            for g in stored:
+                dates = int(g[1]), int(g[2] > 0), -1, int(g[3]) if g[3:] else 0
+                self.sample.append(Guard(b32decode(g[0]), *dates))
         except Exception:
             log(WARN, "%s is damaged: choosing new guards", path)
-        self.update(table, consensus)
+            self.sample = []
 
     def update(self, table, consensus):
         """Take over a new consensus, and sample guards (guard-spec 4.2, 4.10)."""
@@ -3661,25 +3737,44 @@ class PathSelector:
         self.table, self.param, self._doubts = table, consensus.param, {}
         self._totals = {}
         self._weights = consensus.bandwidth_weights
-        if not self._file:
-            return
-        self.sample = [g for g in self.sample if g.until > now()]
-        found, free = {table.find(g.rsa_id): g for g in self.sample}, 0
+        if self._file:
+            self._expand(*self._expire())
+
+    def _expire(self):
+        # How many guards are listed, and how many of these are sampled (4.1, 4.10).
+        found, count, listed, t = {self.table.find(g.rsa_id): g for g in self.sample}, 0, 0, now()
         for g in self.sample:
             g.index = -1
         for i, _ in self.weigh(*_ROLES["guard"]):
+            count += 1
             if i in found:
                 found[i].index = i
-            else:
-                free += 1
+                listed += 1
+        life, gone = self._seconds("lifetime"), self._seconds("remove-unlisted-guards-after", 20)
+        life = max(life, self._seconds("confirmed-min-lifetime", 60))
+        for g in self.sample:
+            # Dates that are too late come from a wrong clock.
+            g.until = min(g.until, t + life)
+            g.unlisted = 0 if g.index >= 0 else min(g.unlisted or t - randbelow(gone // 5), t)
+        late = lambda g: g.until <= t or g.unlisted and g.unlisted + gone <= t
+        self.sample = [g for g in self.sample if not late(g)]
+        return count, listed
+
+    def _expand(self, count, listed):
+        # Sample more, while too few are usable (4.2).
+        p, order = self.param, self._order()
         # A failure counts once a relay answered since: a dead network uses up no guards.
-        listed = self._order()
-        usable = [g for g in listed if g.failed_at > self.online or not g.down()]
-        lack = self.param("guard-min-filtered-sample-size", 20, 1) - len(usable)
-        room = self.param("guard-max-sample-size", 60, 1) - len(listed)
-        for _ in range(min(lack, room, free)):
+        usable = [g for g in order if g.failed_at > self.online or not g.down()]
+        least = p("guard-min-filtered-sample-size", 20, 1)
+        share = count * p("guard-max-sample-threshold-percent", 20, 1, 100) // 100
+        most = max(least, min(p("guard-max-sample-size", 60, 1), share))
+        # Unlisted ones take room, but for the primary guards there is always some.
+        room = max(most - len(self.sample), self._primaries() - len(order))
+        lack, room = least - len(usable), min(room, count - listed)
+        while lack > 0 and room > 0:
             i = self.pick("guard", lambda i: i not in [g.index for g in self.sample])
-            self.sample.append(Guard(table.rsa_id(i), self._until("lifetime", 120), 0, i))
+            self.sample.append(Guard(self.table.rsa_id(i), self._until("lifetime"), 0, i))
+            lack, room = lack - (i not in self.refused), room - 1
         self._save()
 
     def _factors(self, position):
@@ -3752,19 +3847,31 @@ class PathSelector:
         return percent
 
     def _save(self):
-        stored = [(b32encode(g.rsa_id), g.until, g.confirmed) for g in self.sample]
+        stored = [(b32encode(g.rsa_id), g.until, g.confirmed, g.unlisted) for g in self.sample]
         cache_file(self._file, json.dumps(stored).encode())
 
-    def _until(self, name, days):
+    def _seconds(self, name, days=120):
+        return self.param("guard-%s-days" % name, days, 1, 3650) * 86400
+
+    def _until(self, name, days=120):
         # Random, not to tell when it was set (guard-spec A.2).
-        days = self.param("guard-%s-days" % name, days, 1, 3650)
-        return now() + days * 86400 - randbelow(days * 8640)
+        return now() + self._seconds(name, days) - randbelow(self._seconds("lifetime") // 10)
 
     def _order(self):
-        return [g for g in self.sample if g.index >= 0]
+        return [g for g in self.sample if g.index >= 0 and g.index not in self.refused]
+
+    def _primaries(self):
+        return self.param("guard-n-primary-guards", 3, 1)
 
     def primary(self):
-        return self._order()[: self.param("guard-n-primary-guards", 3, 1)]
+        """The guards to use first (4.4): what was one remains one, until others are confirmed."""
+        first, rest = [], []
+        for g in self._order():
+            (first if g.confirmed or g.primary else rest).append(g)
+        found = (first + rest)[: self._primaries()]
+        for g in self.sample:
+            g.primary = g in found
+        return found
 
     def guard(self, accept=lambda i: True, kind="guards", use=1):
         """The Relay to enter by, of those that `accept(index)` takes (4.6)."""
@@ -3789,10 +3896,10 @@ class PathSelector:
     def succeeded(self, rsa_id):
         """A relay is up; return whether no better guard than it may be up again (4.8)."""
         silence, primary = now() - self.online, self.primary()
-        # Those that failed in a long one are tried again.
+        # After a long one the primary ones are tried again, and those that failed in it.
         if silence > self.param("guard-internet-likely-down-interval", 600, 1):
             for g in self.sample:
-                g.failed_at = g.failed_at if g.failed_at <= self.online else 0
+                g.failed_at = 0 if g.primary or g.failed_at > self.online else g.failed_at
         self.online = now()
         for g in [g for g in self.sample if g.rsa_id == rsa_id]:
             g.failed_at = g.failing_since = 0
@@ -3820,17 +3927,17 @@ class PathSelector:
     def _path(self, last, roles, second, stable=STABLE):
         # `second`: the layer-2 guards, one of which takes the first role.
         table, path = self.table, [self.table.find(last.rsa_id) if last else -1]
-
-        def apart(i):
-            # As in tor: to avoid their families, or a guard as target, would tell of them.
-            if second:
-                return i not in path
-            return all([distinct(table, i, j) for j in path if j >= 0])
-
+        apart = lambda i: self._apart(i, path, second)
         path.append(self.guard(lambda i: second or apart(i)).index)
         for role in roles:
             path.append(self.pick(role, apart, stable, second if len(path) == 2 else ()))
         return [table.relay(i) for i in path[1:]] + ([last] if last else [])
+
+    def _apart(self, i, path, second):
+        # As in tor: to avoid their families, or a guard as target, would tell of them.
+        if second:
+            return i not in path
+        return all([distinct(self.table, i, j) for j in path if j >= 0])
 
     def _layer_two(self):
         # Their indexes.  Each lives for the longer of two random times.
@@ -4223,13 +4330,18 @@ class Directory:
         return min(start, c.valid_until - span - 1) + randbelow(span)
 
     async def _circuit(self):
-        # One hop: to a directory guard, else a mirror, in the end an authority.
+        # One hop: to a directory guard, else a mirror, in the end an authority; with bridges to
+        # those alone.
         network, paths, failures = self.network, self.paths, self._failures
-        if paths and failures < _TRIES:
+        if paths and (failures < _TRIES or not MICROPYTHON and getattr(paths, "alone", False)):
             relay = paths.guard() if self._near else paths.guard(kind="dir-guards", use=3)
             where = relay.address, relay.port, relay.rsa_id
         else:
             places = failures < 2 * _TRIES and network.fallbacks or network.authorities
+            if not MICROPYTHON:
+                places = places or network.fallbacks
+                if not places:
+                    raise DirectoryError("ExcludeNodes and StrictNodes leave no directory to ask")
             where = place(places[randbelow(len(places))])
         self._report(5, "conn", "Connecting to a relay")
         # At first 90 in all, on a host; guards get longer.
@@ -4418,12 +4530,17 @@ async def hsdir_request(tor, rsa_id, path, body=None):
         circuit.close()
 
 
-async def _try_each(items, use, kind, text, reason):
+async def _try_each(tor, items, use, kind, text, reason):
     # What `use(item)` returns for the first of `items`, at random, that works.
     error = "none is known"
-    for item in sorted(items, key=lambda _: randbelow(1 << 30)):
+    items = sorted(items, key=lambda _: randbelow(1 << 30))
+    if not MICROPYTHON:
+        items.sort(key=tor.paths.excluded)
+    for item in items:
         try:
             return await use(item)
+        except AuthorizationError:
+            raise
         except TorError as e:
             error = e
             log(INFO, "trying another: %s", e)
@@ -4431,21 +4548,29 @@ async def _try_each(items, use, kind, text, reason):
     raise kind("%s %s" % (text, error), reason)
 
 
-async def _find_descriptor(tor, key):
+async def _find_descriptor(tor, key, *servers):
     found = tor.descriptors.get(key)
     if found and now() < found.until:
         return found
     _, _, blinded, subcred, ring = descriptor_place(tor, key, 2)
+    if not MICROPYTHON:
+        ring = servers or ring
 
     async def fetch(rsa_id):
-        result = "FAILED", rsa_id, blinded, "NOT_FOUND"
         if not MICROPYTHON:
+            result = "FAILED", rsa_id, blinded, "NOT_FOUND"
             announce("HS_DESC", key, "REQUESTED", rsa_id, blinded)
         try:
             text = await hsdir_request(tor, rsa_id, "/tor/hs/3/" + b64encode(blinded))
-            descriptor = parse_descriptor(text, blinded, subcred, now())
-            result = "RECEIVED", rsa_id, blinded
+            descriptor = parse_descriptor(text, blinded, subcred, now(), tor.onion_keys.get(key))
+            if not MICROPYTHON:
+                result = "RECEIVED", rsa_id, blinded, text
             return descriptor
+        except AuthorizationError as e:
+            if not MICROPYTHON:
+                result = "RECEIVED", rsa_id, blinded, text
+                tor.keep_sealed(key, (text, blinded, subcred))
+            raise AuthorizationError("%s %s" % (onion_address(key), e), e.reason)
         except ProtocolError as e:
             raise DescriptorError(str(e), 0xF1)
         finally:
@@ -4453,7 +4578,7 @@ async def _find_descriptor(tor, key):
                 announce("HS_DESC", key, *result)
 
     text = "no descriptor of %s: is it right, and up?" % onion_address(key)
-    found = await _try_each(ring, fetch, DescriptorError, text, 0xF0)
+    found = await _try_each(tor, ring, fetch, DescriptorError, text, 0xF0)
     if len(tor.descriptors) >= _MAX_DESCRIPTORS:
         tor.descriptors.clear()
     tor.descriptors[key] = found
@@ -4496,13 +4621,74 @@ async def meet(tor, key):
         intros, text = descriptor.intro_points, onion_address(key) + " cannot be reached, is it up?"
         use = lambda intro: _introduce(tor, descriptor, intro)
         try:
-            return await _try_each(intros, use, OnionError, text, 0xF2)
+            return await _try_each(tor, intros, use, OnionError, text, 0xF2)
         except OnionError:
             descriptor.until = 0
             if now() > end:
                 raise
         await asyncio.sleep(pause)
         pause = 3
+
+
+def auth_key(key):
+    """An X25519 key for client authorization: 32 bytes, or text as in its files; ConfigError."""
+    try:
+        if isinstance(key, str):
+            # In base32, what stands before it aside.
+            key = key.rpartition(":")[2].strip().lower()
+            key = b32decode(key + "aaaa")[:32] if len(key) == 52 else b""
+        # Refuses the points of low order, which share zeros with everybody.
+        x25519(key, key)
+    except ProtocolError:
+        raise ConfigError("no X25519 key: 32 bytes, or 52 characters of base32, are needed")
+    return key
+
+
+def auth_text(key):
+    """The X25519 key `key` as in files of client authorization."""
+    return "descriptor:x25519:" + b32encode(key + bytes(3))[:52].upper()
+
+
+def read_auth(folder, ending, parse):
+    """Return [(path, parse(words))] of the files of client authorization in `folder`; ConfigError.
+
+    Bad ones are passed over, as tor does.
+    """
+    found = []
+    try:
+        if ending == ".auth":
+            os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)
+        names = sorted(os.listdir(folder))
+    except OSError as e:
+        raise ConfigError("the folder %s cannot be used: %s" % (folder, e))
+    for name in names:
+        path = folder + "/" + name
+        try:
+            if name[-len(ending) :] != ending or name == ending:
+                raise ConfigError("its name does not end in " + ending)
+            text = (read_file(path) or b"").decode("utf-8", "replace")
+            words = [word.strip() for word in text.split(":")]
+            if words[-3:-1] != ["descriptor", "x25519"]:
+                raise ConfigError("it cannot be read, or is not …descriptor:x25519:<key>")
+            found.append((path, parse(words[:-3], words[-1])))
+        except TorError as e:
+            log(WARN, "%s is passed over: %s", path, e)
+    return found
+
+
+def load_onion_keys(folder):
+    """Return {public identity key: (the client's key, path)} of *.auth_private; ConfigError."""
+    found = {}
+
+    def parse(words, key):
+        return parse_onion_address("".join(words)[:56] + ".onion"), auth_key(key)
+
+    for path, (identity, key) in read_auth(folder, ".auth_private", parse):
+        if identity in found:
+            raise ConfigError("two files are for one address: %s, %s" % (found[identity][1], path))
+        found[identity] = key, path
+    return found
 
 
 # === 15. Onion service ===
@@ -4540,6 +4726,21 @@ def load_service_key(key_dir):
     return data[32:], public
 
 
+def load_clients(key_dir):
+    """Return the keys in the authorized_clients of a HiddenServiceDir; ConfigError."""
+
+    def parse(words, key):
+        if words:
+            raise ConfigError("it is not descriptor:x25519:<key>")
+        return auth_key(key)
+
+    folder = key_dir + "/authorized_clients"
+    found = [key for _, key in read_auth(folder, ".auth", parse)]
+    if not found and [name for name in os.listdir(folder) if name[-5:] == ".auth"]:
+        log(WARN, "%s has no good key: everybody is admitted, as by tor", folder)
+    return found
+
+
 class OnionService:
     """See create_onion_service.  `rate`: introductions in a second, eight times that in a burst."""
 
@@ -4547,7 +4748,7 @@ class OnionService:
     intro_points = INTRO_POINTS
     max_streams, strict, export = _MAX_STREAMS, False, False
 
-    def __init__(self, tor, key_dir, ports):
+    def __init__(self, tor, key_dir, ports, clients=None):
         self.tor, self.key_dir, self.ports = tor, key_dir, {}
         for port, target in ports.items():
             if isinstance(target, int):
@@ -4559,6 +4760,14 @@ class OnionService:
         # Not in a folder: the keys themselves.
         given = not MICROPYTHON and isinstance(key_dir, tuple)
         self._esk, self.key = key_dir if given else load_service_key(key_dir)
+        if MICROPYTHON and clients is None and "authorized_clients" in os.listdir(key_dir):
+            # There is no code for these.
+            raise ConfigError("%s/authorized_clients is for hosts: give `clients`" % key_dir)
+        if not MICROPYTHON and clients is None and not given:
+            clients = load_clients(key_dir) or None
+        if clients is not None and not clients:
+            raise ConfigError("nobody is among `clients`: without it, everybody is admitted")
+        self.clients = [auth_key(key) for key in clients or ()]
         self.address, self.rate = onion_address(self.key), _RATE
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
@@ -4572,6 +4781,14 @@ class OnionService:
 
     def _wanted(self):
         return self in self.tor.services
+
+    def admit(self, clients):
+        """Publish for the clients with these keys alone; without any, for everybody."""
+        if clients and not set(clients) >= set(self.clients or [None]):
+            # Whom it admits no more knows these.
+            for intro in self.intros:
+                intro.until = 0
+        self.clients = clients
 
     async def close(self):
         """Take the service down."""
@@ -4682,8 +4899,8 @@ class OnionService:
                 if updates != self.tor.paths.updates:
                     self._periods = self._new_periods()
                     updates = self.tor.paths.updates
-                if state != set(ready):
-                    state = set(ready)
+                if state != (set(ready), self.clients):
+                    state = set(ready), self.clients
                     for period in self._periods:
                         period[4].update({rsa_id: OVERDUE for rsa_id in period[4]})
                 for period in self._periods:
@@ -4698,7 +4915,7 @@ class OnionService:
             # Clients look for one of both.
             good = [[t for t in p[4].values() if t > now() + 20 - p[0]] for p in self._periods]
             if all(good):
-                self._shown = state
+                self._shown = state[0]
                 self._published.set()
             else:
                 log(WARN, "the descriptors of %s could not be published", self.address)
@@ -4737,7 +4954,8 @@ class OnionService:
         esk = ed25519_blind_secret(self._esk, param)
         revision, flow = revision_counter(esk, t), sendme_increment(tor.paths.param)
         with spool(MICROPYTHON and self.key_dir + "/descriptor") as file:
-            make_descriptor(file, esk, blinded, subcred, revision, intros, start + t, flow)
+            known = revision, intros, start + t, flow, self.clients
+            make_descriptor(file, esk, blinded, subcred, *known)
             for some in _pieces(todo, _UPLOADS):
                 await asyncio.gather(*[upload(rsa_id) for rsa_id in some])
 
@@ -4871,23 +5089,32 @@ class AsyncTor:
     Tor network (default $MINITOR_NETWORK); `progress`: function(percent, tag, summary), which
     the tag "clock_skew" tells of each ClockError, also later.
     `budget`: on a board, how many bytes of heap may be in use for a stream or circuit to begin.
+    `bridges`: on a host, the Bridges by which alone to enter the network.
     """
 
     selector = PathSelector
 
-    def __init__(self, data_dir=None, network=None, progress=None, budget=0):
+    def __init__(self, data_dir=None, network=None, progress=None, budget=0, bridges=None):
         _admission[0] = budget or _admission[0]
         self.data_dir, network = folders(data_dir, network)
         network, self._channels = load_network(network), Channels()
         self.directory = Directory(network, self.data_dir, self._channels, progress)
         # `_shared`: {(isolation, key of an onion service, or port): Promise of a circuit}.
         self.services, self.descriptors, self._shared = [], {}, {}
+        # {identity key of an onion service: the client's X25519 key}.
+        self.onion_keys = {}
         self._spares, self._tasks = [], []
         if not MICROPYTHON:
             # `wanted`: {port: when it was last asked for}; `_exits`: circuits for those, unused.
-            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, []
-            self.dirty_ms, self._opening = DIRTY_MS, 0
+            self.ready, self.proxies, self.wanted, self._exits = False, [], {}, None
+            # `pause`: before another circuit is built ahead where one failed, in seconds.
+            self.dirty_ms, self._opening, self.pause = DIRTY_MS, 0, 30
+            # {identity key: descriptor, and what it takes to read it but for that key}.
+            self._sealed = {}
             self.build_times = BuildTimes(self.data_dir + "/build_times.json")
+            self.bridges = bridges
+            if bridges:
+                bridges.attach(self)
 
     async def start(self):
         """Be ready for use; CircuitError, ClockError, ConfigError, DirectoryError."""
@@ -4905,21 +5132,22 @@ class AsyncTor:
         return self
 
     async def _bootstrap(self):
-        directory = self.directory
+        directory, select = self.directory, PathSelector
+        if not MICROPYTHON and self.bridges:
+            await self.bridges.start()
         await directory.bootstrap()
         if MICROPYTHON:
             # What is dear there: a link to the guard alone stays.
             self._channels.close()
         file = self.data_dir + "/guards.json"
-        select = PathSelector if MICROPYTHON else self.selector
+        if not MICROPYTHON:
+            select = self.bridges.select if self.bridges else self.selector
         self.paths = directory.paths = select(directory.table, directory.consensus, file)
         directory._report(95, "circuit_create", "Establishing a Tor circuit")
         self._spares = [await self.circuit_to()]
         self._tasks.append(spawn(lasting(directory.refresh, self._wanted)))
         if SPARES:
             self._tasks.append(spawn(lasting(self._keep_spares, self._wanted)))
-        if not MICROPYTHON:
-            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
         directory._report(100, "done", "Done")
 
     def _wanted(self):
@@ -4928,15 +5156,19 @@ class AsyncTor:
     async def aclose(self):
         """Take the services down, close all circuits and links."""
         if not MICROPYTHON:
-            for proxy in list(self.proxies):
+            for proxy in list(self.proxies or ()):
                 proxy.close()
         for service in list(self.services):
             await service.close()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
+        if not MICROPYTHON:
+            self._exits = None
         self._channels.close()
         await asyncio.sleep(0.05)  # what is queued goes out, as DESTROY
+        if not MICROPYTHON and self.bridges:
+            await self.bridges.close()
 
     __aenter__, __aexit__ = start, lambda self, *_: self.aclose()
 
@@ -5043,21 +5275,31 @@ class AsyncTor:
                 while len(self._spares) < SPARES:
                     self._spares.append(await self.circuit_to(choose=self.paths.onion_path))
             except (MemoryError, TorError):
-                await asyncio.sleep(60)
+                await asyncio.sleep(self.pause)
             await asyncio.sleep(1)
 
     def _allows(self, circuit, port):
         i = self.directory.table.find(circuit.path[-1].rsa_id)
         return i >= 0 and self.directory.table.exit_allows(i, port)
 
+    def _attach(self, proxy):
+        # A Proxy: from the first one on, circuits are built ahead.
+        self.proxies.append(proxy)
+        self.wanted = self.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        if self._exits is None:
+            self._exits = []
+            self._tasks.append(spawn(lasting(self._keep_exits, self._wanted)))
+
     async def _keep_exits(self):
-        # For proxies: circuits for the ports asked for in the last hour (path-spec 2.1.1).
+        # Circuits for the ports that proxies asked for in the last hour (path-spec 2.1.1).
         def clean(port=0):
             return [c for c in self._exits if not c.closed and (not port or self._allows(c, port))]
 
         tick = 0
         while True:
             await asyncio.sleep(1)
+            if not self.ready:
+                continue
             tick, t, param = tick + 1, ticks_ms(), self.paths.param
             ports = sorted([(used, port) for port, used in self.wanted.items()])[-8:]
             self.wanted = {port: used for used, port in ports if t - used < 3600000}
@@ -5074,7 +5316,7 @@ class AsyncTor:
                 except TorError as e:
                     log(INFO, "no circuit could be built ahead: %s", e)
                     self.wanted.pop(due[0], None)
-                    await asyncio.sleep(20)
+                    await asyncio.sleep(self.pause)
 
     async def _exit(self, port):
         # A circuit that nobody used, to an exit for `port`.
@@ -5137,6 +5379,34 @@ class AsyncTor:
             if promise.value:
                 promise.value.since -= OUTDATED
         self._shared, self.descriptors = {}, {}
+        if not MICROPYTHON:
+            self._sealed = {}
+
+    def keep_sealed(self, key, what):
+        if len(self._sealed) > 7:
+            self._sealed.clear()
+        self._sealed[key] = what
+
+    def add_onion_key(self, address, secret):
+        """Use the X25519 key `secret` for an onion service that admits some clients alone.
+
+        32 bytes, or text as in an .auth_private file; None: use none any more.  Returns whether it
+        reads a descriptor that could not be read before.  AddressError, ConfigError.
+        """
+        key = parse_onion_address(address)
+        if secret is None:
+            self.onion_keys.pop(key, None)
+            self.descriptors.pop(key, None)
+            return False
+        self.onion_keys[key] = secret = auth_key(secret)
+        sealed = not MICROPYTHON and self._sealed.pop(key, None)
+        try:
+            if sealed:
+                text, blinded, subcred = sealed
+                self.descriptors[key] = parse_descriptor(text, blinded, subcred, now(), secret)
+        except TorError:
+            return False
+        return bool(sealed)
 
     async def open_connection(self, host, port, timeout=120, isolation=None, flags=1, early=b""):
         """Connect to a name, IP or onion address; return (reader, writer), as asyncio.
@@ -5149,19 +5419,13 @@ class AsyncTor:
         check_target(host, port)
         key = parse_onion_address(host) if is_onion(host) else None
         body = begin("" if key else host, port, flags)
-        opening, stream = self._on_circuit(key, port, BEGIN, body, isolation, early), None
-        if not MICROPYTHON:
-            wish = SimpleNamespace(target="%s:%d" % (host, port))
-            announce("STREAM", wish, "NEW")
+        opening = self._on_circuit(key, port, BEGIN, body, isolation, early)
         try:
             stream = await asyncio.wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
             raise StreamError("%s:%d: %s" % (host, port, e), e.reason)
-        finally:
-            if not MICROPYTHON:
-                announce("STREAM", wish, "SUCCEEDED" if stream else "FAILED", stream)
         return stream, stream
 
     async def resolve(self, host, isolation=None):
@@ -5210,12 +5474,14 @@ class AsyncTor:
                 if last:
                     raise
 
-    async def create_onion_service(self, port, target=None, key_dir=None):
+    async def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """Host an onion service; return it, with `address` and `close`, once it is reachable.
 
         `target` of `port`: a local port (default: the same), (host, port), "unix:/path", or a
         coroutine function(reader, writer); for several ports, `port` is {port: target}.
         `key_dir`: as tor's HiddenServiceDir (default: onion_service in `data_dir`).
+        `clients`: X25519 keys (32 bytes, or text as in an .auth file) of those who are admitted
+        (default: as the files in `key_dir`/authorized_clients say; without any, everybody).
         """
         ports = port if isinstance(port, dict) else {port: target or port}
         for number in ports:
@@ -5223,7 +5489,7 @@ class AsyncTor:
         key_dir = key_dir or self.data_dir + "/onion_service"
         if key_dir in [service.key_dir for service in self.services]:
             raise ConfigError("a service has the key in %s already: give a key_dir" % key_dir)
-        service = OnionService(self, key_dir, ports)
+        service = OnionService(self, key_dir, ports, clients)
         self.services.append(service)
         try:
             await service.start()
@@ -5325,8 +5591,8 @@ class LoopThread:
 class Tor(LoopThread):
     """AsyncTor for programs without asyncio; ready when constructed, any thread may call."""
 
-    def __init__(self, data_dir=None, network=None, progress=None):
-        self._tor = AsyncTor(data_dir, network, progress)
+    def __init__(self, data_dir=None, network=None, progress=None, bridges=None):
+        self._tor = AsyncTor(data_dir, network, progress, 0, bridges)
         LoopThread.__init__(self, self._tor)
 
     def resolve(self, host, isolation=None):
@@ -5338,9 +5604,12 @@ class Tor(LoopThread):
     def newnym(self):
         self._loop.call_soon_threadsafe(self._tor.newnym)
 
-    def create_onion_service(self, port, target=None, key_dir=None):
+    def add_onion_key(self, address, secret):
+        return self._tor.add_onion_key(address, secret)
+
+    def create_onion_service(self, port, target=None, key_dir=None, clients=None):
         """As AsyncTor.create_onion_service; `close` waits, too."""
-        service = self.run(self._tor.create_onion_service(port, target, key_dir))
+        service = self.run(self._tor.create_onion_service(port, target, key_dir, clients))
         return SimpleNamespace(address=service.address, close=lambda: self.run(service.close()))
 
     def create_connection(self, address, timeout=None, isolation=None):
@@ -5653,6 +5922,12 @@ _WARNINGS = {
 }
 
 
+class Isolation(tuple):
+    """What streams have in common that may share a circuit; `source`: their client's address."""
+
+    source = ""
+
+
 class Proxy:
     """A port for programs: `kind` "socks" (4, 4a, 5) or "http" (HTTP CONNECT).
 
@@ -5678,8 +5953,7 @@ class Proxy:
     async def start(self, tor):
         """Serve through `tor`, an AsyncTor or Tor, once that is ready; return itself."""
         self._tor = tor = getattr(tor, "_tor", tor)
-        tor.proxies.append(self)
-        tor.wanted = tor.wanted or {443: ticks_ms(), 80: ticks_ms()}
+        tor._attach(self)
         start = asyncio.start_unix_server if self._to.path else asyncio.start_server
         self._server = await start(self._accept, sock=self._socket, backlog=1024)
         return self
@@ -5733,7 +6007,7 @@ class Proxy:
         values = peer, request.auth, request.version, request.port, request.host.lower()
         on = [flag in self._to.on for flag in _ISOLATE]
         group = self if self._to.group is None else self._to.group
-        return (group,) + tuple([(v,) if wanted else None for v, wanted in zip(values, on)])
+        return Isolation([group] + [(v,) if wanted else None for v, wanted in zip(values, on)])
 
     def _check(self, request):
         # Warn of what leaks, refuse what the flags refuse (END's reason 4: by policy).
@@ -5755,6 +6029,7 @@ class Proxy:
             return log(INFO, "%s: %s", self.address, request)
         peer = writer.get_extra_info("peername")
         isolation = self._isolation(request, peer[0] if peer else "")
+        isolation.source = " SOURCE_ADDR=%s:%d" % peer[:2] if peer else ""
         early = bytearray(data[request.used :])
         work = asyncio.ensure_future(self._open(request, isolation, early))
         watch = asyncio.ensure_future(self._watch(reader, early))
@@ -5841,12 +6116,13 @@ if not MICROPYTHON:
 _OPTIONS = {
     "Boolean": (
         "ControlPortFileGroupReadable=0 ControlSocketsGroupWritable=0 CookieAuthentication=0 "
-        "CookieAuthFileGroupReadable=0 RunAsDaemon=0 StrictNodes=0 TestingTorNetwork=0 "
-        "UnixSocksGroupWritable=0 UseBridges=0 __ReloadTorrcOnSIGHUP=1"
+        "CookieAuthFileGroupReadable=0 EnforceDistinctCountries=0 RunAsDaemon=0 StrictNodes=0 "
+        "TestingTorNetwork=0 UnixSocksGroupWritable=0 UseBridges=0 __LeaveStreamsUnattached=0 "
+        "__ReloadTorrcOnSIGHUP=1"
     ),
     "Integer": "__OwningControllerProcess=0",
-    "TimeInterval": "MaxCircuitDirtiness=600",
-    "String": "SafeLogging=1 SyslogIdentityTag User",
+    "TimeInterval": "MaxCircuitDirtiness=600 NewCircuitPeriod=30",
+    "String": "GeoIPExcludeUnknown=auto SafeLogging=1 SyslogIdentityTag User",
     "Filename": (
         "ClientOnionAuthDir ControlPortWriteToFile CookieAuthFile DataDirectory "
         "GeoIPFile=/usr/share/tor/geoip PidFile"
@@ -5865,7 +6141,7 @@ _OPTIONS = {
         "AvoidDiskWrites CircuitBuildTimeout ClientOnly=1 DisableDebuggerAttachment "
         "EnforceDistinctSubnets=1 GeoIPv6File HardwareAccel HeartbeatPeriod "
         "HiddenServiceNonAnonymousMode=0 HiddenServiceSingleHopMode=0 "
-        "LearnCircuitBuildTimeout=1 LogTimeGranularity NewCircuitPeriod NumCPUs "
+        "LearnCircuitBuildTimeout=1 LogTimeGranularity NumCPUs "
         "ShutdownWaitLength UseEntryGuards=1 UseMicrodescriptors=1"
     ),
 }
@@ -5875,6 +6151,8 @@ _TYPES = {
     for word in words.split()
 }
 _NODES = _OPTIONS["RouterList"].split()
+# What decides over paths.
+_OF_PATHS = _NODES + "EnforceDistinctCountries GeoIPExcludeUnknown GeoIPFile StrictNodes".split()
 _ABBREVIATIONS = {"l": "log", "dirserver": "dirauthority"}
 _FOR_RELAYS = (
     "accel accounting alternate assume auth bandwidth bridge contactinfo consensusparams dirc "
@@ -6053,24 +6331,46 @@ def parse_log(text):
     return levels, kind, _path(match[3].strip()) if match[3] else None
 
 
-def parse_nodes(text):
-    """Return (fingerprints, [(network, mask)], countries) of a list of relays; ConfigError."""
+def _pattern(item):
+    # As in parse_nodes.
     import ipaddress
 
-    ids, networks, countries = set(), [], set()
+    if item[0] == "[":
+        net, _, rest = item[1:].partition("]")
+        bits, _, ports = rest.partition(":")
+        net += bits
+    else:
+        net, _, ports = (item, "", "") if item.count(":") > 1 else item.partition(":")
+    try:
+        net = ipaddress.ip_network({"*4": "0.0.0.0/0", "*6": "::/0"}.get(net, net), False)
+        span = [int(port) for port in (ports.strip("*") or "1-65535").split("-")]
+        low, high = span if len(span) > 1 else span * 2
+    except ValueError:
+        raise ConfigError("no fingerprint, no address pattern, no {cc}: " + item)
+    if net.version == 6 and net.prefixlen > 32:
+        raise ConfigError("minitor keeps no more than 32 bits of a relay's IPv6 address: " + item)
+    return net.max_prefixlen // 8, int(net.network_address), int(net.netmask), low, high
+
+
+def parse_nodes(text):
+    """Return (fingerprints, patterns, countries) of a list of relays; ConfigError.
+
+    A pattern: (size of addresses, network, mask, first port, last port).
+    """
+    ids, patterns, countries = set(), [], set()
     for item in text.replace(",", " ").split():
         match = re.fullmatch(r"\$?([0-9a-fA-F]{40})(?:[=~][a-zA-Z0-9]{1,19})?", item)
         if match:
             ids.add(bytes.fromhex(match[1]))
-        elif re.fullmatch(r"\{([a-zA-Z]{2}|\?\?)\}", item):
+        elif re.fullmatch(r"\{([a-zA-Z][a-zA-Z0-9]|\?\?)\}", item):
             countries.add(item[1:3].upper())
+        elif re.fullmatch("[a-zA-Z0-9]{1,19}", item):
+            raise ConfigError("minitor knows no nicknames, give the fingerprint of " + item)
+        elif item[0] == "*" and item[1:2] not in ("4", "6"):
+            patterns += [_pattern("*4" + item[1:]), _pattern("*6" + item[1:])]
         else:
-            try:
-                net = ipaddress.IPv4Network("0.0.0.0/0" if item == "*" else item, False)
-            except ValueError:
-                raise ConfigError("no fingerprint, no IPv4 address or network, no {cc}: " + item)
-            networks.append((int(net.network_address), int(net.netmask)))
-    return ids, networks, countries
+            patterns.append(_pattern(item))
+    return ids, patterns, countries
 
 
 def parse_password_hash(text):
@@ -6099,26 +6399,44 @@ def _fallback(text):
     return _address(rest[0], 1)[0], port, bytes.fromhex(options["id"])
 
 
+def socks_arguments(words):
+    """How `name=value` words of a Bridge line reach a transport (pt-spec 3.5), as bytes."""
+    return ";".join([re.sub(r"([\\;])", r"\\\1", word) for word in words]).encode()
+
+
 def _bridge(text):
-    # (transport or None, (host, port), fingerprint or None, arguments).
+    # (transport or None, (host, port), RSA identity or b"", arguments).
     words = text.split()
-    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0]) else None
-    place = _address(words.pop(0) if words else "")
-    rsa_id = words.pop(0) if words and "=" not in words[0] else None
+    transport = words.pop(0) if words and re.fullmatch(r"[a-zA-Z_]\w*", words[0], re.A) else None
+    place, rsa_id = _address(words.pop(0) if words else "", 443), ""
+    if not packed_address(place[0]):
+        raise ConfigError("no IP address, and names are not looked up: " + place[0])
+    if transport and words and "=" not in words[0]:
+        rsa_id = words.pop(0)
+    elif not transport:
+        rsa_id, words = "".join(words), []
     if rsa_id and not re.fullmatch(r"\$?[0-9a-fA-F]{40}", rsa_id):
-        raise ConfigError("no fingerprint: " + rsa_id)
-    if [word for word in words if "=" not in word] or words and not transport:
+        raise ConfigError("no fingerprint (40 hexadecimal digits): " + rsa_id)
+    if [word for word in words if "=" not in word[1:]]:
         raise ConfigError("no `[transport] address:port [fingerprint] [name=value …]`")
-    return transport, place, rsa_id and bytes.fromhex(rsa_id[-40:]), words
+    if len(socks_arguments(words)) > 510:
+        raise ConfigError("its arguments are longer than 510 bytes")
+    return transport, place, bytes.fromhex(rsa_id[-40:]), words
 
 
 def _plugin(text):
-    # (transports, "exec", "socks4" or "socks5", words).
-    match = re.fullmatch(r"(\w+(?:,\w+)*|\*)\s+(exec|socks4|socks5)\s+(.+)", text, re.ASCII)
+    # (transports, "exec", "socks4" or "socks5", words or place).
+    names = r"[a-zA-Z_]\w*"
+    match = re.fullmatch(r"(%s(?:,%s)*)\s+(exec|socks4|socks5)\s+(.+)" % (names, names), text, re.A)
     if not match:
-        raise ConfigError("no `transports exec path` or `transports socks5 address:port`")
-    what = match[3].split() if match[2] == "exec" else _address(match[3])
-    return match[1].split(","), match[2], what
+        raise ConfigError("no `transports exec path` or `transport socks5 address:port`")
+    names, kind, what = match[1].split(","), match[2], match[3]
+    if kind == "exec":
+        return names, kind, what.split()
+    place = _address(what)
+    if len(names) > 1 or not packed_address(place[0]):
+        raise ConfigError("a proxy that runs already has one transport, and an IP address")
+    return names, kind, place
 
 
 def _service_port(text):
@@ -6219,10 +6537,17 @@ _PARSERS = {
 _HIDDEN = "HiddenServiceOptions"
 
 
+_geoip = {}
+
+
 def load_geoip(path):
     """Return arrays of the first and last addresses, and countries; ConfigError."""
     first, last, countries = array("I"), array("I"), []
     try:
+        # The last one is kept: it takes a second.
+        key = path, os.path.getmtime(path)
+        if key in _geoip:
+            return _geoip[key]
         with open(path) as f:
             for line in f:
                 parts = line.strip().split(",")
@@ -6232,7 +6557,9 @@ def load_geoip(path):
                     countries.append(sys.intern(parts[2]))
     except (OSError, OverflowError, ValueError) as e:
         raise ConfigError("cannot read the GeoIPFile %s: %s (Debian: tor-geoipdb)" % (path, e))
-    return first, last, countries
+    _geoip.clear()
+    _geoip[key] = first, last, countries
+    return _geoip[key]
 
 
 def country(geoip, address):
@@ -6247,12 +6574,12 @@ def country(geoip, address):
 class Config(dict):
     """The value of each option; `lines`: {option: [(option, text, where)]} as written."""
 
-    _geoip = None
+    _table = None
 
     def country(self, address):
         """The country, by GeoIPFile, of an IPv4 address as a number; ConfigError."""
-        self._geoip = self._geoip or load_geoip(self["GeoIPFile"])
-        return country(self._geoip, address)
+        self._table = self._table or load_geoip(self["GeoIPFile"])
+        return country(self._table, address)
 
 
 def _assign(lines, entries):
@@ -6323,59 +6650,759 @@ def _check(config):
         except ConfigError as e:
             refuse("DirAuthority", e)
     if config["UseBridges"]:
-        refuse("UseBridges", "minitor cannot use bridges yet")
+        _check_bridges(config, refuse)
     if config["ClientOnionAuthDir"]:
-        refuse("ClientOnionAuthDir", "minitor has no keys for client authorization yet")
-    if [nodes for name in _NODES if (nodes := config[name]) and nodes[2]]:
-        config.country(0)
-    for folder, service in config[_HIDDEN].items():
         try:
-            names = os.listdir(folder + "/authorized_clients")
-        except OSError:
-            continue
-        if [name for name in names if name[-5:] == ".auth"]:
-            text = "%s: minitor cannot restrict %s to its authorized_clients yet"
-            raise ConfigError(text % (service["where"], folder))
+            load_onion_keys(config["ClientOnionAuthDir"])
+        except ConfigError as e:
+            refuse("ClientOnionAuthDir", e)
+    if config["GeoIPExcludeUnknown"] not in ("0", "1", "auto"):
+        refuse("GeoIPExcludeUnknown", "neither 0 nor 1 nor auto")
+    for name in ["EnforceDistinctCountries"] + _NODES:
+        if config[name] is True or nodes_of(config, name)[2]:
+            try:
+                config.country(0)
+            except ConfigError as e:
+                refuse(name, e)
+
+
+def _check_bridges(config, refuse):
+    if not config["Bridge"]:
+        refuse("UseBridges", "no Bridge line says which bridges")
+    if config["EntryNodes"]:
+        refuse("EntryNodes", "with UseBridges the bridges are the entries")
+    offered = {name for names, _, _ in config["ClientTransportPlugin"] for name in names}
+    lines = config.lines["Bridge"]
+    lacking = [
+        "%s: Bridge %s: no ClientTransportPlugin line is for the transport %s" % (where, text, name)
+        for (_, text, where), (name, _, _, _) in zip(lines, config["Bridge"])
+        if name and name not in offered
+    ]
+    if len(lacking) == len(lines):
+        raise ConfigError(lacking[0])
+    for text in lacking:
+        log(WARN, "%s: not used", text)
 
 
 class ChosenPaths(PathSelector):
-    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes."""
+    """PathSelector within EntryNodes, ExitNodes, ExcludeNodes and ExcludeExitNodes, and perhaps
+    with each hop in another country."""
 
-    def __init__(self, config, *args):
-        self.config = config
-        super().__init__(*args)
+    # Whether few guards are left, which have a sample of their own (guard-spec 2.B); not yet known.
+    _restricted = None
+    # In which countries no layer-2 guard shall be.
+    _abroad = ()
+
+    def __init__(self, config, table, consensus, path):
+        self.config, self._default = config, path
+        super().__init__(table, consensus, path)
 
     def update(self, table, consensus):
         config, lists = self.config, {}
-        sets = {name: config[name] for name in _NODES if config[name]}
-        relays = list(map(table.relay, [i for i, _, _ in table.rows()])) if sets else ()
-        for name, nodes in sets.items():
-            lists[name] = {r.index for r in relays if is_among(r, nodes, config)}
-        never = lists.get("ExcludeNodes", set())
-        self._within = {"g": lists.get("EntryNodes"), "e": lists.get("ExitNodes")}
-        self._without = {"e": never | lists.get("ExcludeExitNodes", set())}
-        self._never = never
+        # {index: country}, as far as was asked for.
+        self._countries = {}
+        for name in _NODES:
+            nodes = nodes_of(config, name)
+            if any(nodes):
+                relays = [(i, table.relay(i), table.subnets(i)[1]) for i, _, _ in table.rows()]
+                lists[name] = {i for i, r, net6 in relays if is_among(r, nodes, config, net6)}
+        never = self._never = lists.get("ExcludeNodes", set())
+        self._exits = lists.get("ExitNodes")
+        self._no_exits = never | lists.get("ExcludeExitNodes", set())
+        _, need, refused = _ROLES["guard"]
+        guards = {i for i, _, _ in table.rows(need | refused, need)}
+        self.refused = guards - (lists.get("EntryNodes", guards) - never)
+        if self._file:
+            self._choose_sample(len(guards), consensus.param)
         super().update(table, consensus)
 
+    def _choose_sample(self, count, param):
+        least = count * param("guard-meaningful-restriction-percent", 20, 1) / 100
+        # Not back and forth where it is nearly that many.
+        margin = {None: 1, False: 0.95, True: 1.05}[self._restricted]
+        left, before = count - len(self.refused), self._restricted
+        self._restricted = left < least * margin
+        if self._restricted != before and (self._restricted or before):
+            name, kind = os.path.splitext(self._default)
+            self._load(name + "_restricted" + kind if self._restricted else self._default)
+        if left < count * param("guard-extreme-restriction-percent", 1, 1, 100) // 100:
+            text = "EntryNodes and ExcludeNodes leave %d of %d guards: who uses these stands out"
+            log(WARN, text, left, count)
+
     def weigh(self, position, need, never=0):
-        within, without = self._within.get(position), self._without.get(position, self._never)
+        # What is refused as a guard is sampled all the same, unless that is most.
+        within, without = None, self._never
+        if position == "g":
+            without = self.refused if self._restricted else ()
+        elif position == "e":
+            within, without = self._exits, self._no_exits
         for i, weight in super().weigh(position, need, never):
             if i not in without and (within is None or i in within):
                 yield i, weight
 
     def excluded(self, relay):
-        return self.table.find(relay.rsa_id) in self._never
+        """Tell whether ExcludeNodes names a relay, or the one of an RSA identity."""
+        rsa_id = getattr(relay, "rsa_id", relay)
+        i = self.table.find(rsa_id)
+        if i >= 0 or rsa_id is relay:
+            return i in self._never
+        return is_among(relay, nodes_of(self.config, "ExcludeNodes"), self.config)
+
+    # EnforceDistinctCountries.
+
+    def _country(self, i):
+        if i not in self._countries:
+            self._countries[i] = country_of(self.table.relay(i), self.config)
+        return self._countries[i]
+
+    def _homes(self):
+        # Of the guards in use: what is chosen before them shall not make others necessary.
+        use = self.param("guard-n-primary-guards-to-use", 1, 1)
+        return {self._country(g.index) for g in self.primary()[:use]}
+
+    def _apart(self, i, path, second):
+        good = super()._apart(i, path, second)
+        if good and self.config["EnforceDistinctCountries"]:
+            # The target of an onion circuit is not ours; where a bridge is may be unknown.
+            ours, here = [j for j in path[bool(second) :] if j >= 0], self._country(i)
+            known = here != "??" or i >= len(self.table)
+            good = known and here not in map(self._country, ours)
+        return good
+
+    def _layer_two(self):
+        if self.config["EnforceDistinctCountries"]:
+            self._abroad = self._homes() | {"??"}
+            for rsa_id in list(self.layer_two):
+                i = self.table.find(rsa_id)
+                if i < 0 or self._country(i) in self._abroad:
+                    del self.layer_two[rsa_id]
+        try:
+            return super()._layer_two()
+        finally:
+            self._abroad = ()
+
+    def pick(self, role, accept, stable=STABLE, among=()):
+        given = accept
+        within = lambda refused: lambda i: self._country(i) not in refused and given(i)
+        if role != "exit" or not self.config["EnforceDistinctCountries"]:
+            accept = within(self._abroad) if self._abroad else accept
+            return super().pick(role, accept, stable, among)
+        try:
+            return super().pick(role, within(self._homes() | {"??"}), stable, among)
+        except CircuitError:
+            return super().pick(role, within({"??"}), stable, among)
+
+    def exit_path(self, port):
+        return self._explained(super().exit_path, port)
+
+    def onion_path(self, target=None):
+        return self._explained(super().onion_path, target)
+
+    def _explained(self, choose, *args):
+        try:
+            return choose(*args)
+        except CircuitError as e:
+            if not self.config["EnforceDistinctCountries"]:
+                raise
+            known = {self._country(i) for i, _, _ in self.table.rows(USABLE, USABLE)} - {"??"}
+            raise CircuitError("%s: EnforceDistinctCountries wants each hop in another country, "
+                               "and the usable relays are in %d by GeoIPFile" % (e, len(known)))
 
 
-def is_among(relay, nodes, config):
-    """Tell whether `relay` is one of parse_nodes' `nodes`."""
-    ids, networks, countries = nodes
-    address = uint(bytes(map(int, relay.address.split("."))))
+def nodes_of(config, name):
+    """What parse_nodes found, with unknown countries as GeoIPExcludeUnknown has it."""
+    ids, patterns, countries = config[name] or ((), (), set())
+    unknown = config["GeoIPExcludeUnknown"]
+    if name[:7] == "Exclude" and (unknown == "1" or unknown == "auto" and countries):
+        countries = countries | {"??", "A1"}
+    return ids, patterns, countries
+
+
+def country_of(relay, config):
+    """The country of a relay, by its IPv4 address, or "??"."""
+    packed = packed_address(relay.address)
+    return config.country(uint(packed)) if len(packed) == 4 else "??"
+
+
+def is_among(relay, nodes, config, net6=0):
+    """Tell whether `relay`, in the IPv6 network `net6`, is one of nodes_of's `nodes`."""
+    ids, patterns, countries = nodes
+    packed = packed_address(relay.address)
+    places = {16: net6 << 96} if net6 else {}
+    places[len(packed)] = uint(packed)
     return (
         relay.rsa_id in ids
-        or any([address & mask == net for net, mask in networks])
-        or bool(countries) and config.country(address) in countries
+        or any([places[size] & mask == net and low <= relay.port <= high
+                for size, net, mask, low, high in patterns if size in places])
+        or bool(countries) and country_of(relay, config) in countries
     )
+
+
+def mirrors(places, config):
+    """Of directories, as in load_network, those outside ExcludeNodes; all where none is left."""
+    nodes, kept = nodes_of(config, "ExcludeNodes"), []
+    for entry in places:
+        relay = Record()
+        relay.address, relay.port, relay.rsa_id = place(entry)
+        if not is_among(relay, nodes, config):
+            kept.append(entry)
+    return kept if kept or config["StrictNodes"] else places
+
+
+# Bridges (dir-spec 2.1.1, guard-spec 4) and pluggable transports (pt-spec).
+
+# So long a plugin may take to be ready, and to end; the pauses before it is started again.
+_PLUGIN_SECONDS, _PLUGIN_END, _PLUGIN_PAUSES = 30, 1, (1, 300)
+# So long a link through a transport may take; when a bridge is asked for its descriptor again.
+_TRANSPORT_SECONDS, _BRIDGE_PAUSES, _DESCRIPTOR_SECONDS = 60, (15, 3600), 3 * 3600
+_SOCKS_ERRORS = (
+    "|general failure|not allowed|network unreachable|host unreachable|connection refused|"
+    "timed out|command not supported|addresses of this type not supported"
+).split("|")
+
+
+def parse_router(text, rsa_id, ed_id, when):
+    """Verify the descriptor (dir-spec 2.1.1) of the relay that has these identities.
+
+    Return `ntor_key`, `family` (4 bytes of each member), `family_ids` (8 of each SHA-256).
+    """
+    item, found = document(text), Record()
+    key, master = item(b"signing-key")[1], b64decode(item(b"master-key-ed25519")[0], 32)
+    good = text[:7] == b"router " and item(b"router")[0] and sha1(key) == rsa_id
+    require(good and master == ed_id, "the descriptor is another relay's")
+    signing = check_ed_cert(item(b"identity-ed25519")[1], 4, master, when)
+    found.ntor_key = b64decode(item(b"ntor-onion-key")[0], 32)
+    # That the key is its own, by that key itself: with the sign that the descriptor tells.
+    sign, cross = item(b"ntor-onion-key-crosscert")
+    require(sign in (b"0", b"1"), "the descriptor has no cross-certificate")
+    public = (_int(_enc_key_ed(found.ntor_key)) | int(sign) << 255).to_bytes(32, "little")
+    good = check_ed_cert(cross, 10, public, when) == master
+    ends = [text.find(mark) + len(mark) for mark in (b"\nrouter-sig-ed25519 ",
+                                                     b"\nrouter-signature\n")]
+    digest = sha256(b"Tor router descriptor signature v1" + text[: ends[0]])
+    signature = b64decode(item(b"router-sig-ed25519")[0], 64)
+    good = good and ed25519_verify(signing, digest, signature) and ends[0] < ends[1]
+    signature = item(b"router-signature")[1]
+    good = good and rsa_verify(rsa_public_key(key), sha1(text[: ends[1]]), signature)
+    require(good, "the descriptor's signatures are wrong")
+    members = re.findall(rb"\$([\da-fA-F]{8})", item(b"family")[0])
+    found.family = {binascii.unhexlify(member) for member in members}
+    found.family_ids = set()
+    for body in re.findall(rb"\nfamily-cert\n-----BEGIN FAMILY CERT-----\n([^-]+)-", text):
+        cert = b64decode(body.replace(b"\n", b""))
+        require(check_ed_cert(cert, 12, cert[44:76], when) == master, "a family-cert is another's")
+        found.family_ids.add(sha256(b"ed25519:" + b64encode(cert[44:76]).encode())[:8])
+    return found
+
+
+def take_plugin_line(line, methods):
+    """Take what a managed proxy says (pt-spec 3.3) up to CMETHODS DONE; tell whether that is it.
+
+    `methods`: {transport: (SOCKS version, (host, port)), or a text: why not}.  ProtocolError.
+    """
+    word, _, rest = line.partition(" ")
+    require(word not in ("VERSION-ERROR", "ENV-ERROR", "PROXY-ERROR"), "says " + line)
+    if word == "VERSION":
+        require(rest == "1", "speaks another version: " + rest)
+        methods[""] = rest
+    if word[:7] != "CMETHOD":
+        return False
+    require("" in methods, "names no VERSION first")
+    name, _, more = rest.partition(" ")
+    if word == "CMETHOD-ERROR":
+        methods[name] = more or "no reason given"
+    elif word == "CMETHOD":
+        kind, _, where = more.partition(" ")
+        try:
+            methods[name] = {"socks4": 4, "socks5": 5}[kind], _address(where.strip())
+            require(packed_address(methods[name][1][0]), "")
+        except (KeyError, TorError):
+            raise ProtocolError("says what makes no sense: " + line)
+    return line == "CMETHODS DONE"
+
+
+class Plugin:
+    """A managed proxy (pt-spec), which is started, and again when it ends, while this is there."""
+
+    def __init__(self, names, words, folder):
+        self.names, self._words, self._folder = names, words, folder
+        self._methods, self._process, self._said = Promise(), None, ""
+        self._task = spawn(self._run())
+
+    def __str__(self):
+        return "the transport plugin " + self._words[0]
+
+    async def method(self, name):
+        """The SOCKS version and place of a transport; ChannelError."""
+        found = (await self._methods.wait()).get(name, "it does not offer that")
+        if isinstance(found, str):
+            raise ChannelError("%s has no %s: %s" % (self, name, found))
+        return found
+
+    async def _run(self):
+        pause, most = _PLUGIN_PAUSES
+        while True:
+            started = time.monotonic()
+            try:
+                await self._serve()
+            except asyncio.TimeoutError:
+                error = "is not ready within %s s" % _PLUGIN_SECONDS
+            except Exception as e:  # or who waits would wait for ever
+                error = str(e)
+            finally:
+                await self._end()
+            if time.monotonic() - started > most:
+                pause = _PLUGIN_PAUSES[0]
+            if self._said:
+                error += "; the last it said: " + self._said
+            error, self._said = ChannelError("%s %s" % (self, error)), ""
+            log(WARN, "%s; it is started again in %s s", error, pause)
+            self._methods.set(error=error)  # for who waits
+            self._methods = Promise()
+            self._methods.set(error=error)
+            await asyncio.sleep(pause)
+            self._methods, pause = Promise(), min(2 * pause, most)
+
+    async def _serve(self):
+        # Until it ends.
+        env = dict(
+            os.environ, TOR_PT_MANAGED_TRANSPORT_VER="1", TOR_PT_EXIT_ON_STDIN_CLOSE="1",
+            TOR_PT_STATE_LOCATION=self._folder, TOR_PT_CLIENT_TRANSPORTS=",".join(self.names))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+        try:
+            # Ctrl-C is for this program, which ends that one.
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._words, env=env, start_new_session=True, **pipes)
+        except OSError as e:
+            raise ChannelError("cannot be started: %s" % e)
+        spawn(self._read(process.stderr))
+        methods, done = {}, lambda line: take_plugin_line(line, methods)
+        if not await asyncio.wait_for(self._read(process.stdout, done), _PLUGIN_SECONDS):
+            raise ChannelError("ended before it was ready")
+        for name in self.names:
+            if isinstance(methods.get(name), tuple):
+                log(INFO, "%s offers %s", self, name)
+        self._methods.set(methods)
+        await self._read(process.stdout)
+        raise ChannelError("ended")
+
+    async def _read(self, reader, done=lambda line: False):
+        # Whether a line was `done`, before they end.
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:
+                line = b"a line without end\n"
+            if not line:
+                return False
+            line = re.sub("[^ -~]", "?", line.decode("ascii", "replace").strip())[:1000]
+            self._said = line
+            if done(line):
+                return True
+            self._note(line)
+
+    def _note(self, line):
+        # pt-spec 3.3.4, 3.3.5; the rest is nothing that one has to know.
+        severity = INFO
+        match = re.match(r"(LOG|STATUS) (?:SEVERITY=(\w+) )?(.*)", line)
+        if match:
+            announce("PT_" + match[1], self._words[0], line[len(match[1]) + 1 :])
+            names = {"error": ERR, "warning": WARN, "notice": NOTICE, "debug": DEBUG}
+            severity = names.get((match[2] or "").lower(), INFO)
+        log(severity, "%s: %s", self, line)
+
+    async def _end(self):
+        # Its input ends, as it was promised; then by force (pt-spec 3.4).
+        process, self._process = self._process, None
+        if not process:
+            return
+        process.stdin.close()
+        for stop in (lambda: None, process.terminate, process.kill):
+            try:
+                stop()
+                await asyncio.wait_for(process.wait(), _PLUGIN_END)
+                break
+            except (asyncio.TimeoutError, ProcessLookupError):
+                pass
+        process._transport.close()  # or what it wrote stays open
+
+    async def close(self):
+        self._methods.set(error=ChannelError("%s was ended" % self))
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+
+async def dial_through(version, proxy, place, words):
+    """Connect to `place` through a transport's SOCKS proxy (pt-spec 3.5); return the socket."""
+    loop, packed = asyncio.get_running_loop(), packed_address(place[0])
+    sock = socket.socket(socket.AF_INET6 if ":" in proxy[0] else socket.AF_INET)
+
+    async def take(n):
+        data = b""
+        while len(data) < n:
+            piece = await loop.sock_recv(sock, n - len(data))
+            if not piece:
+                raise ChannelError("its transport hung up")
+            data += piece
+        return data
+
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, proxy)
+        ask, port, text = lambda data: loop.sock_sendall(sock, data), pack(">H", place[1]), words
+        if version == 4:
+            if len(packed) != 4 or b"\0" in text:
+                raise ChannelError("its transport speaks SOCKS 4, which has no IPv6")
+            await ask(b"\4\1" + port + packed + text + b"\0")
+            code = (await take(8))[1]
+            error = "" if code == 90 else "code %d" % code
+        else:
+            user, password = text[:255], text[255:] or b"\0"
+            await ask(b"\5\1" + (b"\2" if text else b"\0"))
+            if await take(2) != (b"\5\2" if text else b"\5\0"):
+                raise ChannelError("its transport takes no arguments as they are given here")
+            if text:
+                await ask(b"\1%c%s%c%s" % (len(user), user, len(password), password))
+                if (await take(2))[1]:
+                    raise ChannelError("its transport refuses the arguments of the Bridge line")
+            await ask(b"\5\1\0" + (b"\1" if len(packed) == 4 else b"\4") + packed + port)
+            _, code, _, kind = await take(4)
+            error = reason_text(_SOCKS_ERRORS, code)
+            await take(2 + ({1: 4, 4: 16}.get(kind) or (await take(1))[0]))
+        if error:
+            raise ChannelError("its transport cannot reach it: " + error)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class Bridge(Record):
+    """A Bridge line: `transport`, `address`, `port`, `rsa_id`, `words`, `where` it stands.
+
+    Its descriptor gives `ed_id`, `ntor_key` and families; `error`: why there is none.
+    """
+
+    ed_id = ntor_key = error = None
+    flags, family, family_ids = USABLE, (), ()
+
+    def __str__(self):
+        at = "[%s]" % self.address if ":" in self.address else self.address
+        name = self.transport + " " if self.transport else ""
+        return "bridge %s%s:%d (%s)" % (name, at, self.port, self.where)
+
+
+class BridgeLink(Channel):
+    """A Channel to a bridge, through its transport; learns `rsa_id`, if it is b"", and `ed_id`."""
+
+    def __init__(self, bridges, bridge, seconds):
+        self._bridges, self._bridge = bridges, bridge
+        seconds = max(seconds, _TRANSPORT_SECONDS) if bridge.transport else seconds
+        super().__init__(bridge.address, bridge.port, bridge.rsa_id, bridge.ed_id, seconds)
+
+    def __str__(self):
+        return str(self._bridge)
+
+    async def _dial(self, address, port, seconds):
+        through = None
+        if self._bridge.transport:
+            through = await asyncio.wait_for(self._bridges.dial(self._bridge), seconds)
+        return await tls_connect(address, port, seconds, through)
+
+    def _handshake(self, command, body):
+        if command != CERTS:
+            return super()._handshake(command, body)
+        certs = dict(_tagged(Reader(body, "CERTS"), 2))
+        # As parse_certs has it, which then proves it.
+        at = certs.get(2, b"").find(b"0\x81\x89\2\x81\x81\0")
+        rsa_id = sha1(certs.get(2, b"")[at : at + 140])
+        if rsa_id != (self.rsa_id or rsa_id):
+            text = "its fingerprint is %s, which the Bridge line does not say: that is wrong, or"
+            text += " another answers in its place"
+            raise ProtocolError(text % rsa_id.hex().upper())
+        self.rsa_id = rsa_id
+        super()._handshake(command, body)
+        self.ed_id = certs[7][:32]
+
+
+# The index of the first bridge, beside those of a RelayTable's relays.
+_BRIDGES = 1 << 16
+
+
+class _BridgedTable:
+    # A RelayTable for a PathSelector, and the bridges.
+    def __init__(self, table, bridges):
+        self._table, self._bridges = table, bridges
+
+    def __getattr__(self, name):
+        return getattr(self._table, name)
+
+    def __len__(self):
+        return len(self._table)
+
+    def relay(self, i):
+        return self._bridges[i - _BRIDGES] if i >= _BRIDGES else self._table.relay(i)
+
+    def flags_of(self, i):
+        return USABLE if i >= _BRIDGES else self._table.flags_of(i)
+
+    def rsa_id(self, i):
+        return self._bridges[i - _BRIDGES].rsa_id if i >= _BRIDGES else self._table.rsa_id(i)
+
+    def find(self, rsa_id):
+        found = [bridge.index for bridge in self._bridges if bridge.rsa_id == rsa_id]
+        return found[0] if found else self._table.find(rsa_id)
+
+    def subnets(self, i):
+        if i < _BRIDGES:
+            return self._table.subnets(i)
+        packed = packed_address(self.relay(i).address)
+        return (uint(packed[:2]), 0) if len(packed) == 4 else (-1, uint(packed[:4]))
+
+    def same_family(self, i, j):
+        i, j = sorted((i, j))
+        if j < _BRIDGES:
+            return self._table.same_family(i, j)
+        # Listed by each other, or of one id.
+        (_, listed, ids), bridge = self._table._texts(i), self.relay(j)
+        mutual = self.rsa_id(i)[:4] in bridge.family and bridge.rsa_id[:4] in _pieces(listed, 4)
+        shared = set(_pieces(ids, 8)) & set(bridge.family_ids)
+        return self.use_family_lists and mutual or self.use_family_ids and shared
+
+
+class Bridges(ChosenPaths):
+    """The bridges by which alone to enter the network: for one `AsyncTor(bridges=Bridges([…]))`.
+
+    `lines`: as after Bridge in a torrc; `transports`: as after ClientTransportPlugin; or a
+    Config has both.  ConfigError.
+    """
+
+    alone, _tor = True, None
+
+    def __init__(self, lines=(), transports=(), config=None):
+        if config is None:
+            entries = [("UseBridges", "1", "bridges")]
+            entries += [("Bridge", text, "bridge %d" % n) for n, text in enumerate(lines, 1)]
+            entries += [("ClientTransportPlugin", text, "transport %d" % n)
+                        for n, text in enumerate(transports, 1)]
+            config = configure(entries)
+        self.config, self.bridges = config, []
+        self._plugins, self._tasks = {}, []
+        places = {}
+        for found, (_, _, where) in zip(config["Bridge"], config.lines["Bridge"]):
+            bridge = Bridge()
+            bridge.transport, place, bridge.rsa_id, bridge.words = found
+            (bridge.address, bridge.port), bridge.where = place, where
+            if place in places:
+                log(WARN, "%s stands there again: the last one counts", bridge)
+            if self._offers(bridge.transport) and not self._excludes(bridge):
+                places[place] = bridge
+        for bridge in places.values():
+            bridge.index = _BRIDGES + len(self.bridges)
+            self.bridges.append(bridge)
+        if not self.bridges:
+            raise ConfigError("ExcludeNodes names all bridges")
+
+    def _offers(self, transport):
+        found = [p for p in self.config["ClientTransportPlugin"] if transport in p[0]]
+        return not transport or found
+
+    def _excludes(self, bridge):
+        nodes = self.config["ExcludeNodes"]
+        found = nodes and bridge.rsa_id in nodes[0]
+        if nodes and ":" not in bridge.address:
+            found = is_among(bridge, nodes, self.config)
+        if found:
+            log(WARN, "%s is among ExcludeNodes: not used", bridge)
+        return found
+
+    def attach(self, tor):
+        """Be the only way in for `tor`; ConfigError where this is another's."""
+        if self._tor:
+            raise ConfigError("these Bridges are another AsyncTor's: make others for this one")
+        self._tor, self._state = tor, tor.data_dir + "/bridges.json"
+        try:
+            stored = json.loads(read_file(self._state) or b"[]")
+            self._stored = [bytes.fromhex(text) for text in stored]
+        except Exception:
+            log(WARN, "%s is damaged: choosing among the bridges anew", self._state)
+            self._stored = []
+        tor.bridges, tor.directory.paths, tor._channels.link = self, self, self.link
+        empty = SimpleNamespace(param=lambda name, default, *_: default, bandwidth_weights={})
+        super().__init__(self.config, RelayTable(), empty, None)
+
+    def select(self, table, consensus, path):
+        """In place of a PathSelector."""
+        self.update(table, consensus)
+        return self
+
+    def update(self, table, consensus):
+        super().update(_BridgedTable(table, self.bridges), consensus)
+        self._list_guards()
+
+    def weigh(self, position, need, never=0):
+        for i, weight in super().weigh(position, need, never):
+            if i not in self._listed:
+                yield i, weight
+
+    def _list_guards(self):
+        # Those that served come first, in that order; the others at random (guard-spec 4.3).
+        mine, known = {b.rsa_id for b in self.bridges} - {b""}, {g.rsa_id for g in self.sample}
+        for rsa_id in [r for r in self._stored if r in mine] + list(mine):
+            if rsa_id not in known:
+                old, at = rsa_id in self._stored, sum([g.confirmed for g in self.sample])
+                at += 0 if old else randbelow(len(self.sample) - at + 1)
+                self.sample.insert(at, Guard(rsa_id, 1 << 40, int(old)))
+                known.add(rsa_id)
+        # Those that are public relays, too.
+        self._listed = {self.table._table.find(rsa_id) for rsa_id in mine}
+        usable = {b.rsa_id: b.index for b in self.bridges if b.ntor_key}
+        for g in self.sample:
+            g.index = usable.get(g.rsa_id, -1)
+
+    def _save(self):
+        stored = [g.rsa_id.hex() for g in self.sample if g.confirmed]
+        cache_file(self._state, json.dumps(stored).encode())
+
+    def _errors(self):
+        return "; ".join([str(b.error) for b in self.bridges if b.error]) or "none answered yet"
+
+    def guard(self, *args, **named):
+        if not self._order():
+            raise CircuitError("no bridge can be used: " + self._errors())
+        return super().guard(*args, **named)
+
+    def link(self, address, port, rsa_id, ed_id, seconds):
+        """In place of Channel: whatever asks, there is none to another relay; ChannelError."""
+        for bridge in self.bridges:
+            where = bridge.address, bridge.port, bridge.rsa_id
+            if where == (address, port, rsa_id) and rsa_id:
+                return BridgeLink(self, bridge, seconds)
+        text = "%s:%d is no bridge: with UseBridges nothing goes there"
+        raise ChannelError(text % (address, port))
+
+    async def dial(self, bridge):
+        """A socket to `bridge`, through its transport; ChannelError."""
+        how = self._plugins.get(bridge.transport)
+        if isinstance(how, Plugin):
+            how = await how.method(bridge.transport)
+        if not how:
+            raise ChannelError("its transport is closed")
+        place = bridge.address, bridge.port
+        return await dial_through(*how, place, socks_arguments(bridge.words))
+
+    def begin(self):
+        """Start the plugins, and ask the bridges for their descriptors."""
+        if self._tasks:
+            return
+        needed, self._again = {bridge.transport for bridge in self.bridges}, asyncio.Event()
+        folder = os.path.abspath(self._tor.data_dir) + "/pt_state"
+        for names, kind, what in self.config["ClientTransportPlugin"]:
+            if needed & set(names) - self._plugins.keys():
+                how = Plugin(names, what, folder) if kind == "exec" else (int(kind[-1]), what)
+                self._plugins.update({name: how for name in names if name not in self._plugins})
+        self._tasks = [spawn(self._keep(bridge)) for bridge in self.bridges]
+
+    def _hoped(self):
+        # Those that served before, come before any that can be used, and are being asked.
+        asked = [b.rsa_id for b in self.bridges if not b.ntor_key and not b.error]
+        better = self.sample[: self.sample.index(self._order()[0])]
+        return [g for g in better if g.confirmed and g.rsa_id in asked]
+
+    async def start(self):
+        """Return once there is a bridge to use; ChannelError when there is none."""
+        report, transports = self._tor.directory._report, [b for b in self.bridges if b.transport]
+        if transports:
+            report(1, "conn_pt", "Connecting to pluggable transport")
+        self.begin()
+        failed = lambda: all([bridge.error for bridge in self.bridges])
+        if failed():
+            # Whoever comes again has them tried at once.
+            for bridge in self.bridges:
+                bridge.error = None
+            again, self._again = self._again, asyncio.Event()
+            again.set()
+        end = time.monotonic() + BUILD_SECONDS
+        # Those that served before are better than new ones.
+        while not self._order() or self._hoped() and time.monotonic() < end:
+            if failed():
+                raise ChannelError("no bridge can be used: " + self._errors())
+            await asyncio.sleep(0.05)
+        if transports:
+            report(2, "conn_done_pt", "Connected to pluggable transport")
+
+    async def _keep(self, bridge):
+        # Its descriptor: it changes now and then.
+        first, most = _BRIDGE_PAUSES
+        pause = first
+        while True:
+            try:
+                await self._fetch(bridge)
+                bridge.error, pause, delay = None, first, _DESCRIPTOR_SECONDS
+            except Exception as e:  # whatever it is, another may serve
+                text = str(e) if str(bridge) in str(e) else "%s: %s" % (bridge, e)
+                log(INFO if bridge.ntor_key else WARN, "%s", text)
+                bridge.error, delay, pause = ChannelError(text), pause, min(2 * pause, most)
+            again = self._again
+            try:
+                await asyncio.wait_for(again.wait(), delay + randbelow(delay))
+            except asyncio.TimeoutError:
+                pass
+
+    async def _fetch(self, bridge):
+        channels, link = self._tor._channels, None
+        try:
+            if bridge.rsa_id:
+                link = await channels.get(bridge.address, bridge.port, bridge.rsa_id)
+            else:
+                link = BridgeLink(self, bridge, BUILD_SECONDS)
+                await link.opened.wait()
+                bridge.rsa_id = link.rsa_id
+                log(NOTICE, "Learned fingerprint %s for %s", link.rsa_id.hex().upper(), bridge)
+                channels.open = dict(channels.open)
+                channels.open.setdefault(link.rsa_id, link)
+            circuit = Circuit(link)
+            try:
+                await circuit.extend(None, BUILD_SECONDS)
+                text = await directory_request(circuit, "/tor/server/authority", 1 << 16)
+            finally:
+                circuit.close()
+            found = parse_router(text, link.rsa_id, link.ed_id, now())
+        finally:
+            if link and link not in channels.open.values():
+                link.close()
+        new, bridge.ed_id = bridge.ntor_key != found.ntor_key, link.ed_id
+        bridge.ntor_key, bridge.family = found.ntor_key, found.family
+        bridge.family_ids = found.family_ids
+        self._list_guards()
+        if new:
+            log(NOTICE, "new bridge descriptor of %s", bridge)
+
+    async def close(self):
+        """End what runs for the bridges, their plugins, too."""
+        tasks, self._tasks, plugins, self._plugins = self._tasks, [], self._plugins, {}
+        for task in tasks:
+            task.cancel()
+        running = {plugin for plugin in plugins.values() if isinstance(plugin, Plugin)}
+        await asyncio.gather(*[plugin.close() for plugin in running])
+
+
+def enter_by(tor, bridges):
+    """Have `tor`, which runs, enter by these Bridges alone from now on; None: by its own guards."""
+    directory, old = tor.directory, tor.bridges
+    tor.bridges = directory.paths = None
+    tor._channels.link = Channel
+    if bridges:
+        bridges.attach(tor)
+        bridges.begin()
+    # What is open leads elsewhere.
+    tor._channels.close()
+    if old:
+        spawn(old.close())
+    if tor.ready:
+        select = bridges.select if bridges else tor.selector
+        file = tor.data_dir + "/guards.json"
+        tor.paths = directory.paths = select(directory.table, directory.consensus, file)
 
 
 def log_writer(kind, path, options):
@@ -6415,8 +7442,8 @@ TOR_VERSION = "0.4.9.11 (minitor-%s)" % __version__
 _EVENTS = (
     "ADDRMAP BUILDTIMEOUT_SET BW CELL_STATS CIRC CIRC_BW CIRC_MINOR CLIENTS_SEEN CONF_CHANGED "
     "CONN_BW DEBUG DESCCHANGED ERR GUARD HS_DESC HS_DESC_CONTENT INFO NETWORK_LIVENESS "
-    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN SIGNAL STATUS_CLIENT STATUS_GENERAL STATUS_SERVER "
-    "STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
+    "NEWCONSENSUS NEWDESC NOTICE NS ORCONN PT_LOG PT_STATUS SIGNAL STATUS_CLIENT STATUS_GENERAL "
+    "STATUS_SERVER STREAM STREAM_BW TRANSPORT_LAUNCHED WARN"
 ).split()
 _LEVELS = [name.upper() for name in _SEVERITIES]
 _SIGNALS = {
@@ -6436,28 +7463,49 @@ def parse_words(text):
     """Split a controller's arguments: [(name, value)], name None for what has no `=`; TorError."""
     found, at = [], 0
     pattern = re.compile(
-        r'[ \t]*(?:(\w+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
+        r'[ \t]*(?:([^ \t"=]+)=)?(?:"((?:[^"\\]|\\.)*)"(?=[ \t]|\Z)|([^ \t"]*)(?=[ \t]|\Z))')
     text = text.rstrip()
     while at < len(text):
         match = pattern.match(text, at)
         if not match or match.end() == at:
-            raise TorError("Couldn't parse the arguments", 512)
+            raise TorError("Cannot parse keyword argument(s)", 512)
         value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2])
         found.append((match[1], value))
         at = match.end()
     return found
 
 
-def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S"):
-    return time.strftime(form, time.gmtime(seconds))
+def parse_command(command, text):
+    """Return arguments and words, [(name, value)], of a command in _SYNTAX; TorError."""
+    least, most, names = _SYNTAX[command]
+    args, words = text.split(None, most), []
+    try:
+        if len(args) < least:
+            raise TorError("Need at least %d argument(s)" % least, 512)
+        if len(args) > most:
+            if names is None:
+                raise TorError("Cannot accept more than %d argument(s)" % most, 512)
+            words = parse_words(args.pop())
+        for name, _ in words if names != "*" else ():
+            if name is None or '"' in text:
+                raise TorError("Cannot parse keyword argument(s)", 512)
+            if names != "=" and name.lower() not in names.split():
+                raise TorError('Unrecognized keyword argument "%s"' % name, 512)
+    except TorError as e:
+        raise TorError("Bad arguments to %s: %s" % (command, e), 512)
+    return args, words
 
 
-def circuit_number(circuit):
-    """The number by which controllers know a circuit."""
-    if not hasattr(circuit, "number"):
+def iso_time(seconds, form="%Y-%m-%dT%H:%M:%S", zone=time.gmtime):
+    return time.strftime(form, zone(seconds))
+
+
+def numbered(what):
+    """The number by which controllers know a circuit or stream."""
+    if not hasattr(what, "number"):
         _numbers[0] += 1
-        circuit.number, circuit.made = _numbers[0], time.time()
-    return circuit.number
+        what.number, what.made = _numbers[0], time.time()
+    return what.number
 
 
 _numbers = [0]
@@ -6465,8 +7513,9 @@ _numbers = [0]
 
 def describe_circuit(circuit):
     """What follows `650 CIRC` or stands in circuit-status."""
-    number = circuit_number(circuit)
-    state = "BUILT" if hasattr(circuit, "built") else "EXTENDED" if circuit.path else "LAUNCHED"
+    number = numbered(circuit)
+    built = getattr(circuit, "built", False)
+    state = "BUILT" if built else "EXTENDED" if circuit.path else "LAUNCHED"
     more = "BUILD_FLAGS=NEED_CAPACITY"
     if circuit.closed:
         state, reason = "CLOSED" if state == "BUILT" else "FAILED", circuit.closed.reason
@@ -6475,7 +7524,7 @@ def describe_circuit(circuit):
     path = ",".join(["$" + relay.rsa_id.hex().upper() for relay in relays])
     if relays == [circuit.channel]:
         more = more.replace("NEED_CAPACITY", "ONEHOP_TUNNEL,IS_INTERNAL,NEED_CAPACITY")
-    purpose = "HS_SERVICE_REND" if circuit.on_begin else "GENERAL"
+    purpose = "HS_SERVICE_REND" if circuit.on_begin else getattr(circuit, "purpose", "GENERAL")
     made = iso_time(circuit.made) + ".%06d" % (circuit.made % 1 * 1000000)
     words = str(number), state, path, more, "PURPOSE=" + purpose, "TIME_CREATED=" + made
     return " ".join([word for word in words if word])
@@ -6492,14 +7541,61 @@ def _router_lines(table, i):
     return "%s\ns %s\nw Bandwidth=%d" % (line, " ".join(flags), table.weights[i])
 
 
+def quoted_lines(text):
+    """`text` as data of the control protocol."""
+    lines = text.rstrip("\n").replace("\r", "").split("\n")
+    return "\r\n".join(["." * (line[:1] == ".") + line for line in lines])
+
+
+def reply_lines(code, lines):
+    """The lines of a reply with their status `code`."""
+    lines = ["%d%s%s" % (code, "-" * (line[:1] != "+"), line) for line in lines]
+    return lines[:-1] + [line.replace("-", " ", 1) for line in lines[-1:]]
+
+
+def end_name(error):
+    """Why a stream ended, as controllers read it."""
+    name = _ENDS[error.reason][0] if error and 0 < error.reason < len(_ENDS) else ""
+    if isinstance(error, TorTimeout):
+        return "TIMEOUT"
+    if isinstance(error, StreamError) and name:
+        return "END REMOTE_REASON=" + name
+    return "MISC" if error else "DONE"
+
+
+def _virtual(head, mask, size):
+    # A random address within a network: its first bytes, the bits of the last of them that stay.
+    packed = bytearray(urandom(size))
+    packed[: len(head)] = head[:-1] + bytes([head[-1] | packed[len(head) - 1] & mask])
+    packed[-1] = packed[-1] % 254 + 1
+    return socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, bytes(packed))
+
+
+# Addresses that stand for others, by what MAPADDRESS asks for, as tor's VirtualAddrNetwork….
+_VIRTUAL = {
+    "0.0.0.0": lambda: _virtual(b"\x7f\xc0", 63, 4),
+    "::": lambda: "[%s]" % _virtual(b"\xfe\x80", 63, 16),
+    ".": lambda: b32encode(urandom(10)) + ".virtual",
+}
+_HOST = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
+
+def _kind(address):
+    return len(packed_address(address.strip("[]")) or b"")
+
+
 class Control:
-    """A controller's connection; commands are functions(text, data) that return reply lines."""
+    """A controller's connection.
+
+    Commands are functions(text, data), those in _SYNTAX functions(arguments, words), that return
+    lines of a reply of 250, a whole line as text, or None: OK.
+    """
 
     known, owner, asked, nonces = False, False, False, None
 
     def __init__(self, daemon, reader, writer):
         self.daemon, self.tor, self._reader, self._writer = daemon, daemon.tor, reader, writer
-        self.events = set()
+        self.events, self.tasks = set(), set()
 
     def send(self, *lines):
         # Who does not read is let go, before all that waits fills memory.
@@ -6508,9 +7604,21 @@ class Control:
         text = "".join([line + "\r\n" for line in lines])
         self._writer.write(text.encode("utf-8", "surrogateescape"))
 
-    def event(self, name, text):
-        if name in self.events:
-            self.send("650 %s %s" % (name, " ".join(text.splitlines())))
+    def event(self, name, text, data=None):
+        text = " ".join(text.splitlines())
+        if name in self.events and data is None:
+            self.send("650 %s %s" % (name, text))
+        elif name in self.events:
+            self.send("650+%s %s" % (name, text), quoted_lines(data), ".", "650 OK")
+
+    def spawn(self, coroutine):
+        # Who floods finds an end.
+        if len(self.tasks) >= 1000:
+            coroutine.close()
+            raise TorError("Resource exhausted: too much is under way", 451)
+        task = spawn(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def serve(self):
         self.daemon.controls.append(self)
@@ -6520,7 +7628,7 @@ class Control:
                 name, _, text = (await self._line()).partition(" ")
                 data, name = None, name.upper()
                 if name[:1] == "+":
-                    data, name = await self._data(), name[1:]
+                    data = await self._data()
                 self.send(*await self._answer(name, text.strip(), data))
                 await self._writer.drain()
                 if not self.known and (name not in _BEFORE or name == "AUTHENTICATE"):
@@ -6542,12 +7650,16 @@ class Control:
                 raise TorError("Authentication required.", 514)
             if name not in _CONTROL:
                 raise TorError('Unrecognized command "%s"' % name, 510)
-            lines = await _CONTROL[name](self, text, data) or ["OK"]
+            if name[:1] == "+" and not data:
+                raise TorError("Bad arguments to %s: Empty body" % name, 512)
+            args = parse_command(name, text) if name in _SYNTAX else (text, data)
+            lines = await _CONTROL[name](self, *args)
         except TorError as e:
-            code = e.reason if e.reason > 499 else 552
-            return ["%d %s" % (code, " ".join(str(e).splitlines()))]
-        lines = ["250" + line if line[:1] == "+" else "250-" + line for line in lines]
-        return lines[:-1] + [lines[-1].replace("-", " ", 1)]
+            code = e.reason if e.reason > 450 else 552
+            return reply_lines(code, str(e).splitlines() or [""])
+        if isinstance(lines, str):
+            return [lines]
+        return reply_lines(250, ["OK"] if lines is None else lines)
 
     async def _line(self):
         try:
@@ -6578,9 +7690,9 @@ class Control:
         return found or ["NULL"]
 
     async def protocolinfo(self, text, data):
-        if self.asked and not self.known or text not in ("", "1"):
+        if self.asked and not self.known or not "".join(text.split() + ["1"]).isdecimal():
             self.asked = None
-            raise TorError("No such version %s, or asked twice" % text, 513)
+            raise TorError("No such version %s, or asked twice" % quote_c(text), 513)
         self.asked, methods = True, self._methods()
         line = "AUTH METHODS=" + ",".join(methods)
         if "COOKIE" in methods:
@@ -6588,6 +7700,8 @@ class Control:
         return ["PROTOCOLINFO 1", line, 'VERSION Tor="%s"' % TOR_VERSION, "OK"]
 
     async def authchallenge(self, text, data):
+        if not text:
+            raise TorError("Bad arguments to AUTHCHALLENGE: Need at least 1 argument(s)", 512)
         match = re.fullmatch(r'SAFECOOKIE[ ]+(?:"((?:[^"\\]|\\.)*)"|([0-9a-f]*))', text, re.I)
         if not match or "COOKIE" not in self._methods() or len(match[2] or "") % 2:
             raise TorError("Cookie authentication is disabled, or the nonce is wrong", 513)
@@ -6625,17 +7739,17 @@ class Control:
     # What it asks.
 
     async def getinfo(self, text, data):
-        lines = []
+        lines, unknown = [], []
         for key in text.split():
             value = self._info(key)
             if value is None:
-                raise TorError('Unrecognized key "%s"' % key, 552)
-            many = "\n" in value or key in _LISTS and value
-            if many:
-                value = "\n".join(["." * (line[:1] == ".") + line for line in value.split("\n")])
-                lines.append("+%s=\r\n%s\r\n." % (key, value.replace("\n", "\r\n")))
+                unknown.append('Unrecognized key "%s"' % key)
+            elif "\n" in value or key in _LISTS and value:
+                lines.append("+%s=\r\n%s\r\n." % (key, quoted_lines(value)))
             else:
                 lines.append("%s=%s" % (key, value))
+        if unknown:
+            raise TorError("\n".join(unknown), 552)
         return lines + ["OK"]
 
     def _info(self, key):
@@ -6645,7 +7759,7 @@ class Control:
         return _INFO[kind + "/"](self, what) if kind + "/" in _INFO else None
 
     async def getconf(self, text, data):
-        config, lines = self.daemon.config, []
+        config, lines, unknown = self.daemon.config, [], []
         for word in text.split():
             if word.lower() == _HIDDEN.lower():
                 name, group, default = _HIDDEN, _HIDDEN, ""
@@ -6653,7 +7767,8 @@ class Control:
                 try:
                     kind, name, default = _TYPES[option_name(word).lower()]
                 except ConfigError:
-                    raise TorError('Unrecognized configuration key "%s"' % word, 552)
+                    unknown.append('Unrecognized configuration key "%s"' % word)
+                    continue
                 group = _HIDDEN if kind == "Dependent" else name
             entries = [e for e in config.lines.get(group, ()) if name in (group, e[0])]
             for option, value, _ in entries:
@@ -6662,32 +7777,42 @@ class Control:
                 lines.append("%s=%s" % (option, value))
             if not entries:
                 lines.append("%s=%s" % (name, default) if default else name)
+        if unknown:
+            raise TorError("\n".join(unknown), 552)
         return lines or ["OK"]
 
-    async def setconf(self, text, data):
+    async def setconf(self, args, words):
         entries = []
-        for name, value in parse_words(text):
+        for name, value in words:
             name, value = (name, value) if name else (value, "")
             try:
                 option_name(name)
             except ConfigError:
                 raise TorError("Unrecognized option: Unknown option '%s'.  Failing." % name, 552)
             entries.append((name if value else "/" + name, value))
-        await self._configure(entries)
-
-    async def _configure(self, entries, base=True):
-        old = [e for lines in self.daemon.config.lines.values() for e in lines] if base else []
+        old = [e for lines in self.daemon.config.lines.values() for e in lines]
         entries = [(name, value, "controller") for name, value in entries]
+        await self._configure((old, entries), 513, "Unacceptable option value")
+
+    async def _configure(self, sources, code, text):
         try:
-            await self.daemon.use(configure(old, entries))
+            config = configure(*sources)
+            for name in _FIXED:
+                if name in config.lines and config[name] != self.daemon.config[name]:
+                    code, text = 553, "Transition not allowed"
+                    raise ConfigError(name + " cannot change while minitor runs")
+            await self.daemon.use(config)
         except ConfigError as e:
-            raise TorError("Unacceptable option value: %s" % e, 513)
+            raise TorError("%s: %s" % (text, " ".join(str(e).splitlines())), code)
 
     async def loadconf(self, text, data):
-        lines = [(name, value) for name, value, _ in parse_torrc(data or text)]
-        await self._configure(lines, False)
+        try:
+            lines = [(name, value, "controller") for name, value, _ in parse_torrc(data)]
+        except ConfigError as e:
+            raise TorError("Invalid config file: %s" % e, 552)
+        await self._configure((lines,), 552, "Invalid config file")
 
-    async def saveconf(self, text, data):
+    async def saveconf(self, args, words):
         if not self.daemon.torrc:
             raise TorError("Unable to write configuration to disk.", 551)
         try:
@@ -6703,117 +7828,338 @@ class Control:
         self.events = names
         self.daemon.set_severity()
 
-    async def signal(self, text, data):
-        name = _SIGNALS.get(text.upper())
+    async def signal(self, args, words):
+        name = _SIGNALS.get(args[0].upper())
         if not name:
-            raise TorError('Unrecognized signal code "%s"' % text, 552)
+            raise TorError('Unrecognized signal code "%s"' % args[0], 552)
         asyncio.get_running_loop().call_soon(self.daemon.signal, name)
+
+    async def usefeature(self, text, data):
+        for name in text.split():
+            if name.upper() not in _FEATURES:
+                raise TorError('Unrecognized feature "%s"' % name, 552)
 
     # Circuits and streams.
 
     def _circuit(self, number):
         for circuit in self.daemon.circuits():
-            if str(circuit_number(circuit)) == number:
+            if str(numbered(circuit)) == number:
                 return circuit
         raise TorError('Unknown circuit "%s"' % number, 552)
 
-    async def closecircuit(self, text, data):
-        self._circuit(text.partition(" ")[0]).close("closed by a controller", 3)
-
-    async def closestream(self, text, data):
-        number = text.partition(" ")[0]
-        for circuit in self.daemon.circuits():
-            for stream in list(circuit.streams.values()):
-                if str(getattr(stream, "number", 0)) == number != "0":
-                    return stream.send_end(1)
+    def _stream(self, number):
+        for stream in self.daemon.streams():
+            if str(stream.number) == number:
+                return stream
         raise TorError('Unknown stream "%s"' % number, 552)
 
-    async def extendcircuit(self, text, data):
-        words, relays = [word for word in text.split() if "=" not in word], []
-        for name in words[1].split(",") if words[1:] else ():
-            relays.append(self._relay(name))
-        if not words or words[0] != "0" and not relays:
-            raise TorError("Missing argument to EXTENDCIRCUIT", 512)
+    async def closecircuit(self, args, words):
+        circuit = self._circuit(args[0])
+        unused = "ifunused" in [value.lower() for name, value in words if name is None]
+        if not (unused and circuit.streams):
+            circuit.close("closed by a controller", 3)
+
+    async def closestream(self, args, words):
+        stream, reason = self._stream(args[0]), args[1]
+        if not reason.isdecimal() or len(reason) > 3 or int(reason) > 255:
+            raise TorError('Unrecognized reason "%s"' % reason, 552)
+        if isinstance(stream, Stream):
+            # Clients say no more than MISC.
+            return stream.send_end(1)
+        stream.ended = int(reason)
+        stream.work.cancel()
+
+    async def attachstream(self, args, words):
+        stream, circuit = self._stream(args[0]), args[1] != "0" and self._circuit(args[1])
+        for _, hop in words if circuit else ():
+            if not hop.isdecimal():
+                raise TorError("Bad value hop=" + hop, 552)
+        choice = getattr(stream, "choice", None)
+        if not choice or choice.done():
+            raise TorError("Connection is not managed by controller.", 555)
+        if circuit and not getattr(circuit, "built", False):
+            raise TorError("Can't attach stream to non-open origin circuit", 551)
+        for hop in [int(hop[:9]) for _, hop in words] + [0] if circuit else ():
+            if len(circuit.path) < 2 or hop == 1:
+                raise TorError("Can't attach stream to this one-hop circuit.", 551)
+            if hop > len(circuit.path):
+                raise TorError("Circuit doesn't have %d hops." % hop, 551)
+            if 0 < hop < len(circuit.path):
+                raise TorError("minitor opens streams at a circuit's last hop alone.", 551)
+        if circuit and (circuit.on_begin or is_onion(stream.target.rpartition(":")[0])):
+            raise TorError("Unable to attach stream", 551)
+        choice.set(circuit)
+
+    async def extendcircuit(self, args, words):
+        number, relays, purpose = args[0], None, ""
+        # A list of relays may hold `=`, after a fingerprint.
+        if words and (words[0][0] or "$")[0] == "$":
+            name, names = words.pop(0)
+            relays = (name + "=" if name else "") + names
+        for name, value in words:
+            purpose = value.upper() if (name or "").lower() == "purpose" else purpose
+        if purpose and purpose not in _PURPOSES:
+            raise TorError('Unknown purpose "%s"' % purpose.lower(), 552)
+        circuit = number != "0" and self._circuit(number)
+        if circuit and relays is None:
+            raise TorError("syntax error: path required.", 512)
+        path = [self._relay(name) for name in relays.split(",")] if relays is not None else []
         if not self.tor.ready:
-            raise TorError("There is no directory yet", 551)
-        if words[0] == "0":
-            choose = lambda: relays or self.tor.paths.exit_path(443)
-            circuit = await self.tor.circuit_to(attempts=1, choose=choose)
-            spawn(close_idle(circuit))
+            raise TorError("Couldn't start circuit", 551)
+        if circuit:
+            circuit.built = False
+            self.spawn(self._extend(circuit, path))
         else:
-            circuit = self._circuit(words[0])
-            for relay in relays:
+            circuit = await self._launch(path)
+            self._set_purpose(circuit, purpose or "GENERAL")
+        return ["EXTENDED %d" % numbered(circuit)]
+
+    async def _extend(self, circuit, path):
+        try:
+            for relay in path:
                 await circuit.extend(relay, BUILD_SECONDS)
             announce("BUILT", circuit)
-        return ["EXTENDED %d" % circuit_number(circuit)]
+        except CircuitError as e:
+            log(INFO, "a controller's circuit: %s", e)
 
-    def _relay(self, name):
+    async def _launch(self, path):
+        # A circuit as soon as there is one, which goes on building.
+        launched = Promise()
+
+        async def build():
+            self.daemon.launching[asyncio.current_task()] = launched
+            try:
+                choose = lambda: path or self.tor.paths.exit_path(443)
+                await close_idle(await self.tor.circuit_to(attempts=1, choose=choose))
+            except TorError as e:
+                log(INFO, "a controller's circuit: %s", e)
+            finally:
+                self.daemon.launching.pop(asyncio.current_task(), None)
+                launched.set(error=TorError("Couldn't start circuit", 551))
+
+        self.spawn(build())
+        return await launched.wait()
+
+    def _set_purpose(self, circuit, purpose):
+        circuit.purpose = purpose
+        # A controller's own stays, whatever its age.
+        circuit.dirty_ms = NO_LIMIT if purpose == "CONTROLLER" else self.tor.dirty_ms
+
+    async def setcircuitpurpose(self, args, words):
+        circuit = self._circuit(args[0])
+        purpose = dict([(name.lower(), value.upper()) for name, value in words]).get("purpose")
+        if purpose not in _PURPOSES:
+            text = 'Unknown purpose "%s"' % purpose.lower() if purpose else "No purpose given"
+            raise TorError(text, 552)
+        before = getattr(circuit, "purpose", "GENERAL")
+        self._set_purpose(circuit, purpose)
+        number, state, path = describe_circuit(circuit).split(" ")[:3]
+        self.daemon.event("CIRC_MINOR", "%s PURPOSE_CHANGED %s PURPOSE=%s OLD_PURPOSE=%s" % (
+            number, path, purpose, before))
+
+    def _relay(self, name, text='No such router "%s"', need=USABLE):
         table, match = self.tor.directory.table, re.match(r"\$?([0-9a-fA-F]{40})(?![^~=])", name)
         i = table.find(bytes.fromhex(match[1])) if match and table else -1
-        if i < 0 or not table.flags_of(i) & USABLE:
-            raise TorError('No such router "%s"' % name, 552)
+        if i < 0 or not table.flags_of(i) & need:
+            raise TorError(text % name, 552)
         return table.relay(i)
 
-    async def resolve(self, text, data):
-        back = text.lower().startswith("mode=reverse ")
-        names = text.split()[back:]
+    async def dropguards(self, args, words):
+        if self.tor.ready:
+            log(WARN, "DROPGUARDS: a controller has new guards chosen, which may harm anonymity")
+            self.tor.paths.sample.clear()
+            self.tor.paths.update(self.tor.directory.table, self.tor.directory.consensus)
+
+    async def droptimeouts(self, args, words):
+        times = self.tor.build_times
+        times.times, times._recent, times._known = [], [], None
+
+    async def mapaddress(self, args, words):
+        lines = []
+        for old, new in words:
+            try:
+                lines.append("250-%s=%s" % (self.daemon.map_address(old, new), new))
+            except TorError as e:
+                lines.append("%d-%s" % (e.reason, e))
+        if not lines:
+            raise TorError("syntax error: not enough arguments to mapaddress.", 512)
+        self.send(*lines[:-1], lines[-1].replace("-", " ", 1))
+        return []
+
+    async def resolve(self, args, words):
+        back = ("mode", "reverse") in [((n or "").lower(), value.lower()) for n, value in words]
 
         async def ask(name):
+            why = ""
             try:
+                await self.daemon.ready.wait()
                 found = await (self.tor.resolve_ptr if back else self.tor.resolve)(name)
             except TorError:
-                found = ["<error>"]
-            end = iso_time(time.time() + 60, '"%Y-%m-%d %H:%M:%S"')
-            self.daemon.event("ADDRMAP", '%s %s %s EXPIRES=%s CACHED="NO"' % (
-                name, found[0], end, end))
+                found, why = ["<error>"], " error=yes"
+            end, form = time.time() + 60, '"%Y-%m-%d %H:%M:%S"'
+            self.daemon.event("ADDRMAP", '%s %s %s%s EXPIRES=%s CACHED="NO"' % (
+                name, found[0], iso_time(end, form, time.localtime), why, iso_time(end, form)))
 
-        for name in names:
-            if not self.tor.ready:
-                raise TorError("There is no directory yet", 551)
-            spawn(ask(name))
+        for _, name in [word for word in words if word[0] is None]:
+            self.spawn(ask(name))
+
+    async def hsfetch(self, args, words):
+        if not re.fullmatch(r"[a-z2-7]{56}", args[0].lower()):
+            raise TorError('Invalid argument "%s"' % args[0], 513)
+        try:
+            key = parse_onion_address(args[0] + ".onion")
+        except TorError:
+            raise TorError('Invalid argument "%s"' % args[0], 513)
+        lost, every = 'Server "%s" not found', (1 << 32) - 1
+        servers = [(self._relay(value, lost, every).rsa_id,) for _, value in words]
+
+        async def fetch():
+            await self.daemon.ready.wait()
+            for server in servers or [()]:
+                self.tor.descriptors.pop(key, None)
+                try:
+                    await _find_descriptor(self.tor, key, *server)
+                except TorError as e:
+                    log(INFO, "HSFETCH: %s", e)
+
+        self.spawn(fetch())
 
     # Onion services of its own.
 
-    async def add_onion(self, text, data):
-        words, flags, lines = parse_words(text), set(), [("HiddenServiceDir", "/", "")]
-        kind, _, blob = (words.pop(0)[1] if words else "").partition(":")
+    async def add_onion(self, args, words):
+        flags, clients, lines = set(), [], [("HiddenServiceDir", "/", "")]
         for name, value in words:
-            name = (name or "").lower()
+            name = name.lower()
             if name == "flags":
-                flags |= set(value.lower().split(","))
-            elif name in ("port", "maxstreams"):
-                option = {"port": "HiddenServicePort"}.get(name, "HiddenServiceMaxStreams")
-                lines.append((option, value.replace(",", " ", 1), name))
-            else:
-                raise TorError("Invalid argument, or none that minitor has: %s" % name, 513)
-        if flags - {"discardpk", "detach", "maxstreamsclosecircuit"}:
-            raise TorError("Invalid flag, or one that minitor does not have yet", 512)
+                flags |= set(value.lower().split(",")) - {""} or {value}
+            elif name == "port":
+                lines.append(("HiddenServicePort", value.replace(",", " ", 1), name))
+            elif name == "maxstreams":
+                lines.append(("HiddenServiceMaxStreams", value, name))
+            elif name == "clientauthv3":
+                clients.append(value)
+            elif value != "0":
+                raise TorError("minitor does not have " + name, 512)
+        for flag in flags - {"discardpk", "detach", "maxstreamsclosecircuit", "v3auth"}:
+            raise TorError("Invalid 'Flags' argument, or one that minitor lacks: " + flag, 512)
         if "maxstreamsclosecircuit" in flags:
             lines.append(("HiddenServiceMaxStreamsCloseCircuit", "1", "flag"))
-        if kind == "NEW" and blob in ("BEST", "ED25519-V3"):
-            esk = ed25519_expand(urandom(32))
-        elif kind == "ED25519-V3":
-            esk = b64decode(blob.encode(), 64)
-        else:
-            raise TorError("Invalid key type", 513)
-        wanted = parse_services(lines)["/"]
-        service = OnionService(self.tor, (esk, ed25519_public(esk)), {})
+        try:
+            wanted = parse_services(lines)["/"]
+        except ConfigError as e:
+            raise TorError("Invalid VIRTPORT/TARGET, or MaxStreams: %s" % e, 512)
+        keys = self._client_keys(clients, "v3auth" in flags)
+        kind, colon, blob = args[0].partition(":")
+        kind = kind.upper()
+        try:
+            if not colon:
+                raise TorError("Invalid key type/blob", 512)
+            if kind == "NEW" and blob.upper() in ("BEST", "ED25519-V3"):
+                esk = ed25519_expand(urandom(32))
+            elif kind == "ED25519-V3":
+                esk = b64decode(blob.encode(), 64)
+            else:
+                raise TorError("Invalid key type", 513)
+        except ProtocolError:
+            raise TorError("Failed to decode ED25519-V3 key", 512)
+        service = OnionService(self.tor, (esk, ed25519_public(esk)), {}, keys)
         if service.address in [other.address for other in self.daemon.hosted()]:
             raise TorError("Onion address collision", 550)
+        if len(self.daemon.onions) >= 1000:
+            raise TorError("Failed to add Onion Service: there are 1000", 551)
         set_service(service, wanted)
         self.daemon.onions[service.address] = service, None if "detach" in flags else self
         self.daemon.start(service)
         lines = ["ServiceID=" + service.address[:56]]
         if kind == "NEW" and "discardpk" not in flags:
             lines.append("PrivateKey=ED25519-V3:" + binascii.b2a_base64(esk).decode().strip())
-        return lines + ["OK"]
+        return lines + ["ClientAuthV3=" + text for text in clients] + ["OK"]
 
-    async def del_onion(self, text, data):
-        service, owner = self.daemon.onions.get(text + ".onion", (None, None))
+    async def del_onion(self, args, words):
+        try:
+            address = onion_address(parse_onion_address(args[0] + ".onion"))
+        except TorError:
+            address = ""
+        if address[:56] != args[0].lower():
+            raise TorError("Malformed Onion Service id", 512)
+        service, owner = self.daemon.onions.get(address, (None, None))
         if not service or owner not in (None, self):
             raise TorError("Unknown Onion Service id", 552)
-        del self.daemon.onions[text + ".onion"]
+        del self.daemon.onions[address]
         await service.close()
+
+    # Client authorization.
+
+    def _client_keys(self, texts, wanted):
+        # What ClientAuthV3 says, None if there is none.
+        try:
+            keys = [auth_key(":" + text) for text in texts]
+        except ConfigError:
+            raise TorError("Cannot decode v3 client auth key", 512)
+        if wanted != bool(keys):
+            raise TorError("No auth %s specified" % ("clients" if wanted else "type"), 512)
+        return keys or None
+
+    def _onion(self, words, what):
+        # The first of `words`, an address without .onion.
+        name = words[0] if words else None
+        if name is None:
+            raise TorError("Incomplete %s command" % what, 512)
+        try:
+            parse_onion_address(name + ".onion")
+        except AddressError:
+            name = ""
+        if len(name) != 56:
+            raise TorError('Invalid v3 address "%s"' % words[0], 512)
+        return name.lower() + ".onion"
+
+    async def onion_client_auth_add(self, plain, words):
+        flags, client = set(), ""
+        address = self._onion(plain if len(plain) > 1 else (), "ONION_CLIENT_AUTH_ADD")
+        kind, mark, blob = plain[1].partition(":")
+        if mark and kind.lower() != "x25519":
+            raise TorError('Unrecognized key type "%s"' % kind, 552)
+        try:
+            key = b64decode(blob.encode(), 32)
+        except (ProtocolError, ValueError):
+            raise TorError("Failed to decode x25519 private key", 512)
+        try:
+            auth_key(key)
+        except ConfigError:
+            raise TorError("Invalid private key", 553)
+        for name, value in words:
+            if name.lower() == "flags":
+                flags |= set(value.lower().split(","))
+            elif name.lower() == "clientname":
+                client = value
+        if flags - {"permanent"}:
+            raise TorError("Invalid 'Flags' argument", 512)
+        if len(client) > 16:
+            raise TorError("ClientName longer than 16 chars", 512)
+        before = parse_onion_address(address) in self.tor.onion_keys
+        if self.daemon.keep_key(address, key, client, bool(flags)):
+            return "252 Registered client and decrypted desc"
+        if before:
+            return "251 Client for onion existed and replaced"
+
+    async def onion_client_auth_remove(self, text, data):
+        address = self._onion(text.split(), "ONION_CLIENT_AUTH_REMOVE")
+        if parse_onion_address(address) not in self.tor.onion_keys:
+            return '251 No credentials for "%s"' % address[:56]
+        self.daemon.forget_key(address)
+
+    async def onion_client_auth_view(self, text, data):
+        wanted = text and self._onion(text.split(), "ONION_CLIENT_AUTH_VIEW")
+        lines = []
+        for key, secret in self.tor.onion_keys.items():
+            path, client = self.daemon.client_keys.get(key, (None, ""))
+            line = "CLIENT %s x25519:%s" % (
+                onion_address(key)[:56], binascii.b2a_base64(secret).decode().strip())
+            line += " Flags=Permanent" * bool(path) + (client and " ClientName=" + client)
+            if wanted in ("", onion_address(key)):
+                lines.append(line)
+        head = "ONION_CLIENT_AUTH_VIEW " + wanted[:56]
+        return [head.strip()] + sorted(lines) + ["OK"]
 
     async def takeownership(self, text, data):
         self.owner = True
@@ -6824,8 +8170,8 @@ class Control:
     async def quit(self, text, data):
         return ["closing connection"]
 
-    async def nothing(self, text, data):
-        pass
+    async def obsolete(self, text, data):
+        raise TorError("SETROUTERPURPOSE is obsolete.", 511)
 
 
 # Before who asks is known.
@@ -6833,28 +8179,52 @@ _BEFORE = ("PROTOCOLINFO", "AUTHCHALLENGE", "AUTHENTICATE", "QUIT")
 _CONTROL = {
     "PROTOCOLINFO": Control.protocolinfo, "AUTHCHALLENGE": Control.authchallenge,
     "AUTHENTICATE": Control.authenticate, "GETINFO": Control.getinfo, "GETCONF": Control.getconf,
-    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "LOADCONF": Control.loadconf,
+    "SETCONF": Control.setconf, "RESETCONF": Control.setconf, "+LOADCONF": Control.loadconf,
     "SAVECONF": Control.saveconf, "SETEVENTS": Control.setevents, "SIGNAL": Control.signal,
-    "CLOSECIRCUIT": Control.closecircuit,
+    "DROPGUARDS": Control.dropguards, "DROPTIMEOUTS": Control.droptimeouts,
+    "MAPADDRESS": Control.mapaddress, "ATTACHSTREAM": Control.attachstream,
+    "CLOSECIRCUIT": Control.closecircuit, "SETCIRCUITPURPOSE": Control.setcircuitpurpose,
     "CLOSESTREAM": Control.closestream, "EXTENDCIRCUIT": Control.extendcircuit,
-    "RESOLVE": Control.resolve, "ADD_ONION": Control.add_onion,
-    "DEL_ONION": Control.del_onion, "TAKEOWNERSHIP": Control.takeownership,
-    "DROPOWNERSHIP": Control.dropownership, "USEFEATURE": Control.nothing, "QUIT": Control.quit,
+    "RESOLVE": Control.resolve, "HSFETCH": Control.hsfetch, "ADD_ONION": Control.add_onion,
+    "DEL_ONION": Control.del_onion, "ONION_CLIENT_AUTH_ADD": Control.onion_client_auth_add,
+    "ONION_CLIENT_AUTH_REMOVE": Control.onion_client_auth_remove,
+    "ONION_CLIENT_AUTH_VIEW": Control.onion_client_auth_view,
+    "TAKEOWNERSHIP": Control.takeownership, "DROPOWNERSHIP": Control.dropownership,
+    "USEFEATURE": Control.usefeature, "SETROUTERPURPOSE": Control.obsolete, "QUIT": Control.quit,
 }  # fmt: skip
+# The least and most arguments, and the names of the words after them: None: there are none;
+# "*": any, also alone or quoted; "=": any with a value.
+_SYNTAX = {
+    "SETCONF": (0, 0, "*"), "RESETCONF": (0, 0, "*"), "SAVECONF": (0, 0, "*"),
+    "SIGNAL": (1, 1, None), "MAPADDRESS": (0, 0, "="), "ATTACHSTREAM": (2, 2, "hop"),
+    "CLOSECIRCUIT": (1, 1, "*"), "SETCIRCUITPURPOSE": (1, 1, "="), "EXTENDCIRCUIT": (1, 1, "*"),
+    "CLOSESTREAM": (2, 9, "*"), "RESOLVE": (0, 0, "*"), "HSFETCH": (1, 1, "server"),
+    "DEL_ONION": (1, 1, None), "DROPGUARDS": (0, 0, None), "DROPTIMEOUTS": (0, 0, None),
+    "ADD_ONION": (1, 1, "port flags maxstreams powdefensesenabled powqueuerate powqueueburst "
+                        "clientauth clientauthv3"),
+    "ONION_CLIENT_AUTH_ADD": (0, 2, "="),
+}  # fmt: skip
+_PURPOSES = "GENERAL", "CONTROLLER"
+_FEATURES = "VERBOSE_NAMES", "EXTENDED_EVENTS"
 
 
 def config_text(config):
-    """The lines of a torrc for `config`."""
-    lines = [entry for entries in config.lines.values() for entry in entries]
+    """The lines of a torrc for `config`; as by tor, without options for the moment (__…)."""
+    entries = [entry for entries in config.lines.values() for entry in entries]
     plain = re.compile(r"[^\s\"#\\][^\"#\\\n\r]*")
     return "".join([
         "%s %s\n" % (name, text if plain.fullmatch(text) else quote_c(text))
-        for name, text, _ in lines
+        for name, text, _ in entries if name[:2] != "__"
     ])
+
+
+_NO_LISTENERS = "or", "extor", "dir", "trans", "natd", "dns", "metrics"
 
 
 def _listening(control, kind):
     kinds = {"socks": "Socks", "httptunnel": "HTTP tunnel", "control": "Control"}
+    if kind not in kinds and kind not in _NO_LISTENERS:
+        return None
     found = control.daemon.listening.items()
     here = [what.address for key, what in found if _LISTENERS[key[0]][0] == kinds.get(kind)]
     return " ".join(['"%s"' % address for address in here])
@@ -6870,6 +8240,23 @@ def _routers(control, which):
         return None
     i = table.find(bytes.fromhex(rsa_id))
     return _router_lines(table, i) if i >= 0 else None
+
+
+def _mappings(control):
+    return "\n".join(["%s %s NEVER" % pair for pair in control.daemon.mapping.items()])
+
+
+def _descriptor_limit(control):
+    import resource
+
+    return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _refused(text, code=551):
+    def info(control, what=None):
+        raise TorError(text, code)
+
+    return info
 
 
 def _country(control, address):
@@ -6896,30 +8283,42 @@ def _onions(control, mine):
 def _time_of(name):
     def info(control):
         consensus = control.tor.directory.consensus
-        if not consensus:
-            raise TorError("There is no consensus yet", 551)
-        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S")
+        return iso_time(getattr(consensus, name), "%Y-%m-%d %H:%M:%S") if consensus else ""
 
     return info
+
+
+def _random_value(control, i):
+    consensus = control.tor.directory.consensus
+    value = consensus and (consensus.srv_previous, consensus.srv_current)[i]
+    return binascii.b2a_base64(value).decode().strip() if value else ""
 
 
 _INFO = {
     "version": lambda c: TOR_VERSION,
     "accounting/enabled": lambda c: "0",
-    "address-mappings/": lambda c, kind: "",  # none are kept
+    "address-mappings/all": _mappings,
+    "address-mappings/control": _mappings,
+    "address-mappings/cache": lambda c: "",  # none is kept
+    "address-mappings/config": lambda c: "",
     "config-file": lambda c: c.daemon.torrc or "",
+    "config-can-saveconf": lambda c: "%d" % bool(c.daemon.torrc),
     "config-defaults-file": lambda c: "",
     "config-text": lambda c: config_text(c.daemon.config).rstrip("\n"),
-    "config/names": lambda c: "\n".join(sorted([
+    "config/names": lambda c: "\n".join(sorted([_HIDDEN + " Virtual"] + [
         "%s %s" % (t[1], t[0].replace("Ignored", "String")) for t in _TYPES.values()])),
+    "config/defaults": lambda c: "\n".join(["SocksPort 9050"] + sorted([
+        "%s %s" % option[1:] for option in _TYPES.values() if option[2]])),
     "info/names": lambda c: "\n".join(sorted([
         "%s%s -- see control-spec" % (key, "*" * (key[-1] == "/")) for key in _INFO])),
     "events/names": lambda c: " ".join(_EVENTS),
     "signal/names": lambda c: " ".join(_SIGNALS),
-    "features/names": lambda c: "VERBOSE_NAMES EXTENDED_EVENTS",
+    "features/names": lambda c: " ".join(_FEATURES),
+    "process/descriptor-limit": _descriptor_limit,
     "process/pid": lambda c: str(os.getpid()),
     "process/uid": lambda c: str(os.getuid()),
     "process/user": lambda c: os.environ.get("USER", ""),
+    "bw-event-cache": lambda c: " ".join(["%d,%d" % moved for moved in c.daemon.bandwidth]),
     "traffic/read": lambda c: str(traffic[0]),
     "traffic/written": lambda c: str(traffic[1]),
     "uptime": lambda c: "%d" % (time.time() - c.daemon.started),
@@ -6927,34 +8326,57 @@ _INFO = {
     "network-liveness": lambda c: "up" if c.tor.ready else "down",
     "circuit-status": lambda c: "\n".join(map(describe_circuit, c.daemon.circuits())),
     "stream-status": lambda c: "\n".join([
-        "%d SUCCEEDED %d %s" % (stream.number, circuit_number(circuit), stream.target)
-        for circuit in c.daemon.circuits() for stream in circuit.streams.values()
-        if hasattr(stream, "number")]),
+        "%d %s %d %s" % (stream.number, getattr(stream, "state", "SUCCEEDED"),
+                         numbered(stream.circuit) if stream.circuit else 0, stream.target)
+        for stream in c.daemon.streams()]),
     "orconn-status": lambda c: "\n".join([
         "$%s %s" % (channel.rsa_id.hex().upper(),
                     "CONNECTED" if channel.opened.done() else "LAUNCHED")
         for channel in c.daemon.channels()]),
     "entry-guards": _guards,
+    "helper-nodes": _guards,
     "net/listeners/": _listening,
     "ip-to-country/": _country,
+    "ip-to-country/ipv6-available": lambda c: "0",
     "ip-to-country/ipv4-available": lambda c: "1" if os.path.exists(
         c.daemon.config["GeoIPFile"]) else "0",
     "ns/all": lambda c: _routers(c, None),
     "ns/id/": _routers,
+    "ns/purpose/": lambda c, purpose: "",
     "consensus/valid-after": _time_of("valid_after"),
     "consensus/fresh-until": _time_of("fresh_until"),
     "consensus/valid-until": _time_of("valid_until"),
+    "current-time/local": lambda c: iso_time(time.time(), zone=time.localtime),
     "current-time/utc": lambda c: iso_time(time.time()),
+    "sr/current": lambda c: _random_value(c, 1),
+    "sr/previous": lambda c: _random_value(c, 0),
+    # What only relays have, or what is not kept here: microdescriptors are compiled at once.
+    "address": _refused("Address unknown"),
+    "address/": _refused("Address unknown"),
+    "fingerprint": _refused("Not running in server mode"),
+    "exit-policy/full": _refused("Not running in server mode", 552),
+    "desc/all-recent": lambda c: "",
+    "desc/download-enabled": lambda c: "0",
+    "desc/id/": _refused("minitor fetches microdescriptors, not router descriptors", 552),
+    "desc/name/": _refused("minitor fetches microdescriptors, not router descriptors", 552),
+    "md/all": lambda c: "",
+    "md/download-enabled": lambda c: "1",
+    "hs/client/desc/id/": _refused("Not found in cache"),
+    "hs/service/desc/id/": _refused("Not found in cache"),
+    "dir/status-vote/current/consensus": _refused("Could not open cached consensus."),
+    "dir/status-vote/current/consensus-microdesc": _refused("Could not open cached consensus."),
+    "limits/max-mem-in-queues": lambda c: "0",
     "onions/current": lambda c: _onions(c, c),
     "onions/detached": lambda c: _onions(c, None),
     "status/bootstrap-phase": lambda c: c.daemon.phase,
     "status/circuit-established": lambda c: "%d" % bool(c.tor.ready),
     "status/enough-dir-info": lambda c: "%d" % bool(c.tor.directory.consensus),
+    "status/version/recommended": lambda c: "?",
     "status/version/current": lambda c: "recommended",
 }
 # Several lines even where there is one.
 _LISTS = ("circuit-status", "stream-status", "orconn-status", "entry-guards", "ns/all",
-          "config/names", "info/names", "config-text")
+          "config/names", "config/defaults", "info/names", "config-text")
 
 
 # What a running daemon keeps.
@@ -6962,6 +8384,7 @@ _FIXED = (
     "DataDirectory DirAuthority FallbackDir PidFile RunAsDaemon SyslogIdentityTag "
     "TestingTorNetwork User"
 ).split()
+_ENTRY = "UseBridges", "Bridge", "ClientTransportPlugin", "ExcludeNodes"
 _LISTENERS = {
     "SocksPort": ("Socks", "socks"),
     "HTTPTunnelPort": ("HTTP tunnel", "http"),
@@ -7027,34 +8450,183 @@ class Daemon:
         self.config, self._load, self.torrc = config, load, torrc
         self.ready, self.stopping, self.started = Promise(), Promise(), time.time()
         # `onions`: {address: (OnionService, the Control whose it is, or None)}.
-        self.controls, self.onions = [], {}
+        # `client_keys`: {identity key: (its file or None, a controller's name)} of tor.onion_keys.
+        self.controls, self.onions, self.client_keys = [], {}, {}
         # {(option, where, flags): what listens}, {folder: OnionService}.
         self.listening, self.services, self._logs = {}, {}, []
+        # `opening`: {number: Isolation of a stream that is not open yet}; `launching`: {task:
+        # Promise of the Circuit that it builds}; `mapping`: {address: the one in its place};
+        # `bandwidth`: bytes read and written in the last seconds.
+        self.opening, self.launching, self.mapping, self.bandwidth = {}, {}, {}, []
         self.open_logs(config)
         self._lock = self._take_folder()
         network = ["DirAuthority " + text for text in config["DirAuthority"]]
-        self.tor = tor = AsyncTor(self.folder, network or None, self._progress)
+        bridges = self._bridges(config)
+        self.tor = tor = AsyncTor(self.folder, network or None, self._progress, 0, bridges)
         network = tor.directory.network
         network.testing = network.testing or config["TestingTorNetwork"]
         network.fallbacks = config["FallbackDir"] or network.fallbacks
+        self._mirrors = network.fallbacks, network.authorities
+        self._keep_from(config)
         tor.selector = lambda *args: ChosenPaths(self.config, *args)
         build = tor.circuit_to
 
         async def circuit_to(target=None, *args, **named):
             if target and self.config["StrictNodes"] and tor.paths.excluded(target):
                 raise CircuitError("StrictNodes: it is among ExcludeNodes: " + target.address)
-            return await build(target, *args, **named)
+            lists = tor.paths.config
+            circuit = await build(target, *args, **named)
+            if tor.paths.config is not lists:
+                raise circuit.close("the lists of relays are others now")
+            return circuit
 
         tor.circuit_to = circuit_to
+        self._watch_streams(tor)
+
+    def _watch_streams(self, tor):
+        # Controllers are told of the streams of AsyncTor, and may map and attach them.
+        opens, finds, finds_names, takes = (
+            tor.open_connection, tor.resolve, tor.resolve_ptr, tor._circuit)
+
+        async def resolve(host, wish):
+            return [host] if packed_address(host) else await finds(host, wish)
+
+        def open_connection(host, port, timeout=120, isolation=None, *more):
+            use = lambda host, wish: opens(host, port, timeout, wish, *more)
+            return self._open(use, host, port, isolation)
+
+        tor.open_connection = open_connection
+        tor.resolve = lambda host, isolation=None: self._open(resolve, host, 0, isolation)
+        tor.resolve_ptr = lambda host, isolation=None: self._open(finds_names, host, 0, isolation)
+        tor._circuit = lambda key, port, wish=None: self._attach(takes, key, port, wish)
+
+    async def _open(self, use, host, port, isolation):
+        # What is no address shall not look like more words of an event.
+        check_target(host, port or 443)
+        wish, kind, more = Isolation(isolation or ()), "" if port else "RESOLVE", " REASON=DONE"
+        wish.target, wish.circuit, wish.ended, wish.tries = "%s:%d" % (host, port), None, 0, 0
+        self.opening[numbered(wish)] = wish
+        source = getattr(isolation, "source", "")
+        self.tell(wish, "NEW" + kind, source + " PURPOSE=" + ("USER" if port else "DNS_REQUEST"))
+        try:
+            mapped = self.mapped(host)
+            if mapped != host:
+                wish.target = "%s:%d" % (mapped, port)
+                self.tell(wish, "REMAP", " SOURCE=CACHE")
+            wish.work = asyncio.ensure_future(use(mapped, wish))
+            found = await wish.work
+            self.tell(wish, "SUCCEEDED")
+            if port:
+                found[0].number, found[0].target, more = wish.number, wish.target, ""
+            return found
+        except asyncio.CancelledError:
+            # Its client is gone, or a controller closed it.
+            if not wish.ended:
+                raise
+            error = StreamError("closed by a controller", wish.ended)
+            more = " REASON=" + end_name(error).rpartition("=")[2]
+            raise error
+        except TorError as e:
+            more = " REASON=" + end_name(e)
+            self.tell(wish, "FAILED", more)
+            raise
+        finally:
+            del self.opening[wish.number]
+            if more:
+                self.tell(wish, "CLOSED", more)
+
+    async def _attach(self, take, key, port, wish):
+        # A circuit for a stream: one that `take` finds or, where they do that, a controller.
+        if not isinstance(wish, Isolation):
+            return await take(key, port, wish)
+        if wish.tries:
+            self.tell(wish, "DETACHED", " REASON=END")
+        wish.circuit, wish.tries = None, wish.tries + 1
+        if self.config["__LeaveStreamsUnattached"]:
+            wish.choice = Promise()
+            self.tell(wish, "CONTROLLER_WAIT")
+            try:
+                wish.circuit = await wish.choice.wait(PROXY_SECONDS)
+            except asyncio.TimeoutError:
+                raise TorTimeout("no controller attached the stream within %d s" % PROXY_SECONDS)
+        if wish.circuit:
+            wish.circuit.since = ticks_ms()
+        else:
+            wish.circuit = await take(key, port, tuple(wish))
+        self.tell(wish, "SENTCONNECT" if wish.target[-2:] != ":0" else "SENTRESOLVE")
+        return wish.circuit
+
+    def tell(self, stream, state, more=""):
+        """Tell controllers that a stream is in this state."""
+        stream.state = state
+        number = numbered(stream.circuit) if stream.circuit else 0
+        words = stream.number, state, number, stream.target, more
+        self.event("STREAM", "%d %s %d %s%s" % words)
+
+    def streams(self):
+        """The streams, and those that are wanted."""
+        streams = [s for c in self.circuits() for s in c.streams.values() if hasattr(s, "number")]
+        return streams + list(self.opening.values())
+
+    def mapped(self, host):
+        """The address in the place of `host`, by MAPADDRESS."""
+        for _ in range(16):
+            before, host = host, self._mapped(host)
+            if host == before:
+                break
+        return host
+
+    def _mapped(self, host):
+        key = host.lower()
+        labels = key.split(".")
+        found = [(self.mapping.get(key), 0)]
+        found += [(self.mapping.get("*." + ".".join(labels[i:])), i) for i in range(len(labels))]
+        for new, i in found:
+            if new and new[:2] == "*.":
+                return ".".join(labels[:i] + [new[2:]])
+            if new:
+                return new
+        return host
+
+    def map_address(self, old, new):
+        """Put `new` in the place of `old` (control-spec 3.8), which is returned; TorError."""
+        text = "syntax error: invalid address mapping  '%s=%s': %%s" % (old, new)
+        name = new[2:] if new[:2] == "*." else new
+        if name.strip(_HOST) and not packed_address(name.strip("[]")) and new != "*":
+            raise TorError("syntax error: invalid address '%s'" % new, 512)
+        if "*" in (old, new):
+            raise TorError(text % "can't remap from or to *", 512)
+        if new[:2] == "*." and old[:2] != "*.":
+            raise TorError(text % "only a wildcard can become one", 512)
+        if old in _VIRTUAL:
+            fresh = _VIRTUAL[old]()
+            alike = [a for a, to in self.mapping.items() if to == new and _kind(a) == _kind(fresh)]
+            old = (alike + [fresh])[0]
+        if len(self.mapping) >= 10000:
+            raise TorError("resource exhausted: skipping '%s=%s'" % (old, new), 451)
+        key = old.lower().strip("[]")
+        self.mapping.pop(key, None)
+        if new and key != new.lower().strip("[]"):
+            self.mapping[key] = new.strip("[]")
+            self.event("ADDRMAP", '%s %s NEVER CACHED="YES"' % (old, new))
+        return old
+
+    def _bridges(self, config):
+        return Bridges(config=config) if config["UseBridges"] else None
+
+    def _keep_from(self, config):
+        # Ask none of ExcludeNodes for the directory.
+        network = self.tor.directory.network
+        network.fallbacks, network.authorities = [mirrors(p, config) for p in self._mirrors]
 
     def _progress(self, *what):
         log(NOTICE, "Bootstrapped %d%% (%s): %s", *what)
         self.phase = 'NOTICE BOOTSTRAP PROGRESS=%d TAG=%s SUMMARY="%s"' % what
         self.event("STATUS_CLIENT", self.phase)
 
-    def event(self, name, text):
+    def event(self, *what):
         for control in self.controls:
-            control.event(name, text)
+            control.event(*what)
 
     def channels(self):
         return [c for c in list(self.tor._channels.open.values()) if not c.closed]
@@ -7069,39 +8641,41 @@ class Daemon:
         # What `announce` tells, as controllers have it.
         if name == "BUILT":
             name, subject.built = "CIRC", True
-        if name == "STREAM":
-            self._watch_stream(subject, *more)
-        elif not self.controls:
+        elif name == "CIRC" and self.launching:
+            launched = self.launching.get(asyncio.current_task())
+            if launched:
+                launched.set(subject)
+        if not self.controls:
             pass
+        elif name == "STREAM":
+            if hasattr(subject, "number"):
+                self.tell(subject, "CLOSED", " REASON=" + end_name(subject._error))
         elif name == "CIRC":
             self.event(name, describe_circuit(subject))
         elif name == "ORCONN":
-            self.event(name, "$%s %s" % (subject.rsa_id.hex().upper(), more[0]))
+            known = "$" + subject.rsa_id.hex().upper() if subject.rsa_id else "%s:%d" % (
+                subject.address, subject.port)
+            self.event(name, "%s %s" % (known, more[0]))
+        elif name[:3] == "PT_":
+            self.event(name, "PT=%s %s" % (subject, more[0]))
         elif name == "HS_DESC":
             words = [more[0], onion_address(subject)[:56], "UNKNOWN", "$" + more[1].hex().upper()]
             words += [b64encode(more[2])] if more[2:] else []
-            words += ["REASON=" + more[3]] if more[3:] else []
-            self.event(name, " ".join(words))
-
-    def _watch_stream(self, subject, state, stream=None):
-        # `subject`: the Stream, or what asked for one.
-        if state == "NEW":
-            _numbers[0] += 1
-            subject.number = _numbers[0]
-        if hasattr(subject, "number"):
-            if stream:
-                stream.number, stream.target = subject.number, subject.target
-            circuit = circuit_number(stream.circuit) if stream else 0
-            more = {"CLOSED": " REASON=DONE", "FAILED": " REASON=MISC"}.get(state, "")
-            words = subject.number, state, circuit, subject.target, more
-            self.event("STREAM", "%d %s %d %s%s" % words)
+            failed = more[0] == "FAILED"
+            self.event(name, " ".join(words + (["REASON=" + more[3]] if failed else [])))
+            if more[0] == "RECEIVED" or failed and more[3] == "NOT_FOUND":
+                words = words[1], words[4], words[3]
+                text = "" if failed else more[3].decode("utf-8", "replace")
+                self.event("HS_DESC_CONTENT", " ".join(words), text)
 
     async def _measure(self):
         # BW: bytes in the last second.
         while True:
             before = traffic[:]
             await asyncio.sleep(1)
-            self.event("BW", "%d %d" % (traffic[0] - before[0], traffic[1] - before[1]))
+            moved = traffic[0] - before[0], traffic[1] - before[1]
+            self.bandwidth = self.bandwidth[-299:] + [moved]
+            self.event("BW", "%d %d" % moved)
 
     def _make_cookie(self, config):
         self.cookie_file = path = config["CookieAuthFile"] or self.folder + "/control_auth_cookie"
@@ -7121,6 +8695,8 @@ class Daemon:
             self.stopping.set()
         elif name == "NEWNYM":
             self.tor.newnym()
+            # As tor.
+            self._forget_keys(lambda path: not path)
         elif name == "DEBUG":
             self._logs = [(range(5), write, close) for _, write, close in self._logs]
             self.set_severity()
@@ -7217,9 +8793,53 @@ class Daemon:
             if not service:
                 service = self.services[folder] = OnionService(self.tor, folder, {})
                 self.start(service)
+            else:
+                service.admit(load_clients(folder))
             set_service(service, wanted)
         for folder in self.services.keys() - config[_HIDDEN].keys():
             spawn(self.services.pop(folder).close())
+
+    def open_keys(self, config):
+        """Have the keys for client authorization that `config` names; ConfigError."""
+        folder = config["ClientOnionAuthDir"]
+        found = load_onion_keys(folder) if folder else {}
+        self._forget_keys(lambda path: path)
+        for identity, (key, path) in found.items():
+            self.tor.add_onion_key(onion_address(identity), key)
+            self.client_keys[identity] = path, ""
+
+    def _forget_keys(self, which):
+        for identity, (path, _) in list(self.client_keys.items()):
+            if which(path):
+                del self.client_keys[identity]
+                self.tor.add_onion_key(onion_address(identity), None)
+
+    def keep_key(self, address, key, client, permanent):
+        """Have a controller's key of a client; as add_onion_key; TorError."""
+        identity, path = parse_onion_address(address), None
+        if permanent:
+            folder = self.config["ClientOnionAuthDir"]
+            path = self.client_keys.get(identity, (None,))[0]
+            path = path or "%s/%s.auth_private" % (folder, address[:56])
+            try:
+                if not folder:
+                    raise OSError("there is no ClientOnionAuthDir")
+                write_file(path, ("%s:%s\n" % (address[:56], auth_text(key))).encode())
+            except OSError as e:
+                log(WARN, "a client's key was not kept: %s", e)
+                raise TorError('Unable to store creds for "%s"' % address[:56], 553)
+        self.client_keys[identity] = path, client
+        return self.tor.add_onion_key(address, key)
+
+    def forget_key(self, address):
+        """Forget the key of a client, its file, too."""
+        path, _ = self.client_keys.pop(parse_onion_address(address), (None, ""))
+        self.tor.add_onion_key(address, None)
+        try:
+            if path:
+                os.unlink(path)
+        except OSError as e:
+            log(WARN, "%s cannot be removed: %s", path, e)
 
     def start(self, service):
         """Have a service published, once there is a network."""
@@ -7245,10 +8865,14 @@ class Daemon:
                 config[name] = self.config[name]
         try:
             self.open_logs(config)
+            used = config["UseBridges"] or self.config["UseBridges"]
+            entry = used and [n for n in _ENTRY if config[n] != self.config[n]]
+            bridges = self._bridges(config) if entry else None
             if config["CookieAuthentication"]:
                 self._make_cookie(config)
             await self.open_listeners(config)
             self.open_services(config)
+            self.open_keys(config)
         except ConfigError:
             if self.running:
                 self.open_logs(self.config)
@@ -7256,13 +8880,22 @@ class Daemon:
             raise
         self.running = True
         self._tell_changes(config)
-        changed = [name for name in _NODES if config[name] != self.config[name]]
+        changed = [name for name in _OF_PATHS if config[name] != self.config[name]]
         self.config = config
         self.tor.dirty_ms = 1000 * config["MaxCircuitDirtiness"]
+        self.tor.pause = config["NewCircuitPeriod"]
+        if entry:
+            enter_by(self.tor, bridges)
+        if changed:
+            self._keep_from(config)
         if changed and self.ready.done():
             paths, directory = self.tor.paths, self.tor.directory
             paths.config = config
             paths.update(directory.table, directory.consensus)
+            # Circuits as they were wanted before get no new streams.
+            self.tor.newnym()
+            for circuit in self.tor._spares + (self.tor._exits or []):
+                circuit.close()
 
     def _tell_changes(self, config):
         lines, old, new = [], self.config.lines, config.lines
@@ -7438,12 +9071,14 @@ def parse_arguments(argv):
     while at < len(argv):
         word, at = argv[at], at + 1
         key = re.sub("^--?", "", word)
-        follows = _COMMANDS.get(word, key[:1] != "/")
+        follows = _COMMANDS.get(word, key[:1] != "/" and word != "--diverse")
         if follows and at == len(argv):
             raise ConfigError("%s needs a value" % word)
         value = argv[at] if follows else ""
         at += bool(follows)
-        if word in _COMMANDS:
+        if word == "--diverse":
+            lines.append(("EnforceDistinctCountries", "1", word))
+        elif word in _COMMANDS:
             commands["-f" if word == "--torrc-file" else word] = value
         else:
             lines.append((key, value, "argument"))
@@ -9613,17 +11248,59 @@ def peer_command(options, folder, key_dir):
     return lambda tor: discover(tor, what, contacts, folder)
 
 
+def make_client_key(name, address, key_dir, auth_dir):
+    """Make a client's key for the service at `address`, or, None, with the key in `key_dir`.
+
+    The latter gets the client's file; `auth_dir`, if any, the file with the private key.  What is
+    not written is printed.  ConfigError.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError("%r names no client: letters, digits, - and _ can" % name)
+    identity = parse_onion_address(address) if address else load_service_key(key_dir)[1]
+    (secret, public), host = x25519_keypair(), onion_address(identity)[:56]
+    places = [
+        (auth_dir, host + ".auth_private", host + ":" + auth_text(secret)),
+        (not address and key_dir + "/authorized_clients", name + ".auth", auth_text(public)),
+    ]
+    for folder, file, _ in places:
+        if folder:
+            private_dir(folder)
+        if folder and os.path.lexists(os.path.join(folder, file)):
+            raise ConfigError("%s/%s is there already" % (folder, file))
+    for folder, file, text in places:
+        if not folder:
+            print("what %s has to hold:" % file, file=sys.stderr)
+            print(text, flush=True)
+            continue
+        path = os.path.join(folder, file)
+        with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+            f.write(text + "\n")
+        print("written: " + path, file=sys.stderr)
+
+
+def diversify():
+    """Have every AsyncTor of this process take hops in different countries; ConfigError."""
+    config = configure([("EnforceDistinctCountries", "1", "--diverse")])
+    AsyncTor.selector = lambda self, *args: ChosenPaths(config, *args)
+
+
 def run_command(options):
     import shutil
 
+    if options.diverse:
+        diversify()
     folder = folders(options.data_dir, options.network)[0]
     key_dir = options.key_dir or folder + "/onion_service"
     if options.address:
         private_dir(folder)
         return print(onion_address(load_service_key(key_dir)[1]))
+    if options.make_client_key:
+        name, address = (options.make_client_key + [None])[:2]
+        return make_client_key(name, address, key_dir, options.auth_dir)
     check_target("port", options.port)
     doors = [("socks", options.socks)] * (options.socks is not None)
     doors += [("http", options.http_tunnel)] * (options.http_tunnel is not None)
+    keys = load_onion_keys(options.auth_dir) if options.auth_dir else {}
     # A port that is taken shows before the bootstrap.
     doors = [Proxy(kind, *text.partition(" ")[::2]) for kind, text in doors]
     if options.serve is not None:
@@ -9637,6 +11314,8 @@ def run_command(options):
         command = peer_command(options, folder, key_dir)
     progress = lambda *what: print("Bootstrapped %d%% (%s): %s" % what, file=sys.stderr)
     with Tor(options.data_dir, options.network, progress) as tor:
+        for identity, (key, _) in keys.items():
+            tor.add_onion_key(onion_address(identity), key)
         for proxy in doors:
             tor.run(proxy.start(tor))
             print("%s proxy at %s" % (proxy.kind.upper(), proxy.address), flush=True)
@@ -9657,6 +11336,39 @@ def run_command(options):
             raise StreamError(options.get + " ends early")
 
 
+def _add_options(parser):
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--serve", nargs="?", const="", metavar="WHAT",
+        help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
+    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
+    add("--connect", metavar="ADDRESS[:PORT]",
+        help="connect standard input and output to it, as netcat")
+    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
+        help="host WHAT, as --serve does, and tell peers that it is there")
+    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
+    add("--address", action="store_true", help="print the service's address")
+    add("--make-client-key", nargs="+", metavar=("NAME", "ADDRESS"),
+        help="make the key of a client that the service, or the one at ADDRESS, admits")
+    add("--socks", nargs="?", const="9050", metavar="WHERE",
+        help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
+    add = parser.add_argument
+    add("--peer", action="append", default=[], metavar="ADDRESS",
+        help="a peer to ask first (what its --advertise prints)")
+    add("--peers", metavar="FILE", help="peers, one a line")
+    add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
+    add("-o", metavar="FILE", help="where --get writes (standard output)")
+    add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
+    add("--diverse", action="store_true",
+        help="take the hops of each circuit in different countries (Debian: tor-geoipdb)")
+    add("--port", type=int, default=80, help="the service's port (80)")
+    add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
+    add("--auth-dir", help="client keys for onion services, as tor's ClientOnionAuthDir")
+    add("--data-dir", help="state (~/.local/state/minitor)")
+    add("--network", help="another Tor network ($MINITOR_NETWORK)")
+    add("-v", action="count", default=0, help="say more")
+    add("--version", action="version", version="minitor " + __version__)
+
+
 def main(argv=None):
     """Run the command line `argv` (default: the program's); return the exit status."""
     import argparse
@@ -9673,35 +11385,16 @@ def main(argv=None):
         "As tor: -f torrc, options of a torrc (--SocksPort 9050), --verify-config, "
         "--hash-password; and --status, --newnym, --stop for one that runs."))
     parser.error = lambda message: parser.exit(2, "minitor: %s (see --help)\n" % message)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--serve", nargs="?", const="", metavar="WHAT",
-        help="host a page, PORT, HOST:PORT, unix:/PATH or FOLDER at an onion address")
-    add("--get", "--host", metavar="URL", help="fetch a URL or onion address")
-    add("--connect", metavar="ADDRESS[:PORT]",
-        help="connect standard input and output to it, as netcat")
-    add("--advertise", nargs="+", metavar="NAME[=WHAT]",
-        help="host WHAT, as --serve does, and tell peers that it is there")
-    add("--discover", metavar="NAME", help="print who offers it; ADDRESS: what that offers")
-    add("--address", action="store_true", help="print the service's address")
-    add("--socks", nargs="?", const="9050", metavar="WHERE",
-        help="be a SOCKS proxy at [ADDRESS:]PORT or unix:PATH (9050)")
-    add = parser.add_argument
-    add("--peer", action="append", default=[], metavar="ADDRESS",
-        help="a peer to ask first (what its --advertise prints)")
-    add("--peers", metavar="FILE", help="peers, one a line")
-    add("--http-tunnel", metavar="WHERE", help="with --socks: take HTTP CONNECT there")
-    add("-o", metavar="FILE", help="where --get writes (standard output)")
-    add("-q", type=float, metavar="SECONDS", help="with --connect: end so long after the input")
-    add("--port", type=int, default=80, help="the service's port (80)")
-    add("--key-dir", help="the service's key, as tor's HiddenServiceDir")
-    add("--data-dir", help="state (~/.local/state/minitor)")
-    add("--network", help="another Tor network ($MINITOR_NETWORK)")
-    add("-v", action="count", default=0, help="say more")
-    add("--version", action="version", version="minitor " + __version__)
+    _add_options(parser)
     options = parser.parse_args(argv)
     if options.http_tunnel and not options.socks:
         parser.error("--http-tunnel goes with --socks")
-    set_log((WARN, INFO, DEBUG)[min(options.v, 2)])
+    if len(options.make_client_key or ()) > 2:
+        parser.error("--make-client-key takes a NAME and an ADDRESS")
+    # No onion address of others, as with SafeLogging.
+    set_log((WARN, INFO, DEBUG)[min(options.v, 2)], lambda severity, text: print(
+        time.strftime("%H:%M:%S [") + _SEVERITIES[severity],
+        _ADDRESS_TEXT.sub("[scrubbed]", text), sep="] ", file=sys.stderr))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(options)

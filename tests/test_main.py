@@ -183,7 +183,8 @@ def run(*arguments, **environment):
 @pytest.mark.parametrize("arguments", [
     [], ["--nonsense"], ["--get"], ["--serve", "--get", "x"], ["--serve", "no/such/folder"],
     ["--serve", "99999"], ["--port", "x", "--serve"], ["--port", "0", "--serve"], ["extra"],
-    ["--serve", "1", "2"], ["--serv"],
+    ["--serve", "1", "2"], ["--serv"], ["--make-client-key"], ["--make-client-key", "a", "b", "c"],
+    ["--make-client-key", "../a"], ["--make-client-key", ""], ["--make-client-key", "a", "x.onion"],
 ])
 def test_usage_errors_are_one_line(arguments, tmp_path):
     done = run(*arguments, "--data-dir", str(tmp_path / "data"))
@@ -225,6 +226,44 @@ def test_address_is_kept_and_private(tmp_path):
     assert (tmp_path / "network.minitor" / "onion_service" / "hostname").exists()
 
 
+def test_client_keys(tmp_path):
+    """The service's operator makes one, and a client does; neither overwrites anything."""
+    hs, auth = tmp_path / "hs", tmp_path / "auth"
+    site = run("--address", "--key-dir", str(hs), "--data-dir", str(tmp_path)).stdout.strip()
+    at_service = "--make-client-key", "bob", "--key-dir", str(hs), "--data-dir", str(tmp_path)
+    done = run(*at_service)
+    assert done.returncode == 0, done.stderr
+    bob = hs / "authorized_clients" / "bob.auth"
+    assert bob.stat().st_mode & 0o777 == 0o600 and str(bob) in done.stderr
+    secret = minitor.auth_key(done.stdout)
+    assert done.stdout == "%s:%s\n" % (site[:56], minitor.auth_text(secret))
+    assert bob.read_text() == minitor.auth_text(minitor.x25519(secret)) + "\n"
+    assert minitor.load_clients(str(hs)) == [minitor.x25519(secret)]
+    for _ in range(2):
+        before = bob.read_text()
+        again = run(*at_service, "--auth-dir", str(auth))
+        assert again.returncode == 2 and "is there already" in again.stderr and not again.stdout
+        assert bob.read_text() == before and os.listdir(str(auth)) == []
+    # A client's own, for an address.
+    at_client = "--make-client-key", "carol", site, "--data-dir", str(tmp_path)
+    done = run(*at_client, "--auth-dir", str(auth))
+    assert done.returncode == 0, done.stderr
+    (file,) = auth.iterdir()
+    assert file.name == site[:56] + ".auth_private" and file.stat().st_mode & 0o777 == 0o600
+    ((identity, (secret, path)),) = minitor.load_onion_keys(str(auth)).items()
+    assert (minitor.onion_address(identity), path) == (site, str(file))
+    assert done.stdout == minitor.auth_text(minitor.x25519(secret)) + "\n"
+    assert os.listdir(str(bob.parent)) == ["bob.auth"]
+    before = file.read_text()
+    again = run(*at_client, "--auth-dir", str(auth))
+    assert again.returncode == 2 and "is there already" in again.stderr and not again.stdout
+    assert file.read_text() == before
+    # Nothing is written without a folder.
+    lines = run(*at_client).stdout.splitlines()
+    assert minitor.auth_text(minitor.x25519(minitor.auth_key(lines[0]))) == lines[1]
+    assert lines[0].startswith(site[:56] + ":descriptor:x25519:")
+
+
 def test_default_data_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("MINITOR_NETWORK", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -247,7 +286,7 @@ class FakeTor:
     def __exit__(self, *_):
         pass
 
-    def create_onion_service(self, port, target, key_dir):
+    def create_onion_service(self, port, target, key_dir, clients=None):
         class Service:
             address = "x" * 56 + ".onion"
 

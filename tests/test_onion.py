@@ -1,9 +1,10 @@
 """Section 9: addresses, time periods, the hash ring, descriptors, revision counters.
 
 Vectors: from the test suite of tor 0.4.9 (test_hs_common, test_crypto_ope, hs_indexes), the
-addresses of rend-spec-v3, and a descriptor that C tor 0.4.9.11 made, with its key.
+addresses of rend-spec-v3, and descriptors that C tor 0.4.9.11 made, with keys.
 """
 
+import base64
 import calendar
 import hashlib
 import json
@@ -16,6 +17,14 @@ import minitor
 
 H = bytes.fromhex
 NOW = 1732100000
+# u-coordinates of points whose order divides 8, also unreduced.
+LOW_ORDER = [bytes(32), b"\1" + bytes(31)] + [H(text) for text in (
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+)]
 
 
 def ed_public(seed):
@@ -282,9 +291,9 @@ def keys():
     return blinded_esk, blinded, minitor.subcredential(key, blinded)
 
 
-def make(keys, intros, when=NOW, revision=123456789012):
+def make(keys, intros, when=NOW, revision=123456789012, clients=()):
     file = minitor.spool("")
-    minitor.make_descriptor(file, keys[0], keys[1], keys[2], revision, intros, when)
+    minitor.make_descriptor(file, keys[0], keys[1], keys[2], revision, intros, when, 0, clients)
     return file.getvalue()
 
 
@@ -328,6 +337,110 @@ def test_descriptor_in_pieces_is_that_made_in_one(keys, monkeypatch, count, dige
 def refused(data, keys, when=NOW, match=None):
     with pytest.raises(minitor.ProtocolError, match=match):
         minitor.parse_descriptor(data, keys[1], keys[2], when)
+
+
+def outer_layer(data, keys):
+    item, secret = minitor.document(data), keys[1] + keys[2] + (123456789012).to_bytes(8, "big")
+    return minitor._unseal(item, b"superencrypted", secret)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_descriptor_for_some_clients(keys, count):
+    secrets = [bytes([n + 1]) * 32 for n in range(count)]
+    clients = [minitor.x25519(secret) for secret in secrets]
+    data = make(keys, [Intro(1), Intro(2)], clients=clients)
+    for secret in secrets:
+        found = minitor.parse_descriptor(data, keys[1], keys[2], NOW, secret)
+        assert [i.rsa_id[0] for i in found.intro_points] == [1, 2]
+    for secret, reason in ((None, 0xF4), (b"z" * 32, 0xF5), (clients[0], 0xF5)):
+        with pytest.raises(minitor.AuthorizationError) as caught:
+            minitor.parse_descriptor(data, keys[1], keys[2], NOW, secret)
+        assert caught.value.reason == reason and isinstance(caught.value, minitor.OnionError)
+    # How many there are does not show; where they stand is chance.
+    lines = outer_layer(data, keys).count(b"\nauth-client ")
+    assert lines == (count + 15) // 16 * 16
+    if count == 1:
+        assert len(data) == len(make(keys, [Intro(1), Intro(2)]))
+
+
+def test_too_many_clients(keys, monkeypatch):
+    """What directories would refuse is not made."""
+    monkeypatch.setattr(minitor, "x25519", lambda *_: b"x" * 32)
+    clients = [bytes([n % 251] * 32) for n in range(320)]
+    assert 40000 < len(make(keys, [Intro(1)] * 3, clients=clients)) < 50000
+    with pytest.raises(minitor.ProtocolError, match="fewer clients"):
+        make(keys, [Intro(1)] * 3, clients=clients * 2)
+
+
+def test_the_cookie_of_a_descriptor_by_other_means(keys):
+    """As rend-spec-v3 2.5.1.2 has it, with the algorithms of another library."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    own = X25519PrivateKey.from_private_bytes(b"c" * 32)
+    data = make(keys, [Intro(1)], clients=[b"q" * 32, minitor.x25519(b"c" * 32), b"r" * 32])
+    lines = [line.split(b" ") for line in outer_layer(data, keys).split(b"\n")]
+    places, form = {}, lambda word: base64.b64decode(word + b"==")
+    assert lines[0] == [b"desc-auth-type", b"x25519"]
+    assert lines[1][0] == b"desc-auth-ephemeral-key"
+    seed = own.exchange(X25519PublicKey.from_public_bytes(form(lines[1][1])))
+    kdf = hashlib.shake_256(keys[2] + seed).digest(40)
+    assert [line[0] for line in lines[2:19]] == [b"auth-client"] * 16 + [b"encrypted"]
+    for _, client_id, iv, cookie in lines[2:18]:
+        assert [len(form(word)) for word in (client_id, iv, cookie)] == [8, 16, 16]
+        assert b"=" not in client_id + iv + cookie
+        places[form(client_id)] = form(iv), form(cookie)
+    iv, cookie = places[kdf[:8]]
+    cookie = Cipher(algorithms.AES(kdf[8:]), modes.CTR(iv)).decryptor().update(cookie)
+    secret = keys[1] + cookie + keys[2] + (123456789012).to_bytes(8, "big")
+    item = minitor.document(outer_layer(data, keys))
+    assert minitor._unseal(item, b"encrypted", secret).startswith(b"create2-formats 2\n")
+
+
+def test_clients_stand_anywhere(keys):
+    places = set()
+    for _ in range(12):
+        data = make(keys, [Intro(1)], clients=[minitor.x25519(b"c" * 32)])
+        outer = outer_layer(data, keys)
+        public = minitor.b64decode(minitor.document(outer)(b"desc-auth-ephemeral-key")[0])
+        client_id, _ = minitor._client_keys(keys[2], b"c" * 32, public)
+        found = [line.split(b" ")[1] for line in outer.split(b"\n") if line[:5] == b"auth-"]
+        places.add(found.index(minitor.b64encode(client_id).encode()))
+    # All at one place: one in 16 to the 11.
+    assert len(places) > 1
+
+
+def test_a_key_that_is_not_needed_does_no_harm(keys):
+    data = make(keys, [Intro(1)])
+    assert minitor.parse_descriptor(data, keys[1], keys[2], NOW, b"k" * 32).intro_points
+
+
+def test_authorization_with_zeros_is_refused(keys, monkeypatch):
+    for key in LOW_ORDER:
+        with pytest.raises(minitor.ProtocolError):
+            make(keys, [Intro(1)], clients=[key])
+        for given in (key, minitor.auth_text(key)):
+            with pytest.raises(minitor.ConfigError, match="X25519"):
+                minitor.auth_key(given)
+        # A service's ephemeral key.
+        with monkeypatch.context() as patch:
+            patch.setattr(minitor, "x25519_keypair", lambda: (b"x" * 32, key))
+            data = make(keys, [Intro(1)])
+        minitor.parse_descriptor(data, keys[1], keys[2], NOW)
+        with pytest.raises(minitor.ProtocolError, match="X25519"):
+            minitor.parse_descriptor(data, keys[1], keys[2], NOW, b"k" * 32)
+
+
+def test_keys_for_authorization():
+    for n in range(5):
+        key = minitor.sha256(bytes([n]))
+        text = base64.b32encode(key).decode().rstrip("=")
+        assert minitor.auth_text(key) == "descriptor:x25519:" + text
+        for given in (key, text, text.lower(), " %s\n" % text, "a:descriptor:x25519:" + text):
+            assert minitor.auth_key(given) == key
+    for bad in (b"", b"k" * 31, b"k" * 33, "", text[1:], text + "A", text[:-1] + "1", "\xe9" * 52):
+        with pytest.raises(minitor.ConfigError, match="X25519"):
+            minitor.auth_key(bad)
 
 
 def test_descriptor_refused(keys):
@@ -429,6 +542,26 @@ def test_descriptor_of_c_tor():
     again = make((H(made["besk"]), blinded, subcred), found.intro_points, when, found.revision)
     assert len(again) == len(data)
     refused(data, (0, blinded, subcred), when + 60 * 3600, "expired")
+
+
+def test_descriptor_of_c_tor_for_some_clients():
+    made = json.loads((Path(__file__).resolve().parent / "tor_made.json").read_text())["restricted"]
+    key, data, when, secret = H(made["key"]), made["text"].encode(), made["when"], H(made["client"])
+    blinded = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+    subcred = minitor.subcredential(key, blinded)
+    found = minitor.parse_descriptor(data, blinded, subcred, when, secret)
+    assert found.revision == made["revision"] and made["intro"] == [
+        [i.address, i.port, i.rsa_id.hex(), i.auth_key.hex(), i.enc_key.hex()]
+        for i in found.intro_points]
+    for wrong, reason in ((None, 0xF4), (minitor.x25519(secret), 0xF5)):
+        with pytest.raises(minitor.AuthorizationError) as caught:
+            minitor.parse_descriptor(data, blinded, subcred, when, wrong)
+        assert caught.value.reason == reason
+    # As long as what we make for as many.
+    clients, file = [minitor.x25519(bytes([n]) * 32) for n in (1, 2, 3)], minitor.spool("")
+    keys = minitor.ed25519_expand(b"any"), blinded, subcred, found.revision
+    minitor.make_descriptor(file, *keys, found.intro_points, when, found.flow, clients)
+    assert len(file.getvalue()) == len(data)
 
 
 def test_enc_key_form():

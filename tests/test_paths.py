@@ -1,9 +1,12 @@
 """Section 12: bandwidth weights, path restrictions, guards, vanguards-lite."""
 
+import base64
+import ipaddress
 import itertools
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -440,9 +443,10 @@ def test_parameters_of_the_consensus(clock):
         guard_n_primary_guards_to_use=2,
         guard_n_primary_dir_guards_to_use=1,
         guard_min_filtered_sample_size=5,
+        guard_n_primary_guards=4,
     )
     paths = selector(net.table, consensus)
-    assert len(paths.sample) == 5
+    assert len(paths.sample) == 5 and len(paths.primary()) == 4
     assert {paths.guard().rsa_id for _ in range(50)} == set(ids(paths.sample[:2]))
     assert paths.guard(kind="dir-guards", use=3).rsa_id == paths.sample[0].rsa_id
 
@@ -508,7 +512,8 @@ def test_guards_of_another_network_are_kept_and_not_in_the_way(clock, tmp_path):
     before = ids(selector(old.table, path=path).primary())
     new = network(guards=30)
     paths = selector(new.table, path=path)
-    assert len(paths._order()) == 20 and len(paths.exit_path(80)) == 3
+    # Unlisted guards count: others are sampled for the primary ones alone.
+    assert len(paths._order()) == 3 and len(paths.exit_path(80)) == 3
     assert ids(selector(old.table, path=path).primary()) == before
 
 
@@ -533,14 +538,53 @@ def test_unlisted_guard_is_passed_over_until_it_returns(clock):
     paths = selector(net.table)
     gone = paths.sample[0]
     index = gone.index
+    assert paths.succeeded(gone.rsa_id)
     net.table.flags[index] &= ~GUARD
     paths.update(net.table, make_consensus())
     assert gone.index == -1 and gone in paths.sample and gone not in paths.primary()
-    assert len(paths._order()) == 20
+    assert len(paths._order()) == 19 and len(paths.primary()) == 3
     clock[0] += 10 * DAY
     net.table.flags[index] |= GUARD
     paths.update(net.table, make_consensus())
     assert gone.index == index and paths.primary()[0] is gone
+
+
+@pytest.mark.parametrize("params, least, most", [
+    ({}, 16, 20), ({"guard_remove_unlisted_guards_after_days": 5}, 4, 5),
+])
+def test_unlisted_guards_are_removed_after_some_days(clock, tmp_path, params, least, most):
+    net, consensus, path = network(guards=100), make_consensus(**params), str(tmp_path / "guards")
+    paths = selector(net.table, consensus, path)
+    for g in list(paths.sample):
+        assert paths.succeeded(g.rsa_id)
+    gone = [net.table.rsa_id(g.index) for g in paths.sample]
+    for g in paths.sample:
+        net.table.flags[g.index] &= ~GUARD
+    left = []
+    for _ in range(most + 2):
+        # A restart each day forgets nothing.
+        paths = selector(net.table, consensus, path)
+        left.append(len(set(gone) & set(ids(paths.sample))))
+        assert len(paths._order()) >= 3
+        clock[0] += DAY
+    assert left[least - 1] == 20 and left[most] == 0 and sorted(left, reverse=True) == left
+    # Not all at once, as dates are random.
+    assert most - least == 1 or len(set(left)) > 3
+
+
+def test_guard_that_returns_is_listed_as_long_as_ever(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    paths = selector(net.table, path=path)
+    gone = paths.sample[0].rsa_id
+    for day in range(60):
+        # Away for nine days of ten.
+        listed = GUARD if day % 10 == 9 else 0
+        index = net.table.find(gone)
+        net.table.flags[index] = net.table.flags[index] & ~GUARD | listed
+        paths = selector(net.table, path=path)
+        assert gone in ids(paths.sample)
+        assert bool(listed) == (gone in ids(paths._order()))
+        clock[0] += DAY
 
 
 def test_guards_expire(clock):
@@ -549,7 +593,8 @@ def test_guards_expire(clock):
     confirmed = paths.sample[0]
     clock[0] += 100 * DAY
     assert paths.succeeded(paths.guard().rsa_id)
-    assert START + 154 * DAY < confirmed.until <= START + 160 * DAY
+    # The date is random within a tenth of a guard's lifetime (guard-spec 4.3).
+    assert START + 148 * DAY < confirmed.until <= START + 160 * DAY
     clock[0] += 21 * DAY
     others = paths.sample[1:]
     paths.update(net.table, make_consensus())
@@ -558,6 +603,90 @@ def test_guards_expire(clock):
     clock[0] += 60 * DAY
     paths.update(net.table, make_consensus())
     assert confirmed not in paths.sample
+
+
+def test_dates_are_random(clock):
+    for days, low, high in ((0, 108, 120), (100, 148, 160)):
+        paths = selector(network(guards=100).table)
+        clock[0] += days * DAY
+        for g in list(paths.sample) if days else ():
+            assert paths.succeeded(g.rsa_id)
+        lives = sorted((g.until - START) / DAY for g in paths.sample)
+        assert low < lives[0] < low + 4 and high - 4 < lives[-1] <= high
+        assert len(set(lives)) == 20
+        clock[0] = START
+
+
+def test_parameters_for_the_lifetime_of_guards(clock):
+    consensus = make_consensus(guard_lifetime_days=10, guard_confirmed_min_lifetime_days=30)
+    paths = selector(network(guards=100).table, consensus)
+    assert all(START + 9 * DAY < g.until <= START + 10 * DAY for g in paths.sample)
+    first = paths.sample[0]
+    assert paths.succeeded(first.rsa_id)
+    assert START + 29 * DAY < first.until <= START + 30 * DAY
+    paths.update(paths.table, consensus)
+    assert START + 29 * DAY < first.until
+
+
+def test_what_is_stored_of_guards_is_all_there_after_a_restart(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    paths = selector(net.table, path=path)
+    for n in (7, 3):
+        net.table.flags[paths.sample[n].index] &= ~GUARD
+    for n in (5, 11):
+        paths.online = minitor.now()
+        for g in paths.primary():
+            paths.failed(g.rsa_id)
+        assert paths.succeeded(paths.sample[n].rsa_id)
+    paths.update(net.table, make_consensus())
+    again = selector(net.table, path=path)
+    kept = "rsa_id until confirmed index unlisted".split()
+    before, after = [[[getattr(g, name) for name in kept] for g in p.sample] for p in (paths, again)]
+    assert before == after and len(before) == 20
+    assert sum(g.confirmed for g in again.sample) == 2 and sum(g.index < 0 for g in again.sample) == 2
+
+
+def test_guards_that_an_earlier_version_stored(clock, tmp_path):
+    net, path = network(guards=100), tmp_path / "guards"
+    first = selector(net.table, path=str(path)).sample
+    stored = [[minitor.b32encode(g.rsa_id), g.until, int(g in first[:2])] for g in first]
+    path.write_text(json.dumps(stored))
+    again = selector(net.table, path=str(path))
+    assert ids(again.sample) == ids(first) and [g.confirmed for g in again.sample][:3] == [1, 1, 0]
+    assert not any(g.unlisted for g in again.sample)
+
+
+def test_dates_that_a_wrong_clock_stored_do_not_keep_a_guard_for_ever(clock, tmp_path):
+    net, path = network(guards=100), str(tmp_path / "guards")
+    clock[0] += 3650 * DAY
+    paths = selector(net.table, path=path)
+    gone = paths.sample[0]
+    net.table.flags[gone.index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    clock[0] = START
+    paths = selector(net.table, path=path)
+    assert max(g.until for g in paths.sample) <= START + 120 * DAY
+    assert paths.sample[0].unlisted <= START
+    clock[0] += 20 * DAY
+    assert gone.rsa_id not in ids(selector(net.table, path=path).sample)
+
+
+def test_what_is_a_primary_guard_remains_one_until_another_is_confirmed(clock):
+    net = network(guards=100)
+    paths = selector(net.table)
+    a, b, c = paths.primary()
+    index = a.index
+    net.table.flags[index] &= ~GUARD
+    paths.update(net.table, make_consensus())
+    fourth = paths.primary()[2]
+    assert paths.primary() == [b, c, fourth]
+    net.table.flags[index] |= GUARD
+    paths.update(net.table, make_consensus())
+    assert a.index == index and paths.primary() == [b, c, fourth]
+    fifth = paths.sample[10]
+    paths.guard(lambda i: i == fifth.index)
+    assert paths.succeeded(fifth.rsa_id)
+    assert paths.primary() == [fifth, b, c] and not fourth.primary
 
 
 def test_failed_guards_are_replaced_and_retried(clock):
@@ -576,12 +705,29 @@ def test_failed_guards_are_replaced_and_retried(clock):
     clock[0] += 7 * 3600
     paths.guard()
     paths.failed(a.rsa_id)
-    clock[0] += 6300
-    # Failing for seven hours: after 107 minutes.
+    clock[0] += 5300
+    # Failing for seven hours: after 90 minutes.
     assert paths.guard().rsa_id != a.rsa_id
     clock[0] += 200
     assert paths.guard().rsa_id == a.rsa_id
     assert paths.succeeded(a.rsa_id) and a.failing_since == 0
+
+
+@pytest.mark.parametrize("hours, minutes, others", [
+    (0, 10, 60), (4, 10, 60), (7, 90, 240), (91, 90, 240), (97, 240, 1080), (149, 240, 1080),
+    (200, 540, 2160), (24 * 365, 540, 2160),
+])
+def test_guards_are_retried_on_schedule(clock, hours, minutes, others):
+    paths = selector(network(guards=100).table)
+    paths.primary()
+    for guard, wait in ((paths.sample[0], minutes), (paths.sample[5], others)):
+        clock[0] = guard.failing_since = START
+        clock[0] += hours * 3600
+        paths.failed(guard.rsa_id)
+        clock[0] += wait * 60 - 1
+        assert guard.down()
+        clock[0] += 1
+        assert not guard.down()
 
 
 def test_clock_that_went_back_does_not_lock_a_guard_out(clock):
@@ -622,14 +768,22 @@ def test_network_down_does_not_burn_guards(clock):
     assert paths.succeeded(first)
 
 
-@pytest.mark.parametrize("guards, most", [(400, 60), (30, 30)])
-def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(clock, guards, most):
-    paths = selector(network(guards=guards).table)
+@pytest.mark.parametrize("guards, most, params", [
+    # A fifth of the guards, but not more than 60, nor less than 20 (guard-spec 4.1).
+    (400, 60, {}), (200, 40, {}), (60, 20, {}), (15, 15, {}),
+    (400, 25, {"guard_max_sample_size": 25}), (400, 20, {"guard_max_sample_size": 1}),
+    (200, 30, {"guard_max_sample_threshold_percent": 15}),
+    (200, 60, {"guard_max_sample_threshold_percent": 100}),
+    (200, 50, {"guard_min_filtered_sample_size": 50}),
+])
+def test_guards_that_fail_while_the_network_is_up_are_replaced_up_to_a_limit(
+        clock, guards, most, params):
+    paths = selector(network(guards=guards).table, make_consensus(**params))
     for _ in range(10):
         for _ in range(30):
             paths.failed(paths.guard().rsa_id)
             paths.online = minitor.now()
-        paths.update(paths.table, make_consensus())
+        paths.update(paths.table, make_consensus(**params))
     assert len(paths.sample) == most
 
 
@@ -658,6 +812,34 @@ def test_any_relay_that_answers_brings_guards_back_after_a_silence(clock):
         paths.failed(paths.guard().rsa_id)
     assert paths.succeeded(bytes(20))
     assert paths.guard().rsa_id == first and len(paths.sample) <= 22
+
+
+def test_primary_guards_are_retried_when_the_network_returns_and_others_that_failed_in_between(clock):
+    consensus = make_consensus(guard_internet_likely_down_interval=100)
+    paths = selector(network(guards=100).table, consensus)
+    paths.online = minitor.now()
+    first, _, _, fourth, fifth, sixth = paths.sample[:6]
+    clock[0] += 1
+    for g in paths.primary() + [fourth]:
+        paths.failed(g.rsa_id)
+    # 100 seconds are no silence, 101 are.
+    for wait in (10, 100):
+        clock[0] += wait
+        assert paths.succeeded(bytes(20)) and first.down() and fourth.down()
+    clock[0] += 1
+    paths.failed(fifth.rsa_id)
+    clock[0] += 100
+    # An answer by another is not used: a primary one may be there again.
+    assert paths.guard().rsa_id == sixth.rsa_id
+    assert paths.succeeded(sixth.rsa_id) is False and not sixth.confirmed
+    assert fourth.down() and not first.down() and not fifth.down()
+    for _ in range(3):
+        picked = paths.guard().rsa_id
+        assert picked in ids(paths.primary())
+        paths.failed(picked)
+    # Now it is known: they are down, and the best of the others may be used.
+    assert paths.guard().rsa_id == fifth.rsa_id
+    assert paths.succeeded(fifth.rsa_id) is True and paths.primary()[0] is fifth
 
 
 def test_other_guard_is_used_and_confirmed_while_primaries_are_down(clock):
@@ -809,8 +991,42 @@ def test_client_rendezvous_point_and_intro_point_need_their_protocol(clock):
 # ── the public network ──
 
 
+POLICIES = b"accept 80,443", b"accept 22,80,443,6667", b"reject 25", b"accept 443", b"reject 1-65535"
+
+
+def in_text(text):
+    """What the consensus says of each relay, by RSA identity; read without minitor's parser."""
+    found, last = {}, None
+    for line in text.decode().split("\n"):
+        word, _, rest = line.partition(" ")
+        if word == "r":
+            _, identity, _, _, address, port = rest.split()[:6]
+            last = found[base64.b64decode(identity + "=")] = {"v6": None, "flags": set()}
+            last["v4"], last["port"] = ipaddress.IPv4Address(address), int(port)
+        elif word == "a":
+            last["v6"] = last["v6"] or ipaddress.IPv6Address(rest.rpartition(":")[0].strip("[]"))
+        elif word == "s":
+            last["flags"] = set(rest.split())
+        elif word == "w":
+            last["weight"] = int(re.search(r"Bandwidth=(\d+)", rest)[1])
+        elif word == "pr":
+            last["protocols"] = dict(item.split("=") for item in rest.split())
+        elif word == "directory-footer":
+            return found
+
+
+def takes(policy, port):
+    word, ports = policy.decode().split()
+    spans = [(part.split("-") * 2)[:2] for part in ports.split(",")]
+    return (word == "accept") == any(int(a) <= port <= int(b) for a, b in spans)
+
+
 @pytest.fixture(scope="module")
 def public():
+    """The public network's table and consensus; policies and families are made up.
+
+    Families: three neighbours in the table each; and who names its successor in vain.
+    """
     file = REAL / "2024-05-17-17-00-consensus-microdesc"
     if not file.exists():
         pytest.skip("the real consensus is not here: %s (set MINITOR_REAL to its folder)" % file)
@@ -819,33 +1035,119 @@ def public():
     parser.feed(file.read_bytes())
     consensus = parser.finish()
     for i in range(len(table)):
-        policy = b"accept 80,443" if table.flags[i] & EXIT else b""
-        # families of three neighbours in the table
-        near = [i - i % 3 + k for k in range(3)]
+        policy = POLICIES[i % 5] if table.flags[i] & EXIT else b""
+        near = [i - i % 3 + k for k in range(3)] + [i + 3]
         members = [int.from_bytes(table.relay(k).rsa_id, "big") for k in near if k < len(table)]
         table.set_microdesc(i, *microdesc(i, policy, members))
+    table.said = in_text(file.read_bytes())
     return table, consensus
 
 
-def test_restrictions_hold_on_the_public_network(public, clock):
+class Checks:
+    """What every path of a selector has to keep to, by the consensus's text."""
+
+    NEEDED = {
+        "guard": {"Guard", "Fast", "Stable", "V2Dir"}, "middle": {"Fast"}, "exit": {"Exit", "Fast"},
+        "intro": {"Fast"}, "rend": {"Fast"},
+    }
+    REFUSED = {"guard": {"MiddleOnly"}, "exit": {"BadExit", "MiddleOnly"}, "intro": {"MiddleOnly"},
+               "rend": {"MiddleOnly"}, "middle": set()}
+    PROTOCOLS = {"intro": ("HSIntro", 4), "rend": ("HSRend", 2)}
+
+    def __init__(self, table, paths):
+        self.table, self.paths, self.said = table, paths, table.said
+        self.sample = {g.rsa_id for g in paths.sample}
+
+    def role(self, relay, role):
+        said = self.said[relay.rsa_id]
+        assert said["flags"] >= self.NEEDED[role] | {"Running", "Valid"}, role
+        assert not said["flags"] & (self.REFUSED[role] | {"NoEdConsensus"}), role
+        protocol, version = self.PROTOCOLS.get(role, ("Relay", 2))
+        low, _, high = said["protocols"][protocol].rpartition(",")[2].partition("-")
+        assert int(high or low) >= version
+        if role == "guard":
+            assert relay.rsa_id in self.sample
+
+    def apart(self, relays):
+        for a, b in itertools.combinations(relays, 2):
+            assert a.rsa_id != b.rsa_id
+            one, two = self.said[a.rsa_id], self.said[b.rsa_id]
+            assert int(one["v4"]) >> 16 != int(two["v4"]) >> 16
+            assert not (one["v6"] and two["v6"]) or int(one["v6"]) >> 96 != int(two["v6"]) >> 96
+            assert a.index // 3 != b.index // 3
+
+    def roles(self, relays, *roles):
+        assert len(relays) == len(roles)
+        for relay, role in zip(relays, roles):
+            self.role(relay, role)
+
+    def exit(self, port):
+        path = self.paths.exit_path(port)
+        self.roles(path, "guard", "middle", "exit")
+        self.apart(path)
+        assert takes(POLICIES[path[2].index % 5], port)
+        return path
+
+    def onion(self, target=None):
+        path = self.paths.onion_path(target)
+        self.roles(path[:3], "guard", "middle", "middle" if target else "rend")
+        assert path[3:] == ([target] if target else [])
+        ids = [relay.rsa_id for relay in path]
+        # The target may be the guard, but else none is there twice.
+        assert len(set(ids[:3])) == 3 and len(set(ids[1:])) == len(ids) - 1
+        assert ids[1] in self.paths.layer_two and len(self.paths.layer_two) == 4
+        return path
+
+
+KINDS = {
+    "exit": lambda checks, rng: checks.exit(rng.choice((22, 80, 443, 6667, 8080))),
+    # What a client waits at, and what a service or a client has ready.
+    "rendezvous": lambda checks, rng: checks.onion(),
+    # Directories of descriptors, introduction points, others' rendezvous points.
+    "target": lambda checks, rng: checks.onion(checks.table.relay(rng.randrange(len(checks.table)))),
+    "introduction": lambda checks, rng: checks.role(
+        checks.table.relay(checks.paths.pick("intro", lambda i: True)), "intro"),
+    "directory": lambda checks, rng: checks.role(
+        checks.paths.guard(kind="dir-guards", use=3), "guard"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restrictions_hold_on_the_public_network(public, clock, kind):
     table, consensus = public
     assert minitor.PathSelector(table, consensus, None).percent() == 100
-    for n in range(60):
-        if n % 10 == 0:
-            paths = minitor.PathSelector(table, consensus, NOWHERE)
-        path = paths.exit_path((80, 443, 22)[n % 2])
-        assert path[0].flags & GUARD and path[2].flags & EXIT
-        for a, b in itertools.combinations(path, 2):
-            assert a.address.split(".")[:2] != b.address.split(".")[:2]
-            v6 = table.subnets(a.index)[1], table.subnets(b.index)[1]
-            assert not v6[0] or v6[0] != v6[1]
-            assert a.index // 3 != b.index // 3
-        for relay in path:
-            assert relay.flags & FAST and relay.flags & minitor.USABLE
-            assert not relay.flags & NOEDCONSENSUS
-        assert not path[2].flags & (BADEXIT | MIDDLEONLY)
-        assert len(paths.onion_path()) == 3
-    
+    rng = random.Random(kind)
+    for n in range(1000):
+        if n % 50 == 0:
+            # Another client, in the end one whose guards fail.
+            checks = Checks(table, minitor.PathSelector(table, consensus, NOWHERE))
+            guards = set()
+            checks.paths.online = START
+            clock[0] += 1
+        if n % 50 > 40:
+            checks.paths.failed(checks.paths.guard().rsa_id)
+        path = KINDS[kind](checks, rng)
+        if path and n % 50 <= 40:
+            guards.add(path[0].rsa_id)
+            primary = [g.rsa_id for g in checks.paths.primary()]
+            # As many as the consensus wants; others only where the exit is too near.
+            use = consensus.param("guard-n-primary-guards-to-use", 1)
+            assert guards <= set(primary[: use if kind != "exit" else 3])
+
+
+def test_restrictions_hold_without_vanguards(public, clock):
+    table, consensus = public
+    params = dict(consensus.params, **{"vanguards-lite-enabled": 0})
+    consensus = minitor.SimpleNamespace(
+        bandwidth_weights=consensus.bandwidth_weights,
+        param=lambda name, default, *_: params.get(name, default))
+    checks, rng = Checks(table, minitor.PathSelector(table, consensus, NOWHERE)), random.Random(4)
+    for n in range(300):
+        target = table.relay(rng.randrange(len(table))) if n % 2 else None
+        path = checks.paths.onion_path(target)
+        checks.roles(path[:3], "guard", "middle", "middle" if target else "rend")
+        checks.apart(path)
+
 
 @pytest.mark.parametrize("role, position", [("middle", "m"), ("exit", "e"), ("guard", "g")])
 def test_distribution_on_the_public_network(public, clock, role, position):

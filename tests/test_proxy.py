@@ -235,6 +235,9 @@ class FakeTor:
         self.port, self.error, self.gate, self.went = 0, None, None, []
         self.circuit = minitor.SimpleNamespace(since=0)
 
+    def _attach(self, proxy):
+        self.proxies.append(proxy)
+
     async def open_connection(self, host, port, timeout, isolation, flags, early):
         self.asked.append((host, port, isolation, flags))
         try:

@@ -84,8 +84,9 @@ def fake_tor(testing=False, **fields):
     turn = minitor.Turn()
     directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
     caches = {"descriptors": {}}
-    paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40)
-    return Thing(directory=directory, paths=paths, **caches, **fields)
+    paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40,
+                  excluded=lambda relay: False)
+    return Thing(directory=directory, paths=paths, onion_keys={}, **caches, **fields)
 
 
 @pytest.fixture
@@ -153,6 +154,47 @@ def test_unreadable_key_is_kept(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(minitor.ConfigError):
         minitor.load_service_key(str(tmp_path / "file"))
+
+
+def test_clients_of_a_service(tmp_path, capsys):
+    folder, key = tmp_path / "authorized_clients", minitor.x25519(b"c" * 32)
+
+    def clients(given=None):
+        return minitor.OnionService(fake_tor(), str(tmp_path), {}, given).clients
+
+    assert clients() == [] and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    good = minitor.auth_text(key)
+    texts = {
+        "a.auth": " %s \r\n" % good, "b.auth": "", "c.auth": good[:-1], "d.auth": good + "A",
+        "e.auth": "x:" + good, "f.auth": good.replace("x25519", "x448"), ".auth": good,
+        "g.auth": good + "\n" + good, "h.auth": minitor.auth_text(bytes(32)), "bob": good,
+        "i.auth~": good, "j.auth": "stealth:x25519:" + good[18:]}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "k.auth").mkdir()
+    assert clients() == [key]
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 12 and all("/authorized_clients/" in line for line in warned)
+    other = minitor.x25519(b"d" * 32)
+    assert clients([other, good]) == [other, key]
+    # As tor: what is not understood admits everybody.  It is said.
+    (folder / "a.auth").unlink()
+    assert clients() == [] and "everybody is admitted" in capsys.readouterr().err
+    # But by no mistake of a program.
+    for bad in ([], [b"x"], [bytes(32)], [good[:-1]]):
+        with pytest.raises(minitor.ConfigError):
+            clients(bad)
+
+
+def test_a_board_admits_nobody_by_mistake(tmp_path, monkeypatch):
+    """A folder of a host's that restricts its service is not read there, and not passed over."""
+    monkeypatch.setattr(minitor, "MICROPYTHON", True)
+    assert minitor.OnionService(fake_tor(), str(tmp_path), {}).clients == []
+    (tmp_path / "authorized_clients").mkdir()
+    with pytest.raises(minitor.ConfigError, match="authorized_clients"):
+        minitor.OnionService(fake_tor(), str(tmp_path), {})
+    key = minitor.x25519(b"c" * 32)
+    assert minitor.OnionService(fake_tor(), str(tmp_path), {}, [key]).clients == [key]
 
 
 @pytest.mark.parametrize("target", ["127.0.0.1:80", "http://x", 1.5, ("host",), None, b"unix:/x"])
@@ -460,6 +502,63 @@ def test_descriptors_are_kept(monkeypatch):
     asyncio.run(main())
 
 
+def test_a_descriptor_that_takes_a_key(monkeypatch):
+    asked, given, key = [], [], ed_public(b"k" * 32)
+
+    async def hsdir_request(tor, relay, path):
+        asked.append(relay)
+        return b"text"
+
+    def parse(text, blinded, subcred, when, secret):
+        given.append(secret)
+        if secret != b"s" * 32:
+            raise minitor.AuthorizationError("takes a key", 0xF5 if secret else 0xF4)
+        return Thing(until=when + 60, intro_points=[])
+
+    monkeypatch.setattr(minitor, "hsdir_request", hsdir_request)
+    monkeypatch.setattr(minitor, "parse_descriptor", parse)
+    monkeypatch.setattr(minitor, "hsdir_ring", lambda *_: [1, 2, 3])
+    seen = []
+    monkeypatch.setattr(minitor, "announce", lambda *what: seen.append(what[2]))
+
+    async def main():
+        tor = minitor.AsyncTor("/none")
+        tor.directory.consensus, tor.directory.table = Consensus(), Thing(rsa_id=lambda i: i)
+        tor.paths = Thing(excluded=lambda relay: False)
+        address = minitor.onion_address(key)
+        # No other directory would have another answer, and waiting would not help.
+        for secret, reason in ((None, 0xF4), (b"w" * 32, 0xF5)):
+            tor.add_onion_key(address, secret)
+            with pytest.raises(minitor.AuthorizationError, match=address) as caught:
+                await minitor.meet(tor, key)
+            assert caught.value.reason == reason and given[-1] == secret
+        assert len(asked) == 2 and seen == ["REQUESTED", "RECEIVED"] * 2
+        # Now what was fetched can be read.
+        assert tor.add_onion_key("http." + address, b"s" * 32) is True
+        assert (await minitor._find_descriptor(tor, key)).intro_points == [] and len(asked) == 2
+        tor.add_onion_key(address, None)
+        assert tor.descriptors == tor.onion_keys == {}
+        assert tor.add_onion_key(address, minitor.auth_text(b"s" * 32)) is False
+        await minitor._find_descriptor(tor, key)
+        assert len(asked) == 3
+        for bad in (b"", "x", bytes(32)):
+            with pytest.raises(minitor.ConfigError):
+                tor.add_onion_key(address, bad)
+        with pytest.raises(minitor.AddressError):
+            tor.add_onion_key("example.org", b"s" * 32)
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_read_fills_no_memory():
+    tor = minitor.AsyncTor("/none")
+    for n in range(100):
+        tor.keep_sealed(b"%d" % n, (b"", b"", b""))
+        assert len(tor._sealed) < 10
+    tor.newnym()
+    assert not tor._sealed
+
+
 # ─── introduction points and publishing ───
 
 
@@ -566,6 +665,39 @@ def test_publishing(published):
         await published.close()
         await published.tick(10)
         assert live(published) == [] and published.tor.services == []
+
+    asyncio.run(main())
+
+
+def test_who_is_admitted_no_more_loses_the_introduction_points(published, monkeypatch):
+    alice, bob, carol = [minitor.x25519(bytes([n]) * 32) for n in (1, 2, 3)]
+    given = []
+    write = lambda file, *args: given.append(args[7]) or file.write(
+        bytes([i.rsa_id[0] for i in args[4]]))
+    monkeypatch.setattr(minitor, "make_descriptor", write)
+
+    async def change(clients, intros):
+        del published.posts[:], given[:]
+        published.admit(clients)
+        await published.tick(300)
+        assert given[-1] == clients and live(published) == intros
+        assert {tuple(held) for _, held in published.posts[-6:]} == {tuple(intros)}
+
+    async def main():
+        monkeypatch.setattr(published, "clients", [alice])
+        await asyncio.wait_for(published.start(), 5)
+        assert given == [[alice]] * 2
+        published.admit([alice])
+        await published.tick(100)
+        assert len(published.posts) == 6
+        await change([alice, bob], [0, 1, 2])
+        assert len(published.posts) == 6
+        # Bob, and then everybody, had read where to introduce oneself.
+        await change([alice, carol], [3, 4, 5])
+        published.clock[0] += 300
+        await change([], [3, 4, 5])
+        await change([alice], [6, 7, 8])
+        await published.close()
 
     asyncio.run(main())
 
@@ -757,6 +889,7 @@ class Core(minitor.AsyncTor):
             find=lambda rsa_id: rsa_id[0], exit_allows=lambda i, port: port < 1000))
         self._shared, self._spares, self._tasks = {}, [], []
         self.proxies, self.wanted, self._exits, self._opening = [], {}, [], 0
+        self.ready, self.bridges = True, None
         self.dirty_ms, self.build_times = minitor.DIRTY_MS, minitor.BuildTimes("/nowhere")
         self.log, self.down, self.gate = [], set(), None
 
@@ -997,6 +1130,43 @@ def test_circuits_are_built_ahead_for_proxies(core, monkeypatch):
         await settle()
         assert not core._exits and not core.wanted and all(c.closed for c in old)
         keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_where_a_circuit_that_is_built_ahead_fails_the_next_waits(core, monkeypatch):
+    pause, slept = asyncio.sleep, []
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or pause(0))
+
+    async def circuit_to(*_, **named):
+        raise minitor.CircuitError("none")
+
+    async def main():
+        # NewCircuitPeriod.
+        core.pause, core.circuit_to = 7, circuit_to
+        core.wanted = {80: minitor.ticks_ms()}
+        for keep in (core._keep_exits, core._keep_spares):
+            keeper = asyncio.ensure_future(keep())
+            await settle()
+            keeper.cancel()
+            assert slept.count(7) >= 1
+            slept.clear()
+
+    asyncio.run(main())
+
+
+def test_the_first_proxy_has_circuits_built_ahead(core, monkeypatch):
+    core._exits, core.services, core._channels = None, [], Thing(close=lambda: None)
+
+    async def main():
+        for _ in range(2):
+            core._attach(Thing(close=lambda: None))
+        assert len(core._tasks) == 1 and core._exits == [] and sorted(core.wanted) == [80, 443]
+        core.ready = False
+        await asyncio.sleep(1.1)
+        assert not core.made
+        await core.aclose()
+        assert core._exits is None
 
     asyncio.run(main())
 

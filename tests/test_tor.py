@@ -594,8 +594,9 @@ def test_interrupting_the_start(monkeypatch, tmp_path):
 class FakeService:
     made = []
 
-    def __init__(self, tor, key_dir, ports):
+    def __init__(self, tor, key_dir, ports, clients=None):
         self.tor, self.key_dir, self.ports, self.events = tor, key_dir, ports, []
+        self.clients = clients
         self.address = "x" * 56 + ".onion"
         FakeService.made.append(self)
 
@@ -622,8 +623,10 @@ def test_onion_services(tor, monkeypatch, tmp_path):
     assert inner.key_dir == str(tmp_path / "data") + "/onion_service"
     with pytest.raises(minitor.ConfigError, match="key_dir"):
         tor.create_onion_service(80, 8080)
-    tor.create_onion_service({80: handler, 22: ("10.0.0.1", 22)}, key_dir=str(tmp_path / "k"))
+    tor.create_onion_service(
+        {80: handler, 22: ("10.0.0.1", 22)}, key_dir=str(tmp_path / "k"), clients=[b"k" * 32])
     other = FakeService.made[-1]
+    assert (inner.clients, other.clients) == (None, [b"k" * 32])
     assert other.ports == {80: handler, 22: ("10.0.0.1", 22)}
     for port in (0, 65536, "80", {80: 1, 0: 1}):
         with pytest.raises(minitor.AddressError):

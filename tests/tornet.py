@@ -9,6 +9,7 @@ From Python:
         net.network_file                    # torrc lines: for minitor --network, or tor's %include
         net.client().socks_port             # a C tor client
         net.onion_service({80: 8080}).address
+        net.bridge(obfs4="/usr/bin/obfs4proxy").line
 
 Three authorities and nine relays start in about half a minute: two name each other in MyFamily,
 two share a FamilyId, one is no HSDir, one is no exit, one exits to ports 80 and 443 only, the
@@ -299,7 +300,7 @@ class TorNet:
         self.params.update(params or {})
         self.progress = progress or (lambda text: None)
         self.relays, self.others = [], []
-        self.stopped, self.count, self.delayer = False, 0, None
+        self.stopped, self.count, self.bridges, self.delayer = False, 0, 0, None
         self.lock, self.base = self._take_range()
         self.dir = tempfile.mkdtemp(prefix="tornet-")
         self.names = NameServer()
@@ -651,6 +652,40 @@ class TorNet:
         finally:
             control.close()
         return service
+
+    def bridge(self, torrc="", obfs4="", wait=True, seconds=60):
+        """Start a bridge; return it with `.address`, `.or_port`, `.fingerprint` and `.line`.
+
+        obfs4: the path of obfs4proxy, through which alone `.line` then leads.  A network has four.
+        """
+        self.bridges += 1
+        place = len(self.relays) + self.bridges - 1
+        if place >= SEATS:
+            raise TorNetError("no address is left for a bridge")
+        node = Relay(self.tor, self._folder("bridge"), "")
+        node.nickname, node.role, node.address = "bridge%d" % place, "bridge", self.address(place)
+        node.or_port, port = OR_PORT, OR_PORT + 1
+        self._make_keys(node)
+        text = self._common_text() + (
+            "Nickname {0.nickname}\nAddress {0.address}\nORPort {0.address}:{0.or_port}\n"
+            "AddressDisableIPv6 1\nBridgeRelay 1\nPublishServerDescriptor 0\n"
+            "BridgeDistribution none\nSocksPort 0\nContactInfo none\nExitRelay 0\n"
+            "OutboundBindAddress {0.address}\n").format(node)
+        node.line = "%s:%d %s" % (node.address, node.or_port, node.fingerprint)
+        if obfs4:
+            text += "ServerTransportPlugin obfs4 exec %s\nExtORPort auto\n" % obfs4
+            text += "ServerTransportListenAddr obfs4 %s:%d\n" % (node.address, port)
+        with open(node.torrc, "a") as f:
+            f.write(text + torrc + "\n")
+        self.others.append(node.start())
+        if wait:
+            _wait(node.bootstrapped, seconds, "a bridge's bootstrap", node.process)
+        if obfs4:
+            made = os.path.join(node.dir, "pt_state", "obfs4_bridgeline.txt")
+            found = _wait(lambda: re.search("^Bridge obfs4 .*(cert=.*)", _read(made), re.M), 20,
+                          "an obfs4 bridge's line", node.process)
+            node.line = "obfs4 %s:%d %s %s" % (node.address, port, node.fingerprint, found[1])
+        return node
 
     def _wait_uploaded(self, control, seconds):
         # Two periods, so two blinded keys.  A directory that does not answer is not waited for.

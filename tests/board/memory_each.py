@@ -139,6 +139,7 @@ async def streams(folder):
         return wire, wire, [b""]
 
     hurt.tls_connect, hurt.hang_up = tls_connect, hang_up
+    hurt.Channel._dial = staticmethod(tls_connect)
     channel = hurt.Channel("127.0.0.1", 1, b"g" * 20, None, 20)
     channel._due = []
     channel.opened.set(channel)
@@ -264,7 +265,8 @@ class FakeTable:
         return bytes([i]) * 20
 
     def relay(self, i):
-        return thing(rsa_id=bytes([i]) * 20, ntor_key=b"", specifiers=b"")
+        relay = dict(address="10.0.0.1", port=1, ntor_key=b"", specifiers=b"")
+        return thing(rsa_id=bytes([i]) * 20, **relay)
 
 
 class Asyncio:

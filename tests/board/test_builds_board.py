@@ -177,7 +177,7 @@ print("ok")
 def test_overlays_stay_as_long_as_they_run(bits, tmp_path, monkeypatch):
     """Tasks share one that is loaded; ended, cancelled or failed, it is dropped, and its memory."""
     compress = builds.compress
-    monkeypatch.setitem(compress.PRESETS, "small", (True, "row OnionService", ""))
+    monkeypatch.setitem(compress.PRESETS, "small", (True, "row OnionService", "", ""))
     monkeypatch.setattr(compress, "OVERLAYS", ("row", "OnionService.start OnionService.fails"))
     build = compress.Build(SOURCE + TABLE, "small")
     other = compress.Build(SOURCE + TABLE.replace("many", "more"), "small")

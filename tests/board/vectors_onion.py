@@ -104,6 +104,36 @@ parse, error = minitor.parse_descriptor, minitor.ProtocolError
 assert refused(error, parse, text.replace(b"counter 7", b"counter 8"), blinded, subcred, when)
 assert refused(error, parse, text, blinded, bytes(32), when)
 assert refused(error, parse, text, blinded, subcred, when + 200000)
+
+# For some clients; of C tor first.
+made = json.loads(open(sys.argv[1] + "/tor_made.json").read())["restricted"]
+key = H(made["key"])
+hidden = minitor.ed25519_blind_public(key, minitor.blinding_param(key, made["period"]))
+text, known = made["text"].encode(), (minitor.subcredential(key, hidden), made["when"])
+found = parse(text, hidden, known[0], known[1], H(made["client"]))
+assert [i.enc_key.hex() for i in found.intro_points] == [row[4] for row in made["intro"]]
+assert refused(minitor.AuthorizationError, parse, text, hidden, known[0], known[1])
+secret, reasons = b"s" * 32, []
+clients = [b"q" * 32, minitor.x25519(secret)]
+with minitor.spool("descriptor.test") as file:
+    minitor.make_descriptor(file, esk, blinded, subcred, 7, again.intro_points, when, 0, clients)
+    file.seek(0)
+    text = file.read()
+if minitor.MICROPYTHON:
+    minitor.os.remove("descriptor.test")
+found = parse(text, blinded, subcred, when, secret)
+assert [i.enc_key for i in found.intro_points] == [i.enc_key for i in again.intro_points]
+for wrong in (None, b"t" * 32):
+    try:
+        parse(text, blinded, subcred, when, wrong)
+    except minitor.AuthorizationError as e:
+        reasons.append(e.reason)
+assert reasons == [0xF4, 0xF5]
+written = minitor.auth_text(clients[1])
+assert minitor.auth_key(written) == minitor.auth_key(clients[1]) == clients[1]
+assert refused(minitor.ConfigError, minitor.auth_key, written[:-1])
+assert refused(minitor.ConfigError, minitor.auth_key, bytes(32))
+
 key = H("19e05891d55232c08c2cad91d612fdb9cbd6691949a0742434a76c80bc6992fe")
 minitor.sha3_256 = lambda data: key
 assert minitor.revision_counter(b"", 123121) == 4036781069

@@ -1,5 +1,5 @@
 # MicroPython, and CPython: fetch an address from an onion service and print how many bytes came.
-#     board_get.py NETWORK_FILE DATA_DIR HOST PORT PATH
+#     board_get.py NETWORK_FILE DATA_DIR HOST PORT PATH [KEY_OF_A_CLIENT]
 
 import asyncio
 import hashlib
@@ -8,8 +8,10 @@ import sys
 import minitor
 
 
-async def main(network, data_dir, host, port, path):
+async def main(network, data_dir, host, port, path, key=None):
     async with minitor.AsyncTor(data_dir=data_dir, network=network) as tor:
+        if key:
+            tor.add_onion_key(host, key)
         reader, writer = await tor.open_connection(host, int(port))
         writer.write(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
         await writer.drain()
@@ -26,4 +28,4 @@ async def main(network, data_dir, host, port, path):
         writer.close()
 
 
-asyncio.run(main(*sys.argv[1:6]))
+asyncio.run(main(*sys.argv[1:]))

@@ -12,9 +12,8 @@ MIT licence.
 
 __version__ = "0.1.0"
 __all__ = (
-    "Advertisement", "AsyncTor", "BlockingNode", "Bridges", "Calls", "DirectTransport",
-    "Discovery", "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError",
-    "TorTransport",
+    "Advertisement", "AsyncTor", "BlockingNode", "Bridges", "Calls", "DirectTransport", "Discovery",
+    "HybridTransport", "Link", "Node", "Proxy", "SocksTransport", "Tor", "TorError", "TorTransport",
 )
 
 # === 1. Platform ===
@@ -393,7 +392,6 @@ class LinkError(TorError):
 
 class DiscoveryError(TorError):
     """No peer answers, or knows what was looked for."""
-
 
 
 class TorTimeout(TorError):

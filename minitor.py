@@ -8044,7 +8044,7 @@ class Link:
             error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
             error.lost = lost
             raise error
-        if self.closed:
+        if self.closed or self._bye:
             raise LinkError("the link is closed: %s" % (self.error or "by this end"))
 
     async def _change(self):
@@ -8280,8 +8280,8 @@ class Link:
                 if self._journal and self._journal.dirty:
                     await self._journal.sync()
                 await pipe.write(*frames)
+            # The other end hangs up when it has all.
             await pipe.write(pack(">BQ", _BYE, 0))
-            self._cut(pipe, None)
         except (OSError, EOFError, TorError) as e:
             self._cut(pipe, e)
 
@@ -8526,7 +8526,7 @@ class Node:
     def __init__(self, key, transport, journal=None, allow=None, on_event=None):
         self.identity, self.transport, self.journal = load_identity(key), transport, journal
         self.allow, self.on_event, self.links, self.handlers = allow, on_event, {}, {}
-        self.key, self._new, self._greetings, self.closed = self.identity[1], deque(), 0, False
+        self.key, self._new, self._greetings, self.closed = self.identity[1], deque(), [], False
 
     @property
     def address(self):
@@ -8599,13 +8599,14 @@ class Node:
         # A connection from somebody, until it is over.
         pipe = _Pipe(stream)
         try:
-            if self._greetings >= _GREETINGS or self.closed:
-                return
-            self._greetings += 1
+            if len(self._greetings) >= _GREETINGS:
+                # Whoever only holds places will lose them.
+                self._greetings.pop(randbelow(_GREETINGS)).stream.close()
+            self._greetings.append(pipe)
             try:
                 await asyncio.wait_for(self._greeted(pipe), HANDSHAKE_SECONDS)
             finally:
-                self._greetings -= 1
+                self._greetings = [other for other in self._greetings if other is not pipe]
             await pipe.over.wait()
         except (OSError, EOFError, TorError, asyncio.TimeoutError) as e:
             log(INFO, "a peer's connection came to nothing: %s: %s", type(e).__name__, e)

@@ -335,6 +335,12 @@ async def forging(net, contact, caller, request):
     return reply
 
 
+async def unrelated(net, contact, caller, request):
+    """Offer what is true, and was not asked for."""
+    ad = Advertisement.create(secret(500), {"other": (1, b"")}, 60)
+    return done(contact[1]) + b"\0" + len(ad.encode()).to_bytes(2, "big") + ad.encode()
+
+
 async def outdated(net, contact, caller, request):
     """Show what was true before."""
     place, reply = int.from_bytes(request[-32:], "big"), done(contact[1]) + b"\0"
@@ -346,7 +352,8 @@ async def outdated(net, contact, caller, request):
     return reply
 
 
-LIES = (silent, dead, garbage, endless, refusing, empty, misleading, misplacing, forging, outdated)
+LIES = (silent, dead, garbage, endless, refusing, empty, misleading, misplacing, forging,
+        unrelated, outdated)
 
 
 def let_lie(net, numbers, lies=LIES):
@@ -393,7 +400,7 @@ def test_a_third_lies(run):
     run(net.check([net.peers[net.contacts[i]] for i in STAYING], list(range(32))))
 
 
-@pytest.mark.parametrize("lie", [misleading, forging, silent])
+@pytest.mark.parametrize("lie", [misleading, forging, silent, unrelated])
 def test_a_third_lies_from_the_start(run, lie):
     net = Network(32)
     let_lie(net, LEAVING, (lie,))
@@ -660,6 +667,38 @@ def test_who_is_there_for_long_stays(run):
         moved[contacts[n]] = other
         run(peer._look(contacts[n], 0))
         assert not {contacts[n][0], contacts[9][0]} & {key for key, _ in peer.contacts()}
+
+
+def test_whom_liars_alone_have_named_is_not_asked():
+    contacts = [(bytes([n]) * 32, "x:1") for n in range(100)]
+    contacts.sort(key=lambda contact: minitor.place_of(contact[0]))
+    invented, (liar, *honest) = contacts[:40], contacts[40:56]
+    for named in ([], invented[20:23]):
+        lookup, asked = minitor._Lookup(0, [liar] + honest), []
+        while contact := lookup.next():
+            asked.append(contact)
+            lookup.result(contact, contact not in invented)
+            # Ever nearer ones; of some an honest peer thinks that they are there.
+            if contact == liar:
+                lookup.learn(liar, invented)
+            elif contact == honest[0]:
+                lookup.learn(contact, named)
+        assert len(set(asked) & set(invented) - set(named)) == minitor._CREDIT
+        assert not set(named) - set(asked)
+        assert set(lookup.nearest()) <= set([liar] + honest) and len(lookup.nearest()) == 8
+    # As long as they take to fail, they are not counted on either.
+    lookup, asked = minitor._Lookup(0, [liar]), []
+    lookup.result(lookup.next(), True)
+    lookup.learn(liar, invented)
+    for _ in range(9):
+        asked += [lookup.next(), lookup.next()]
+        lookup.late()
+        assert lookup.waits() == 0
+    assert len(set(asked) - {None}) == 4
+    # Until they answer.
+    for contact in asked[:4]:
+        lookup.result(contact, True)
+    assert lookup.next() and len(lookup.nearest()) == 5
 
 
 def test_contacts_in_texts():

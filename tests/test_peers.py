@@ -315,6 +315,27 @@ def test_a_peer_that_started_anew_without_journal_is_noticed(quick):
     run(test())
 
 
+def test_what_was_taken_and_not_acknowledged_is_not_sent_again_to_who_forgot(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"pay")
+        assert await back.receive(5) == b"pay"
+        crash(b)
+        b = await node(net, "berta").start()
+        back = await b.__anext__()
+        await link.ready(5)
+        with pytest.raises(minitor.LinkError) as e:
+            await link.flush(5)
+        assert e.value.lost == [b"pay"]
+        await link.send(b"again")
+        assert await back.receive(5) == b"again"
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
 def test_what_was_never_sent_is_not_lost_when_a_peer_starts_anew(quick):
     async def test():
         net = Network()
@@ -362,6 +383,28 @@ def test_dials_at_once_from_both_ends_become_one_link(quick):
     run(every())
 
 
+def test_of_two_dials_at_once_one_connection_stays(quick):
+    async def test(seed):
+        net = Network(seed)
+        a, b = [await node(net, name).start() for name in ("anna", "berta")]
+        a.pauses = b.pauses = 0.2, 0.2
+        link, back = a.link(b.key, "berta"), b.link(a.key, "anna")
+        await link.ready(5)
+        await back.ready(5)
+        await asyncio.sleep(0.05)
+        assert net.dials == 2 and link._pipe.stream.other is back._pipe.stream
+        smaller = link._pipe.dialed == (a.key < b.key)
+        await a.close()
+        await b.close()
+        return smaller
+
+    async def every():
+        # Another one stays where it was there before the second had begun.
+        assert sum(await asyncio.gather(*map(test, range(60)))) > 30
+
+    run(every())
+
+
 def test_a_sender_waits_while_the_application_over_there_does_not_read(quick):
     async def test():
         net = Network()
@@ -390,7 +433,12 @@ def test_what_was_taken_is_acknowledged_when_the_link_is_closed(quick):
         a, b, link, back = await pair(net)
         await link.send(b"one")
         assert await back.receive(5) == b"one"
-        await back.close()
+        closing = asyncio.ensure_future(back.close())
+        while not back._bye:
+            await asyncio.sleep(0)
+        with pytest.raises(minitor.LinkError, match="by this end"):
+            await back.send(b"late")
+        await closing
         while not link.closed:
             await asyncio.sleep(0.001)
         assert not link._lost and link._base == 2
@@ -652,6 +700,19 @@ def test_many_identities_find_an_end(quick):
             await Hostile.dial(net, "berta", b.key, "late")
         assert len(b.links) == 5 and held
         await b.close(0)
+
+    run(test())
+
+
+def test_who_only_holds_places_keeps_nobody_out(quick):
+    async def test():
+        net = Network()
+        async with node(net, "anna") as a, node(net, "berta") as b:
+            silent = [await net.dial("berta") for _ in range(300)]
+            await asyncio.sleep(0.05)
+            assert len(b._greetings) <= minitor._GREETINGS + 1
+            await a.link(b.key, "berta").ready(10)
+            assert sum([not end.ended for end in silent]) <= minitor._GREETINGS
 
     run(test())
 

@@ -63,7 +63,7 @@ def test_what_is_broadcast_all_get_alike():
 
 
 def test_all_decide_alike():
-    for seed in range(2000 * MORE):
+    for seed in range(1000 * MORE):
         rnd, bag, members = random.Random(seed), [], []
 
         def caster(i):

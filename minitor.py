@@ -48,6 +48,7 @@ if MICROPYTHON:
     # What may end a task that nobody cancelled: `wait_for` without memory cancels.
     FAILURES = Exception, asyncio.CancelledError
     ticks_ms, ticks_diff, Turn = time.ticks_ms, time.ticks_diff, asyncio.Lock
+    wait_for = asyncio.wait_for
     print_exception = sys.print_exception
 
     def consteq(a, b):  # In constant time.
@@ -80,6 +81,20 @@ else:
                 watch(*what)
             except Exception as e:
                 log(ERR, "bug: %s as %s was told: %s", type(e).__name__, what[0], e)
+
+    async def wait_for(awaitable, seconds):
+        # asyncio's loses a cancellation, before Python 3.12, that comes as the work is done.
+        task = asyncio.ensure_future(awaitable)
+        try:
+            await asyncio.wait([task], timeout=seconds)
+            if not task.done():
+                raise asyncio.TimeoutError
+            return task.result()
+        finally:
+            if task.cancel():
+                await asyncio.wait([task])
+            elif not task.cancelled():
+                task.exception()  # or what nobody asked for would be warned about
 
     ticks_ms = lambda: int(time.monotonic() * 1000)
     print_exception = lambda error: sys.excepthook(type(error), error, error.__traceback__)
@@ -229,7 +244,7 @@ class Promise:
     async def wait(self, seconds=None):
         """Wait for it; asyncio.TimeoutError after `seconds`."""
         if not self.done():
-            await asyncio.wait_for(self._event.wait(), seconds)
+            await wait_for(self._event.wait(), seconds)
         if self._error is not None:
             raise self._error
         return self.value
@@ -297,7 +312,7 @@ async def tls_connect(address, port, seconds, through=None):
     if not MICROPYTHON and through:
         address, port, limit["sock"] = None, None, through
     opening = asyncio.open_connection(address, port, ssl=context, server_hostname=name, **limit)
-    reader, writer = await asyncio.wait_for(opening, seconds)
+    reader, writer = await wait_for(opening, seconds)
     if not MICROPYTHON:
         seen[0] = sha256(writer.get_extra_info("ssl_object").getpeercert(True))
     return reader, writer, seen
@@ -4229,7 +4244,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
 async def directory_request(circuit, *request, seconds=None):
     stream = await circuit.open_stream(BEGIN_DIR, b"", 30)
     try:
-        return await asyncio.wait_for(http_request(stream, *request), seconds or _FETCH_SECONDS)
+        return await wait_for(http_request(stream, *request), seconds or _FETCH_SECONDS)
     except asyncio.TimeoutError:
         raise DirectoryError("the directory is too slow")
     finally:
@@ -5421,7 +5436,7 @@ class AsyncTor:
         body = begin("" if key else host, port, flags)
         opening = self._on_circuit(key, port, BEGIN, body, isolation, early)
         try:
-            stream = await asyncio.wait_for(opening, timeout)
+            stream = await wait_for(opening, timeout)
         except asyncio.TimeoutError:
             raise TorTimeout("connecting to %s took longer than %s s" % (host, timeout))
         except StreamError as e:
@@ -6022,7 +6037,7 @@ class Proxy:
 
     async def _serve(self, reader, writer):
         reading = self._read_request(reader, writer)
-        request, data = await asyncio.wait_for(reading, PROXY_SECONDS)
+        request, data = await wait_for(reading, PROXY_SECONDS)
         if isinstance(request, str):
             if request == "no CONNECT":
                 self._warn(request)
@@ -6977,7 +6992,7 @@ class Plugin:
             raise ChannelError("cannot be started: %s" % e)
         spawn(self._read(process.stderr))
         methods, done = {}, lambda line: take_plugin_line(line, methods)
-        if not await asyncio.wait_for(self._read(process.stdout, done), _PLUGIN_SECONDS):
+        if not await wait_for(self._read(process.stdout, done), _PLUGIN_SECONDS):
             raise ChannelError("ended before it was ready")
         for name in self.names:
             if isinstance(methods.get(name), tuple):
@@ -7020,7 +7035,7 @@ class Plugin:
         for stop in (lambda: None, process.terminate, process.kill):
             try:
                 stop()
-                await asyncio.wait_for(process.wait(), _PLUGIN_END)
+                await wait_for(process.wait(), _PLUGIN_END)
                 break
             except (asyncio.TimeoutError, ProcessLookupError):
                 pass
@@ -7106,7 +7121,7 @@ class BridgeLink(Channel):
     async def _dial(self, address, port, seconds):
         through = None
         if self._bridge.transport:
-            through = await asyncio.wait_for(self._bridges.dial(self._bridge), seconds)
+            through = await wait_for(self._bridges.dial(self._bridge), seconds)
         return await tls_connect(address, port, seconds, through)
 
     def _handshake(self, command, body):
@@ -7345,7 +7360,7 @@ class Bridges(ChosenPaths):
                 bridge.error, delay, pause = ChannelError(text), pause, min(2 * pause, most)
             again = self._again
             try:
-                await asyncio.wait_for(again.wait(), delay + randbelow(delay))
+                await wait_for(again.wait(), delay + randbelow(delay))
             except asyncio.TimeoutError:
                 pass
 
@@ -9185,7 +9200,7 @@ class PeerStream:
 async def _told_apart(opening, address, seconds):
     # What a coroutine returns that opens a connection.
     try:
-        return await asyncio.wait_for(opening, seconds)
+        return await wait_for(opening, seconds)
     except asyncio.TimeoutError:
         raise TorTimeout("%s did not answer in %s s" % (address, seconds))
     except (OnionError, StreamError) as e:
@@ -9714,7 +9729,7 @@ class Link:
         """Wait until the peer's application took all that was sent; LinkError, TorTimeout."""
         last = self._next
         try:
-            await asyncio.wait_for(self._flushed(last), seconds)
+            await wait_for(self._flushed(last), seconds)
         except asyncio.TimeoutError:
             raise TorTimeout("%d bytes are not acknowledged after %s s" % (self.buffered, seconds))
 
@@ -9734,7 +9749,7 @@ class Link:
                 await self._change()
 
         try:
-            await asyncio.wait_for(wait(), seconds)
+            await wait_for(wait(), seconds)
         except asyncio.TimeoutError:
             raise self.error or TorTimeout("the link is not up after %s s" % seconds)
         return self
@@ -9761,7 +9776,7 @@ class Link:
         """Return the next message; LinkError when the link was closed, TorTimeout."""
         while not self._inbox:
             try:
-                await asyncio.wait_for(self._arrival(), seconds)
+                await wait_for(self._arrival(), seconds)
             except asyncio.TimeoutError:
                 raise TorTimeout("no message came in %s s" % seconds)
             if self.closed and not self._inbox:
@@ -10059,7 +10074,7 @@ class Link:
         pipe.dialed = True
         try:
             greeting = _greet(pipe, self.node.identity, self.peer, state)
-            pipe.hello = _parse_state(await asyncio.wait_for(greeting, HANDSHAKE_SECONDS))
+            pipe.hello = _parse_state(await wait_for(greeting, HANDSHAKE_SECONDS))
             self._install(pipe)
         except BaseException as e:
             stream.close()
@@ -10106,7 +10121,7 @@ class Link:
         if pipe:
             self._wake.set()
             try:
-                await asyncio.wait_for(pipe.over.wait(), 2)
+                await wait_for(pipe.over.wait(), 2)
             except asyncio.TimeoutError:
                 pass
         self._end(None)
@@ -10239,7 +10254,7 @@ class Node:
                 self._greetings.pop(randbelow(_GREETINGS)).stream.close()
             self._greetings.append(pipe)
             try:
-                await asyncio.wait_for(self._greeted(pipe), HANDSHAKE_SECONDS)
+                await wait_for(self._greeted(pipe), HANDSHAKE_SECONDS)
             finally:
                 self._greetings = [other for other in self._greetings if other is not pipe]
             await pipe.over.wait()
@@ -10385,7 +10400,7 @@ class Calls:
     async def call(self, contact, request, seconds=120):
         """Return the reply of a contact (public key, address) to `request`; TorError."""
         try:
-            return await asyncio.wait_for(self._called(contact, request), seconds)
+            return await wait_for(self._called(contact, request), seconds)
         except asyncio.TimeoutError:
             raise TorTimeout("%s did not answer in %s s" % (contact[1], seconds))
 
@@ -10756,7 +10771,7 @@ class Discovery:
         request = self._head(kind) + body
         self._asked.add(contact)
         try:
-            reply = await asyncio.wait_for(self._call(contact, request), CALL_SECONDS)
+            reply = await wait_for(self._call(contact, request), CALL_SECONDS)
             require(1 <= len(reply) <= MOST_CALL, "an answer of %d bytes" % len(reply))
         except asyncio.TimeoutError:
             self._gone(*contact)
@@ -11069,7 +11084,7 @@ def web_answer(folder, method, path):
 
 async def web_serve(folder, reader, writer):
     try:
-        request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        request = await wait_for(reader.readuntil(b"\r\n\r\n"), 60)
         status, body = web_answer(folder, *(request.split() + [b"", b""])[:2])
         with body:
             size = body.seek(0, 2)
@@ -11079,7 +11094,7 @@ async def web_serve(folder, reader, writer):
             piece = (head % (status, size)).encode()
             while piece:
                 writer.write(piece)
-                await asyncio.wait_for(writer.drain(), 120)
+                await wait_for(writer.drain(), 120)
                 piece = body.read(min(size, 1 << 16)) if request[:4] != b"HEAD" else b""
                 size -= len(piece)
     except (OSError, EOFError, TorError, asyncio.TimeoutError):

@@ -7,10 +7,6 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 
-import thermostat
-
-t = thermostat.thermostat
-
 
 class Noon:
     """The time: at night the room is cool."""
@@ -18,9 +14,13 @@ class Noon:
     time = staticmethod(lambda: 1700049600)
 
 
-thermostat.time = Noon
-t.simulate()
-gc.collect()
+before, sys.modules["time"] = sys.modules.get("time"), Noon
+
+import thermostat
+
+if before:
+    sys.modules["time"] = before
+t = thermostat.thermostat
 
 
 class Visitor:

@@ -6,7 +6,7 @@ import os
 import minitor as m
 
 
-class Link:
+class Wire:
     """A channel that hands its cells to the circuit at the other end."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Link:
 
 async def main():
     keys, begun = os.urandom(128), []
-    links = Link(), Link()
+    links = Wire(), Wire()
     client, service = [m.Circuit(link) for link in links]
     links[0].far, links[1].far = service, client
     links[0].near, links[1].near = client, service
@@ -123,7 +123,7 @@ async def main():
 def test_padding_of_an_earlier_hop():
     # It stands between two cells of the last hop, whose layer never sees it.  A board, which
     # negotiates no padding, keeps no digests of such hops: it closes the circuit.
-    links = Link(), Link()
+    links = Wire(), Wire()
     ends = [m.Circuit(link) for link in links]
     for onion in (False, False, True):
         keys = os.urandom(128)
@@ -158,7 +158,7 @@ def test_padding_of_an_earlier_hop():
 
 
 def test_a_changed_cell():
-    links = Link(), Link()
+    links = Wire(), Wire()
     near, far = [m.Circuit(link) for link in links]
     for onion in (False, True):
         keys = os.urandom(128)

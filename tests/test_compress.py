@@ -26,6 +26,8 @@ import compress  # noqa: E402
 NOT_FOR_BUILDS = (
     "test_compress.py", "test_image.py", "test_source.py", "test_hashes.py", "test_robustness.py",
     "test_viper.py",
+    # They take long; what they find in a build, others do.
+    "test_discovery.py", "test_federation.py", "test_paths.py",
 )
 
 

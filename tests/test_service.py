@@ -3,6 +3,7 @@
 import asyncio
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -188,6 +189,8 @@ def test_clients_of_a_service(tmp_path, capsys):
 
 def test_a_board_admits_nobody_by_mistake(tmp_path, monkeypatch):
     """A folder of a host's that restricts its service is not read there, and not passed over."""
+    if "if MICROPYTHON" not in Path(minitor.__file__).read_text("latin-1"):
+        pytest.skip("a build is for one runtime")
     monkeypatch.setattr(minitor, "MICROPYTHON", True)
     assert minitor.OnionService(fake_tor(), str(tmp_path), {}).clients == []
     (tmp_path / "authorized_clients").mkdir()

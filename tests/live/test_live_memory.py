@@ -103,6 +103,7 @@ def _board_with_a_guard(net, target, folder):
     pytest.fail("eight boards have authorities as guards")
 
 
+@by_command
 @pytest.mark.timeout(900)
 def test_loses_introduction_points_and_guard(tornet, target, relays, tmp_path):
     """The service comes back by itself, and takes no more memory for it."""

@@ -6317,6 +6317,10 @@ def _split_place(text):
     return where, text[match.end() :].strip()
 
 
+def _path(text):
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def parse_port(text):
     """Return (where, flags) of a …Port line, for parse_listener; None for 0; ConfigError."""
     where, flags = _split_place(text)
@@ -6529,10 +6533,6 @@ def set_service(service, wanted):
     service.export = get("HiddenServiceExportCircuitID")
 
 
-def _path(text):
-    return os.path.abspath(os.path.expanduser(text))
-
-
 _PARSERS = {
     "Boolean": _boolean,
     "Integer": lambda text: _decimal(text, 0, (1 << 31) - 1),
@@ -6647,6 +6647,15 @@ def configure(*sources):
     config[_HIDDEN] = parse_services(config.lines.get(_HIDDEN, ()))
     _check(config)
     return config
+
+
+def nodes_of(config, name):
+    """What parse_nodes found, with unknown countries as GeoIPExcludeUnknown has it."""
+    ids, patterns, countries = config[name] or ((), (), set())
+    unknown = config["GeoIPExcludeUnknown"]
+    if name[:7] == "Exclude" and (unknown == "1" or unknown == "auto" and countries):
+        countries = countries | {"??", "A1"}
+    return ids, patterns, countries
 
 
 def _check(config):
@@ -6822,15 +6831,6 @@ class ChosenPaths(PathSelector):
             known = {self._country(i) for i, _, _ in self.table.rows(USABLE, USABLE)} - {"??"}
             raise CircuitError("%s: EnforceDistinctCountries wants each hop in another country, "
                                "and the usable relays are in %d by GeoIPFile" % (e, len(known)))
-
-
-def nodes_of(config, name):
-    """What parse_nodes found, with unknown countries as GeoIPExcludeUnknown has it."""
-    ids, patterns, countries = config[name] or ((), (), set())
-    unknown = config["GeoIPExcludeUnknown"]
-    if name[:7] == "Exclude" and (unknown == "1" or unknown == "auto" and countries):
-        countries = countries | {"??", "A1"}
-    return ids, patterns, countries
 
 
 def country_of(relay, config):

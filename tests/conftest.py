@@ -84,7 +84,9 @@ def pytest_collection_finish(session):
     # The network starts while the pure tests run.  Not the other one: what is watched there
     # begins with its first vote.
     if not session.config.option.collectonly:
-        if any("tornet" in item.fixturenames for item in session.items):
+        # Nor this one while that starts: its first minutes are watched.
+        early = session.items and session.items[0].get_closest_marker("early")
+        if not early and any("tornet" in item.fixturenames for item in session.items):
             NETWORKS["tornet"].begin()
 
 

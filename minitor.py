@@ -2748,6 +2748,8 @@ class Channel:
         return "relay %s:%d (%s)" % (self.address, self.port, self.rsa_id.hex())
 
     async def _run(self, seconds):
+        if not MICROPYTHON and self.closed:
+            return  # before it began, as bridges were turned on: it must not dial any more
         try:
             opening = (tls_connect if MICROPYTHON else self._dial)(self.address, self.port, seconds)
             reader, writer, self._certificate = await opening

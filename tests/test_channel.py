@@ -336,3 +336,23 @@ def test_a_caller_that_gives_up_takes_nobody_along(relay):
         server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_was_closed_before_it_began_is_not_dialed(monkeypatch):
+    """Bridges that are turned on close all links: no other relay is called after that."""
+    dialed = []
+
+    async def dial(*where):
+        dialed.append(where)
+        raise OSError("nobody")
+
+    async def main():
+        for closed in True, False:
+            channel = minitor.Channel("127.0.0.1", 1, b"g" * 20, None, 5)
+            if closed:
+                channel.close("gone")
+            await asyncio.sleep(0.01)
+        return len(dialed)
+
+    monkeypatch.setattr(minitor.Channel, "_dial", staticmethod(dial))
+    assert asyncio.run(main()) == 1

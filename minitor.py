@@ -9613,7 +9613,8 @@ class _Journal:
 
     def tidy(self, base, units, theirs, taken):
         """Write it anew where most of it is over; LinkError."""
-        if self._size < (1 << 20) + 2 * sum([len(unit) for _, unit in units.values()]):
+        if self._size < 1 << 20 or self._size < (1 << 20) + 2 * sum(
+                [len(unit) for _, unit in units.values()]):
             return
         pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
         pieces += _unit_records(units)
@@ -9669,7 +9670,7 @@ class Link:
         # In: the peer's session, its last unit here and the last one taken, as was told; messages
         # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
         self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
-        self._their_life, self._fresh, self._stale = b"", True, 0
+        self._their_life, self._fresh, self._dropped, self._stale = b"", True, False, 0
         self._inbox, self._parts, self._unread = deque(), [], 0
         self._due = self._timer = None
         if node.journal:
@@ -9799,7 +9800,7 @@ class Link:
     def _acknowledge(self, cost):
         # Soon, or with the next that is sent; at once where the peer may be waiting.
         self._told += cost
-        if self._told >= _ACK_BYTES:
+        if self._told >= min(_ACK_BYTES, self.node.limit() // 2):
             self._due = True
             self._wake.set()
         elif not self._timer:
@@ -9845,7 +9846,7 @@ class Link:
             self._theirs, self._fresh = hello.id, True
             self._forget_parts()
             self._got = self._taken = 0
-            self._stale = self._unread
+            self._stale, self._dropped = self._unread, False
         self._their_life, self._limit = hello.life, hello.limit
         require(self._biggest <= self._limit, "the peer takes %d bytes at most" % self._limit)
 
@@ -9945,7 +9946,8 @@ class Link:
             cost = len(unit) + _COST
             # A message that was begun has to come to its end.
             begun = self._units.get(self._at - 1, (False,))[0]
-            if self._flying and self._flying + cost > (self._limit if begun else self._window):
+            most = self._limit if begun else min(self._window, self._limit)
+            if self._flying and self._flying + cost > most:
                 break
             frames += pack(">BI", _MORE if more else _LAST, len(unit)), unit
             self._flying += cost
@@ -9974,7 +9976,7 @@ class Link:
 
     def _feed(self, pipe, data):
         at = 0
-        while at < len(data):
+        while at < len(data) and not pipe.over.is_set():
             kind = data[at]
             require(len(data) - at >= (5 if kind in (_LAST, _MORE) else 9), "a frame is truncated")
             if kind in (_LAST, _MORE):
@@ -10005,6 +10007,7 @@ class Link:
         require(number, "units are counted from 1")
         pipe.count = number - 1
         if number > self._got + 1:
+            require(not self._dropped, "it begins behind what was dropped here")
             if not self._fresh:
                 log(WARN, "units %d to %d of a peer are gone: is the journal here an old one?",
                     self._got + 1, number - 1)
@@ -10032,6 +10035,14 @@ class Link:
             self._inbox.append((self._theirs, self._got, message, cost))
             self._parts = []
             self._arrived.set()
+        self.node._shed()
+
+    def _drop(self):
+        # What nobody took is not acknowledged either, so it will come again.
+        self._inbox.clear()
+        self._parts, self._unread, self._stale, self._dropped = [], 0, 0, True
+        self._got = self._taken
+        self._cut(self._pipe, LinkError("there is no room for more that nobody takes"))
 
     def _pace(self):
         # What may be on the way: twice what fits into a round trip, at the rate so far.
@@ -10137,7 +10148,7 @@ class Link:
         self.closed = True
         self._cut(self._pipe, error)
         self.error = error
-        self.node.links.pop((self.peer, self.protocol), None)
+        self.node._leaves(self)
         if self._keeper and self._keeper is not asyncio.current_task():
             self._keeper.cancel()
         if self._timer:
@@ -10170,10 +10181,11 @@ class Node:
     `key`: our public key; `address`: what others give to `link`; `links`: {(peer, protocol): Link}.
     """
 
-    # Bytes each link keeps at most, each way; the largest message; seconds of silence until it is
-    # asked, and until it is cut; pauses between attempts; whether the journal outlives power cuts;
-    # links at most.
-    buffer, largest, keepalive, pauses, fsync, most = 17 << 20, 16 << 20, 15, (0.25, 60), True, 256
+    # Bytes each link keeps at most, each way, and all together of what nobody took; the largest
+    # message; seconds of silence until it is asked, and until it is cut; pauses between attempts;
+    # whether the journal outlives power cuts; links at most.
+    buffer, room, largest, keepalive, pauses = 17 << 20, 64 << 20, 16 << 20, 15, (0.25, 60)
+    fsync, most = True, 256
 
     def __init__(self, key, transport, journal=None, allow=None, on_event=None):
         self.identity, self.transport, self.journal = load_identity(key), transport, journal
@@ -10235,6 +10247,16 @@ class Node:
         Without, those of the protocol "" come out of `async for link in node`; others are refused.
         """
         self.handlers[protocol] = handler
+
+    def _shed(self):
+        # Who has most here that nobody took pays for it.
+        while sum([link._unread for link in self.links.values()]) > self.room:
+            max(self.links.values(), key=lambda link: link._unread)._drop()
+
+    def _leaves(self, link):
+        del self.links[link.peer, link.protocol]
+        if link in self._new:
+            self._new.remove(link)
 
     def __aiter__(self):
         return self

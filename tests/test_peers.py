@@ -463,8 +463,89 @@ def test_a_peer_that_takes_less_is_named(quick):
             await link.ready(5)
             with pytest.raises(minitor.ConfigError, match="too large"):
                 await link.send(bytes(1300))
-            await link.send(bytes(1000))
-            assert len(await (await b.__anext__()).receive(5)) == 1000
+            # More than it takes at once waits here, and does not cost the connection.
+            back, heard, net.dials = await b.__anext__(), [], 0
+            await talk(link, 100, (990,))
+            await asyncio.sleep(0.05)
+            assert link._sent == 1 and link.up
+            await hear(back, 100, heard)
+            assert heard == list(range(100)) and not net.dials
+
+    run(test())
+
+
+def test_peers_together_leave_room_and_lose_nothing(quick):
+    async def test():
+        net, room, told = Network(), 200000, []
+        b = await node(net, "berta", on_event=lambda *what: told.append(what[1])).start()
+        b.room = room
+        peers = [await node(net, "peer %d" % i).start() for i in range(3)]
+        links = [peer.link(b.key, "berta") for peer in peers]
+        sending = [talk(links[i], 400 * i + 20, (1000,)) for i in range(3)]
+        sending = asyncio.ensure_future(asyncio.gather(*sending))
+        kept = []
+        while "down" not in told:
+            kept.append(sum([link._unread for link in b.links.values()]))
+            await asyncio.sleep(0)
+        backs = [b.links[peer.key, ""] for peer in peers]
+        # Who sends little is not troubled by those who send more than anybody takes.
+        assert max(kept) <= room and links[0].up and len(backs[0]._inbox) == 20
+        heard = [[] for _ in peers]
+        await asyncio.gather(sending, *[hear(backs[i], 400 * i + 20, heard[i]) for i in range(3)])
+        assert heard == [list(range(400 * i + 20)) for i in range(3)]
+        for each in peers + [b]:
+            await each.close()
+
+    run(test())
+
+
+def test_what_was_dropped_is_not_skipped(quick):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        await peer.say(START, unit(b"1"), unit(b"2"))
+        while len(link._inbox) < 2:
+            await asyncio.sleep(0)
+        b.room = 100
+        await peer.say(unit(b"3"), unit(b"4"))
+        assert await peer.is_cut() and not link._inbox and link._got == 0
+        # A handshake that was going on had said that more is here.
+        b.room = 1000
+        for number, cut in (2, True), (1, False):
+            peer = await Hostile.dial(net, "berta", b.key)
+            await peer.say(frame(minitor._START, number), unit(b"%d" % number))
+            if cut:
+                assert await peer.is_cut() and not link._inbox
+        assert await link.receive(5) == b"1"
+        crash(b)
+
+    run(test())
+
+
+def test_nothing_is_taken_after_the_end(quick, tmp_path):
+    async def test():
+        net = Network()
+        taken = []
+
+        def told(link, event, detail):
+            if event == "closed":
+                # It has the descriptor that the journal had.
+                taken.append(open(tmp_path / "mine", "wb"))
+
+        b = await node(net, "berta", journal=str(tmp_path / "b"), on_event=told).start()
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        journal = link._journal._fd
+        await link.send(b"one")
+        while link._sent < 1:
+            await asyncio.sleep(0)
+        await peer.say(START, frame(minitor._BYE, 0), frame(minitor._ACK, 1), unit(b"late"))
+        assert await peer.is_cut() and link.closed and not link._inbox
+        assert taken[0].fileno() == journal and (tmp_path / "mine").stat().st_size == 0
+        taken[0].close()
+        await b.close()
 
     run(test())
 
@@ -694,7 +775,7 @@ def test_many_identities_find_an_end(quick):
             peer = await Hostile.dial(net, "berta", b.key, "hostile%d" % i)
             peer.pipe.stream.close()
             await asyncio.sleep(0)
-        assert len(b.links) <= 5
+        assert len(b.links) <= 5 and len(b._new) <= 5
         held = [await Hostile.dial(net, "berta", b.key, "held%d" % i) for i in range(5)]
         with pytest.raises((OSError, EOFError)):
             await Hostile.dial(net, "berta", b.key, "late")

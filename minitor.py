@@ -9158,6 +9158,8 @@ if not MICROPYTHON:
     from collections import deque
 
 PEER_PORT = 7717
+# As long may the other end take what is left.
+_CLOSE_SECONDS = 5
 
 
 def load_identity(key):
@@ -9197,12 +9199,21 @@ class PeerStream:
 
     def close(self):
         self._writer.close()
+        transport = getattr(self._writer, "transport", None)
+        if transport:
+            # Who takes nothing would keep it for ever.
+            asyncio.get_running_loop().call_later(_CLOSE_SECONDS, transport.abort)
 
 
 async def _told_apart(opening, address, seconds):
     # What a coroutine returns that opens a connection.
+    task = asyncio.ensure_future(opening)
     try:
-        return await wait_for(opening, seconds)
+        return await wait_for(task, seconds)
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and not task.exception():
+            task.result()[1].close()  # it has come about in this very moment
+        raise
     except asyncio.TimeoutError:
         raise TorTimeout("%s did not answer in %s s" % (address, seconds))
     except (OnionError, StreamError) as e:
@@ -9414,7 +9425,7 @@ _COST = 200
 # As long a handshake may take, and the way to the peer; so many may be going on; the least that
 # may be on the way; so much, or for so long, is taken before that is acknowledged.
 HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
-_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 18, 0.05
 _STATE = ">8sI16s16sQQQB"
 
 
@@ -9445,11 +9456,11 @@ class _Seal:
 
 class _Pipe:
     # A connection and what belongs to it: `hello`, the peer's state; `count` of the last unit.
-    def __init__(self, stream):
-        self.stream, self._data, self._at = stream, b"", 0
+    def __init__(self, stream, private):
+        self.stream, self.private, self._data, self._at = stream, private, b"", 0
         self._out = self._in = self.hello = self.count = self.asked = None
-        self.over, self.tasks = asyncio.Event(), []
-        self.dialed, self.heard, self.pinged, self.pong = False, time.monotonic(), 0, b""
+        self.over, self.tasks, self.dialed = asyncio.Event(), [], False
+        self.heard, self.said, self.pinged, self.pong = time.monotonic(), 0, 0, b""
 
     async def take(self, n):
         left = len(self._data) - self._at
@@ -9460,7 +9471,8 @@ class _Pipe:
                 if not pieces[-1]:
                     raise EOFError("the peer hung up")
                 left += len(pieces[-1])
-            self._data, self._at, self.heard = b"".join(pieces), 0, time.monotonic()
+                self.heard = time.monotonic()
+            self._data, self._at = b"".join(pieces), 0
         self._at += n
         return self._data[self._at - n : self._at]
 
@@ -9483,7 +9495,7 @@ class _Pipe:
         self._out, self._in = ends if dialed else ends[::-1]
 
     def open(self, private):
-        if private and self.stream.private:
+        if private and self.private:
             self._out = self._in = None
 
 
@@ -9494,7 +9506,7 @@ def _hint(public, m1):
 async def _greet(pipe, key, peer, state):
     # The dialling end: the peer's state in bytes.
     (esk, public), (x, X) = key, x25519_keypair()
-    m1 = _MAGIC + bytes([pipe.stream.private]) + X
+    m1 = _MAGIC + bytes([pipe.private]) + X
     await pipe.stream.write(m1 + _hint(peer, m1))
     try:
         m2 = await pipe.take(33)
@@ -9514,14 +9526,14 @@ async def _greet(pipe, key, peer, state):
 
 
 async def _welcome(pipe, key):
-    # The end that was dialled: the peer's key and its state in bytes.
+    # The end that was dialled: the peer's key, its state in bytes, whether its end is private.
     esk, public = key
     head = await pipe.take(len(_MAGIC) + 49)
     m1 = head[:-16]
     known = m1[:7] == _MAGIC and m1[7] < 2 and consteq(head[-16:], _hint(public, m1))
     require(known, "who dials does not know this key")
     y, Y = x25519_keypair()
-    m2 = bytes([pipe.stream.private]) + Y
+    m2 = bytes([pipe.private]) + Y
     th = sha3_256(_NAME + public + m1 + m2)
     secret = x25519(y, m1[8:])
     await pipe.stream.write(m2)
@@ -9531,8 +9543,7 @@ async def _welcome(pipe, key):
     peer = proof[:32]
     text = _NAME + b" dialer" + th + peer
     require(peer != public and ed25519_verify(peer, text, proof[32:96]), "a false signature")
-    pipe.private = m1[7]
-    return peer, proof[96:]
+    return peer, proof[96:], m1[7]
 
 
 def _parse_state(data):
@@ -9545,54 +9556,67 @@ def _parse_state(data):
 
 class _Journal:
     # What a link keeps on disk: records of a checksum (CRC-32), length, kind, number, bytes.
-    # S: the session of what is sent; M, m: a unit that is a message's last, or not; A: up to
-    # there is acknowledged; T: up to there the peer's session was taken by the application.
+    # S: the session of what is sent; M, m: a unit that is a message's last, or not; U: up to
+    # there it was on the way to that life of the peer; A: acknowledged; L: up to there lost; R: of
+    # so many lost ones the sender was told; T: up to there the peer's session was taken here.
     def __init__(self, path, sync):
-        self._path, self._sync, self.dirty = path, sync, False
-        self.id, self.base, self.units, self.theirs, self.taken = None, 1, {}, bytes(16), 0
+        self._path, self._sync, self._written, self._synced = path, sync, 0, 0
+        self._least = 1 << 20
+        self.id, self.base, self.sent, self.units, self.lost = None, 1, 0, {}, []
+        self.theirs, self.taken, self.life, self._fd = bytes(16), 0, b"", None
         try:
             private_dir(os.path.dirname(path))
-            self._open()
-            end = self._load(read_file(path) or b"")
-            os.ftruncate(self._fd, end)
-        except OSError as e:
+            self._fd = self._opened(path, 0)
+            self._size = self._load(read_file(path) or b"")
+            os.ftruncate(self._fd, self._size)
+            if not self.id:
+                self.id = urandom(16)
+                self.write(_journal_record(b"S", 0, self.id))
+        except (OSError, LinkError) as e:
+            if self._fd is not None:
+                os.close(self._fd)
             raise ConfigError("the journal %s cannot be used: %s" % (path, e))
-        self._size = end
-        if not self.id:
-            self.id = urandom(16)
-            self.write(_journal_record(b"S", 0, self.id))
 
-    def _open(self):
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    def _opened(self, path, flags):
+        # Locked, until it is closed.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o600)
         if os.name == "posix":
             import fcntl
 
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                os.close(self._fd)
-                raise ConfigError("another process uses the journal " + self._path)
+                os.close(fd)
+                raise ConfigError("another process uses the journal " + path)
+        return fd
 
     def _load(self, data):
-        # Up to what was torn when power or process ended.
-        at = 0
+        # Up to what was torn when power or process ended; a message is whole, or none.
+        at = whole = 0
         while len(data) - at >= 17:
             crc, size, kind, number = unpack_from(">IIcQ", data, at)
             end = at + 17 + size
             if end > len(data) or binascii.crc32(data[at + 4 : end]) != crc:
                 break
             body, at = data[at + 17 : end], end
+            whole = whole if kind == b"m" else end
             if kind == b"S":
                 self.id, self.base = body, number + 1
             elif kind == b"T":
                 self.theirs, self.taken = body, number
-            elif kind == b"A":
-                for n in range(self.base, number + 1):
-                    self.units.pop(n, None)
-                self.base = number + 1
+            elif kind == b"U":
+                self.life, self.sent = body, number
+            elif kind == b"R":
+                self.lost = self.lost[number:]
+            elif kind in (b"A", b"L"):
+                gone = [self.units.pop(n) for n in range(self.base, number + 1) if n in self.units]
+                self.lost += _messages(gone) if kind == b"L" else []
+                self.base, self.sent = number + 1, max(self.sent, number)
             else:
                 self.units[number] = kind == b"m", body
-        return at
+        while self.units and self.units[max(self.units)][0]:
+            del self.units[max(self.units)]
+        return whole
 
     def write(self, *records):
         """Append records; LinkError, and then it is as if that was not tried."""
@@ -9604,35 +9628,76 @@ class _Journal:
             os.ftruncate(self._fd, self._size)
             raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
         self._size += len(data)
-        self.dirty = self._sync
+        self._written += 1
 
     async def sync(self):
         """Have all on the disk before anything leaves."""
-        self.dirty = False
-        await asyncio.get_running_loop().run_in_executor(None, os.fsync, self._fd)
+        if self._sync and self._synced < self._written:
+            written, fd = self._written, os.dup(self._fd)  # `tidy` may exchange it meanwhile
+            syncing = asyncio.get_running_loop().run_in_executor(None, os.fsync, fd)
+            syncing.add_done_callback(lambda _: os.close(fd))
+            await asyncio.wait([syncing])
+            syncing.result()
+            self._synced = max(self._synced, written)
 
-    def tidy(self, base, units, theirs, taken):
-        """Write it anew where most of it is over; LinkError."""
-        if self._size < 1 << 20 or self._size < (1 << 20) + 2 * sum(
-                [len(unit) for _, unit in units.values()]):
+    def tidy(self, base, units, lost, theirs, taken):
+        """Write it anew where most of it is over."""
+        if self._size < self._least:
             return
-        pieces = [_journal_record(b"S", base - 1, self.id), _journal_record(b"T", taken, theirs)]
+        kept = sum([len(unit) for _, unit in units.values()]) + sum([len(text) for text in lost])
+        if self._size < (1 << 20) + 2 * kept:
+            return
+        first, partial = base - len(lost), self._path + ".new"
+        pieces = [_journal_record(b"S", first - 1, self.id), _journal_record(b"T", taken, theirs)]
+        pieces += [_journal_record(b"M", first + i, text) for i, text in enumerate(lost)]
+        pieces += [_journal_record(b"L", base - 1), _journal_record(b"U", self.sent, self.life)]
         pieces += _unit_records(units)
+        old, written = self._fd, self._written
         try:
-            write_file(self._path, *pieces)
-            os.close(self._fd)
-            self._open()
-        except OSError as e:
-            raise LinkError("the journal %s cannot be written: %s" % (self._path, e))
-        self._size = sum([len(piece) for piece in pieces])
+            self._fd = self._opened(partial, os.O_TRUNC)
+            try:
+                for piece in pieces:
+                    if os.write(self._fd, piece) != len(piece):
+                        raise OSError("the disk is full")
+                os.fsync(self._fd)
+                replace(partial, self._path)
+            except OSError:
+                os.close(self._fd)
+                os.unlink(partial)
+                raise
+        except (OSError, ConfigError) as e:
+            # The one there is goes on.
+            self._fd, self._least = old, 2 * self._size
+            return log(WARN, "the journal %s cannot be written anew: %s", self._path, e)
+        os.close(old)
+        self._size, self._least = sum([len(piece) for piece in pieces]), 1 << 20
+        self._synced = written
 
-    def close(self):
+    def close(self, forget=False, *records):
+        """`forget`: nothing in it matters to the next start."""
+        try:
+            self.write(*records)
+            if forget:
+                os.unlink(self._path)
+        except (OSError, LinkError) as e:
+            log(WARN, "the journal %s: %s", self._path, e)
         os.close(self._fd)
 
 
 def _journal_record(kind, number, body=b""):
     rest = pack(">IcQ", len(body), kind, number) + body
     return pack(">I", binascii.crc32(rest)) + rest
+
+
+def _messages(units):
+    # Of units as (whether more follow, bytes).
+    messages, parts = [], []
+    for more, unit in units:
+        parts.append(unit)
+        if not more:
+            messages.append(b"".join(parts))
+            parts = []
+    return messages
 
 
 def _unit_records(units):
@@ -9666,7 +9731,7 @@ class Link:
         self._id, self._units, self._base, self._next, self._at = urandom(16), {}, 1, 1, 1
         self._sent = self.buffered = self._flying = self._acked = 0
         self._window, self._limit, self._mark, self._trips = _WINDOW, node.buffer, 0, []
-        self._lost, self._bye, self._biggest = [], False, 0
+        self._lost, self._raised, self._gaps, self._bye = [], 0, 0, False
         # In: the peer's session, its last unit here and the last one taken, as was told; messages
         # as (session, number, bytes, cost); units of one that is not complete; bytes of both.
         self._theirs, self._got, self._taken, self._told = bytes(16), 0, 0, 0
@@ -9678,7 +9743,8 @@ class Link:
             journal = self._journal = _Journal("%s/%s" % (node.journal, name), node.fsync)
             self._id, self._units, self._base = journal.id, journal.units, journal.base
             self._next = self._at = max(journal.units, default=self._base - 1) + 1
-            self._sent, self._theirs = self._next - 1, journal.theirs
+            self._sent, self._theirs, self._lost = journal.sent, journal.theirs, journal.lost
+            self._their_life = journal.life
             self._got = self._taken = journal.taken
             self._fresh = not self._taken
             self.buffered = sum([len(unit) + _COST for _, unit in self._units.values()])
@@ -9691,8 +9757,13 @@ class Link:
     # Sending.
 
     def _check(self):
+        if self._raised and self._journal and not self.closed:
+            self._journal.write(_journal_record(b"R", self._raised))
+        # Who calls again has heard of these.
+        self._lost = self._lost[self._raised :]
+        self._raised = len(self._lost)
         if self._lost:
-            lost, self._lost = self._lost, []
+            lost = list(self._lost)
             why = "the link was closed" if self.closed else "the peer started anew"
             error = LinkError("%s: %d messages may be lost" % (why, len(lost)))
             error.lost = lost
@@ -9725,7 +9796,6 @@ class Link:
             self._units.update(units)
             self._next += count
             self.buffered += cost
-            self._biggest = max(self._biggest, cost)
         self._wake.set()
 
     async def flush(self, seconds=None):
@@ -9738,9 +9808,12 @@ class Link:
 
     async def _flushed(self, last):
         self._check()
+        gaps = self._gaps
         while self._base < last:
             await self._change()
             self._check()
+            if gaps != self._gaps:
+                raise LinkError("messages may be lost: another call was told which")
 
     async def ready(self, seconds=DIAL_SECONDS):
         """Wait until it is up; the last failure's TorError, or TorTimeout, after `seconds`."""
@@ -9792,6 +9865,7 @@ class Link:
             if self._journal:
                 self._journal.write(_journal_record(b"T", number, session))
             self._taken = number
+            self._tidy()
             self._acknowledge(cost)
         self._inbox.popleft()
         self._unread -= cost
@@ -9815,7 +9889,9 @@ class Link:
     def _state(self):
         # What the other end has to know (`_parse_state`).
         limit, kept = self.node.limit(), self._journal is not None
-        state = self._life, self._ups, self._id, self._theirs, self._taken, self._got, limit, kept
+        # Before its first START, a session may have told another life of this end what it sent.
+        theirs = bytes(16) if self._fresh else self._theirs
+        state = self._life, self._ups, self._id, theirs, self._taken, self._got, limit, kept
         return pack(_STATE, *state)
 
     def _wins(self, pipe):
@@ -9834,9 +9910,9 @@ class Link:
             require(hello.taken <= hello.got <= self._sent, "the peer has what was never sent")
             self._confirm(hello.taken)
             self._at = max(hello.got + 1, self._base)
-        elif hello.theirs == bytes(16) and self._base == 1 and (same or hello.kept):
+        elif hello.theirs == bytes(16) and (same or self._base == 1 and hello.kept):
             # It has nothing of this, for sure.
-            self._at = 1
+            self._at = self._base
         else:
             self._give_up(self._sent)
             self._at = self._base
@@ -9847,8 +9923,15 @@ class Link:
             self._forget_parts()
             self._got = self._taken = 0
             self._stale, self._dropped = self._unread, False
+            if self._journal:
+                self._journal.write(_journal_record(b"T", 0, hello.id))
+                self._tidy()
         self._their_life, self._limit = hello.life, hello.limit
-        require(self._biggest <= self._limit, "the peer takes %d bytes at most" % self._limit)
+        whole = 0
+        for number, (more, _) in self._units.items():
+            whole += self._cost(number)
+            require(whole <= self._limit, "the peer takes %d bytes at most" % self._limit)
+            whole *= more
 
     def _cost(self, number):
         return len(self._units[number][1]) + _COST
@@ -9857,17 +9940,14 @@ class Link:
         # What may have arrived, and may not; to the end of a message that was begun.
         while last >= self._base and self._units[last][0]:
             last += 1
-        parts = []
-        for number in range(self._base, last + 1):
-            more, unit = self._units[number]
-            parts.append(unit)
-            if not more:
-                self._lost.append(b"".join(parts))
-                parts = []
-        self._sent = max(self._sent, last)
-        self._confirm(last)
+        lost = _messages([self._units[n] for n in range(self._base, last + 1)])
+        if lost:
+            self._lost += lost
+            self._gaps += 1
+            self._sent = max(self._sent, last)
+            self._confirm(last, b"L")
 
-    def _confirm(self, number):
+    def _confirm(self, number, kind=b"A"):
         # Up to there all is done with.
         if number < self._base:
             return
@@ -9880,10 +9960,14 @@ class Link:
             del self._units[n]
         self._base, self._at = number + 1, max(self._at, number + 1)
         if self._journal:
-            self._journal.write(_journal_record(b"A", number))
-            self._journal.tidy(self._base, self._units, self._theirs, self._taken)
+            self._journal.write(_journal_record(kind, number))
+            self._tidy()
         self._changed.set()
         self._wake.set()
+
+    def _tidy(self):
+        if self._journal:
+            self._journal.tidy(self._base, self._units, self._lost, self._theirs, self._taken)
 
     def _install(self, pipe):
         """Go on over this connection; ProtocolError, or PeerError where another one has won."""
@@ -9902,6 +9986,8 @@ class Link:
         # End a connection, whatever is on the way.
         if not pipe or pipe.over.is_set():
             return
+        if error and not isinstance(error, TorError):
+            error = PeerError("the connection ended: %s" % error)
         pipe.over.set()
         pipe.stream.close()
         for task in pipe.tasks:
@@ -9930,7 +10016,7 @@ class Link:
                         break
                     await self._wake.wait()
                     continue
-                if self._journal and self._journal.dirty:
+                if self._journal:
                     await self._journal.sync()
                 await pipe.write(*frames)
             # The other end hangs up when it has all.
@@ -9954,17 +10040,24 @@ class Link:
             size += cost
             self._sent = max(self._sent, self._at)
             self._at += 1
-        if self._told and (frames or self._due or self._bye):
+        journal, life = self._journal, self._their_life
+        if journal and size and (self._sent > journal.sent or life != journal.life):
+            journal.write(_journal_record(b"U", self._sent, life))
+            journal.sent, journal.life = self._sent, life
+        t, most = time.monotonic(), self.node.keepalive
+        # Who has nothing to say, says that again: the peer may be kept from asking.
+        if self._told and (frames or self._due or self._bye) or t - pipe.said > most:
             frames.append(pack(">BQ", _ACK, self._taken))
             self._told, self._due = 0, False
         if pipe.pong:
             frames.append(pipe.pong)
             pipe.pong = b""
-        t, most = time.monotonic(), self.node.keepalive
         due = not pipe.pinged or frames and t - pipe.pinged > 1 or t - pipe.heard > most
         if due and pipe.asked is None:
             pipe.asked = pipe.pinged = t
             frames.append(pack(">BQ", _PING, self._ups))
+        if frames:
+            pipe.said = t
         return frames
 
     async def _read(self, pipe):
@@ -10004,7 +10097,7 @@ class Link:
                 self._end(LinkError("the peer closed the link"))
 
     def _started(self, pipe, number):
-        require(number, "units are counted from 1")
+        require(0 < number < 1 << 62, "units are counted from 1")
         pipe.count = number - 1
         if number > self._got + 1:
             require(not self._dropped, "it begins behind what was dropped here")
@@ -10066,18 +10159,21 @@ class Link:
         while True:
             await asyncio.sleep(min(1, most / 4))
             self._wake.set()
-            if pipe.asked is None:
-                continue
-            waited = time.monotonic() - pipe.asked
-            if waited > most and time.monotonic() - pipe.heard > most:
-                return self._cut(pipe, TorTimeout("nothing came in %.1f s" % waited))
+            silence = time.monotonic() - pipe.heard
+            waited = time.monotonic() - pipe.asked if pipe.asked is not None else 0
+            # An answer waits behind what is sent, at whatever pace.
+            if silence > 2 * most or waited > 8 * most:
+                silence = "nothing came in %.1f s, no answer in %.1f" % (silence, waited)
+                return self._cut(pipe, TorTimeout(silence))
             if waited > max(1, 4 * (self.round_trip or 0)) and not self.lagging:
                 self.lagging = True
                 self._tell("lag", waited)
 
     async def _connect(self):
         stream = await self.node.transport.dial(self.address, DIAL_SECONDS)
-        pipe = _Pipe(stream)
+        host, name = self.address.partition(":")[0], onion_address(self.peer)
+        # Another's onion service could read and change what goes through it.
+        pipe = _Pipe(stream, stream.private and (not is_onion(host) or host.endswith(name)))
 
         def state():
             if self._pipe or self.closed:
@@ -10127,17 +10223,19 @@ class Link:
         if self.closed:
             return
         try:
-            await self.flush(seconds)
-        except (LinkError, TorTimeout):
-            pass
-        pipe, self._bye = self._pipe, True
-        if pipe:
-            self._wake.set()
             try:
-                await wait_for(pipe.over.wait(), 2)
-            except asyncio.TimeoutError:
-                pass
-        self._end(None)
+                await self.flush(seconds)
+            except (LinkError, TorTimeout):
+                self._raised = 0  # told at the end
+            pipe, self._bye = self._pipe, True
+            if pipe:
+                self._wake.set()
+                try:
+                    await wait_for(pipe.over.wait(), 2)
+                except asyncio.TimeoutError:
+                    pass
+        finally:
+            self._end(None)
         if self._lost:
             self._check()
 
@@ -10156,7 +10254,8 @@ class Link:
         if self._journal:
             # What nobody took, the peer still has.
             self._inbox.clear()
-            self._journal.close()
+            told = _journal_record(b"R", len(self._lost))
+            self._journal.close(not (self._units or self._taken), told)
         else:
             self._give_up(self._next - 1)
         self._changed.set()
@@ -10203,7 +10302,11 @@ class Node:
     async def start(self):
         """Listen; return itself.  ConfigError, and what the transport raises."""
         self._changed = asyncio.Event()
-        await self.transport.listen(self._accept)
+        try:
+            await self.transport.listen(self._accept)
+        except BaseException:
+            await self.transport.close()  # what listens already
+            raise
         return self
 
     async def close(self, seconds=5):
@@ -10212,11 +10315,16 @@ class Node:
             return
         self.closed, errors = True, []
         closing = [link.close(seconds) for link in list(self.links.values())]
-        for error in await asyncio.gather(*closing, return_exceptions=True):
-            errors += [error] * isinstance(error, Exception)
-        await self.transport.close()
-        self._changed.set()
+        try:
+            for error in await asyncio.gather(*closing, return_exceptions=True):
+                errors += [error] * isinstance(error, Exception)
+        finally:
+            for pipe in self._greetings:
+                pipe.stream.close()
+            self._changed.set()
+            await self.transport.close()
         if errors:
+            errors[0].lost = sum([getattr(error, "lost", []) for error in errors], [])
             raise errors[0]
 
     __aenter__, __aexit__ = start, lambda self, *_: self.close()
@@ -10271,7 +10379,7 @@ class Node:
 
     async def _accept(self, stream):
         # A connection from somebody, until it is over.
-        pipe = _Pipe(stream)
+        pipe = _Pipe(stream, stream.private)
         try:
             if len(self._greetings) >= _GREETINGS:
                 # Whoever only holds places will lose them.
@@ -10288,7 +10396,7 @@ class Node:
             stream.close()
 
     async def _greeted(self, pipe):
-        peer, state = await _welcome(pipe, self.identity)
+        peer, state, private = await _welcome(pipe, self.identity)
         pipe.hello = _parse_state(state)
         link = self._opened(peer, pipe.hello.protocol)
         if link.closed or not link._wins(pipe):
@@ -10296,7 +10404,7 @@ class Node:
         # What it brings now would come again.
         link._cut(link._pipe, None)
         await pipe.write(link._state())
-        pipe.open(pipe.private)
+        pipe.open(private)
         link._install(pipe)
 
     def _opened(self, peer, protocol):
@@ -10311,11 +10419,12 @@ class Node:
         handler = self.handlers.get(protocol)
         if protocol and not handler:
             raise PeerError("nobody serves the protocol of a peer")
-        for old in list(self.links.values()) if len(self.links) >= self.most else ():
-            if not (old.up or old.address or old.buffered):
-                old._end(LinkError("too many links"))
         if len(self.links) >= self.most:
-            raise PeerError("there are too many links")
+            # The oldest that is down and goes nowhere, best one with nothing to send.
+            down = [old for old in self.links.values() if not (old.up or old.address)]
+            if not down:
+                raise PeerError("there are too many links")
+            min(down, key=lambda old: old.buffered > 0)._end(LinkError("too many links"))
         link = self.links[peer, protocol] = Link(self, peer, protocol)
         if handler:
             spawn(self._handle(handler, link))
@@ -10369,7 +10478,7 @@ class BlockingNode(LoopThread):
     """
 
     def __init__(self, *args, tor=None, **options):
-        self.node, self._stop = Node(*args, **options), None
+        self.node, self._stop, self._closing = Node(*args, **options), None, threading.Lock()
         if tor:
             self.run = tor.run
             self.run(self.node.start())
@@ -10385,12 +10494,13 @@ class BlockingNode(LoopThread):
 
     def close(self, *_):
         """Close all links, after they were flushed for some seconds, and stop; LinkError."""
-        try:
-            if not self.node.closed:
-                self.run(self.node.close())
-        finally:
-            if self._stop:
-                LoopThread.close(self)
+        with self._closing:
+            try:
+                if not self.node.closed:
+                    self.run(self.node.close())
+            finally:
+                if self._stop:
+                    LoopThread.close(self)
 
     __exit__ = close
     __iter__ = lambda self: self
@@ -10402,7 +10512,7 @@ class BlockingNode(LoopThread):
             raise StopIteration
 
 
-# Coroutines that answer calls, at once.
+# Calls over one link that have no answer, each way.
 _CALLS_AT_ONCE = 64
 
 
@@ -10414,10 +10524,10 @@ class Calls:
     """
 
     def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
-        # `_waiting`: {(link, number): Promise}; `_read`: links that are read from.
+        # `_waiting`: {(link, number): Promise}; `_turns`: {link that is read from: Semaphore}.
         self._node, self._protocol, self._answer = node, protocol, answer
-        self._idle, self._largest, self._waiting, self._read = idle, largest, {}, []
-        self._count = self._busy = 0
+        self._idle, self._largest, self._waiting, self._turns = idle, largest, {}, {}
+        self._count = 0
         if answer:
             node.serve(protocol, self._serve)
 
@@ -10432,37 +10542,45 @@ class Calls:
         old = self._node.links.get((contact[0], self._protocol))
         while True:
             link = self._node.link(*contact, self._protocol, False)
-            self._count = self._count + 1 & 0xFFFFFFFF
-            number, promise = self._count, Promise()
-            self._waiting[link, number] = promise
+            if link not in self._turns:
+                self._turns[link] = asyncio.Semaphore(_CALLS_AT_ONCE)
+                spawn(self._serve(link, True))
             try:
-                if link not in self._read:
-                    self._read.append(link)
-                    spawn(self._serve(link, True))
-                await link.ready()
-                await link.send(pack(">BI", 0, number) + request)
-                return await promise.wait()
-            except LinkError:
-                # The peer may just have closed a link that nobody used.
+                async with self._turns[link]:
+                    return await self._exchange(link, request)
+            except (LinkError, PeerError):
+                # One of the ends may just have closed a link that nobody used.
                 if link is not old:
                     raise
                 old = None
-            finally:
-                del self._waiting[link, number]
+                while link._bye and not link.closed:
+                    await link._change()
+
+    async def _exchange(self, link, request):
+        self._count = self._count + 1 & 0xFFFFFFFF
+        number, promise = self._count, Promise()
+        self._waiting[link, number] = promise
+        try:
+            await link.ready()
+            await link.send(pack(">BI", 0, number) + request)
+            return await promise.wait()
+        finally:
+            del self._waiting[link, number]
 
     async def _serve(self, link, ours=False):
         # Until it is closed, or was not used for a while.
-        if link in self._read and not ours:
+        if link in self._turns and not ours:
             return
-        error = LinkError("the link is closed")
-        self._read += [link] * (not ours)
+        error, replies = LinkError("the link is closed"), set()
+        self._turns.setdefault(link, asyncio.Semaphore(_CALLS_AT_ONCE))
+        waiting = lambda: [other for other, _ in self._waiting if other is link]
         try:
-            while await self._next(link) or any([other is link for other, _ in self._waiting]):
+            while await self._next(link, replies) or replies or waiting():
                 pass
         except (OSError, TorError) as e:
             error = e if isinstance(e, LinkError) else LinkError(str(e))
         finally:
-            self._read.remove(link)
+            del self._turns[link]
             for (other, _), promise in list(self._waiting.items()):
                 if other is link:
                     promise.set(error=error)
@@ -10471,15 +10589,13 @@ class Calls:
             except TorError:
                 pass  # what was not sent is nobody's reply any more
 
-    async def _reply(self, link, head, answering):
+    async def _reply(self, link, head, reply):
         try:
-            await link.send(head + await answering)
+            await link.send(head + (reply if isinstance(reply, bytes) else await reply))
         except TorError as e:
             log(INFO, "a call is not answered: %s", e)
-        finally:
-            self._busy -= 1
 
-    async def _next(self, link):
+    async def _next(self, link, replies):
         # A message; None: there was none.
         try:
             message = await link.receive(self._idle)
@@ -10489,15 +10605,12 @@ class Calls:
         kind, number = unpack_from(">BI", message)
         if kind == 0:
             require(self._answer, "a call, and nobody is there who answers")
-            reply, head = self._answer(link.peer, message[5:]), pack(">BI", 1, number)
-            if isinstance(reply, bytes):
-                await link.send(head + reply)
-            else:
-                # Beside: it may call who asks.
-                while self._busy >= _CALLS_AT_ONCE:
-                    await asyncio.sleep(0.05)
-                self._busy += 1
-                spawn(self._reply(link, head, reply))
+            require(len(replies) < 2 * _CALLS_AT_ONCE, "too many calls at once")
+            # Beside: it may call who asks, and who asks may take no more before we do.
+            reply = self._answer(link.peer, message[5:])
+            task = spawn(self._reply(link, pack(">BI", 1, number), reply))
+            replies.add(task)
+            task.add_done_callback(replies.discard)
         elif (link, number) in self._waiting:
             self._waiting[link, number].set(message[5:])
         return True
@@ -10997,8 +11110,10 @@ class Discovery:
     async def advertise(self, services, seconds=AD_SECONDS):
         """Publish `services`, as an Advertisement has them, under our key and their names; return
         how many peers keep them.  `upkeep` does it anew in time."""
-        # Later than the last one.
+        # Later than the last one, unless that is of a time when this clock was fast.
         old = self._ads.get(self.key)
+        if old and old[1].timestamp > now() + _AD_SKEW:
+            old = self._drop(self.key)
         at = max(now(), old[1].timestamp + 1 if old else 0)
         ad = Advertisement.create(self._secret, services, seconds, at)
         self.services = services, seconds

@@ -751,6 +751,19 @@ def test_discovery_over_links():
     asyncio.run(main())
 
 
+def test_who_had_a_fast_clock_advertises_again(monkeypatch):
+    async def main():
+        async with minitor.Node(bytes([1] * 32), minitor.DirectTransport()) as node:
+            peer, now = Discovery.over(node, True), minitor.now
+            for ahead in 86400, 0:
+                monkeypatch.setattr(minitor, "now", lambda: now() + ahead)
+                await peer.advertise({"x": (1, b"")})
+                (ad,) = await peer.discover("x")
+                assert abs(ad.timestamp - now() - ahead) < 60
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_calls_over_links(monkeypatch):
     async def main():
         async def slowly(key, request):
@@ -791,9 +804,52 @@ def test_calls_over_links(monkeypatch):
             link = b.links[a.key, "calls"]
             await link.close()
             assert await calls.call(to_b, b"x") == a.key + b"x"
+            # By this side.
+            closing = asyncio.ensure_future(a.links[b.key, "calls"].close())
+            await asyncio.sleep(0)
+            assert await calls.call(to_b, b"y") == a.key + b"y"
+            await closing
             with pytest.raises(minitor.TorTimeout, match="did not answer"):
                 await calls.call(to_b, b"x", 0.01)
             assert not calls._waiting
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_many_calls_both_ways_wait_for_each_other_and_end():
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            a, b = [minitor.Node(bytes([n] * 32), minitor.DirectTransport()) for n in (1, 2)]
+            for node in a, b:
+                node.buffer = node.largest = 1 << 18
+                await stack.enter_async_context(node)
+            to_a, to_b = (a.key, a.address), (b.key, b.address)
+            # Replies together are more than either end takes at once.
+            answer = lambda key, request: bytes(60000)
+            one, two = minitor.Calls(a, "large", answer), minitor.Calls(b, "large", answer)
+            replies = await asyncio.gather(*[one.call(to_b, b"?", 50) for _ in range(30)],
+                                           *[two.call(to_a, b"?", 50) for _ in range(30)])
+            assert replies == [bytes(60000)] * 60
+
+            # All that are asked ask back.
+            async def ask_back(key, request):
+                return await there.call(to_a, request)
+
+            here = minitor.Calls(a, "back", lambda key, request: request[::-1])
+            there = minitor.Calls(b, "back", ask_back)
+            replies = await asyncio.gather(*[here.call(to_b, b"%d" % i, 50) for i in range(200)])
+            assert replies == [(b"%d" % i)[::-1] for i in range(200)]
+
+            # Who has more calls open than it may have is cut off.
+            async def never(key, request):
+                await asyncio.sleep(60)
+
+            minitor.Calls(a, "never", never)
+            link = b.link(a.key, a.address, "never", False)
+            for i in range(3 * minitor._CALLS_AT_ONCE):
+                await link.send(bytes([0, 0, 0, 0, i]))
+            with pytest.raises(minitor.LinkError):
+                await link.receive(20)
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 
 import minitor
 import pytest
@@ -232,6 +233,8 @@ def test_a_torn_journal_is_what_was_whole(tmp_path):
         (tmp_path / "link").write_bytes(whole[:size])
         journal = minitor._Journal(path, False)
         count = sum([end <= size for end in ends])
+        # Of a message that is torn, nothing is left that the next one would be joined to.
+        count -= count == 2
         gone = size >= ends[-1] + 17
         assert sorted(journal.units) == list(range(1 + gone, count + 1))
         assert journal.taken == (7 if size == len(whole) else 0)
@@ -354,6 +357,25 @@ def test_what_was_never_sent_is_not_lost_when_a_peer_starts_anew(quick):
         await link.flush(5)
         await a.close()
         await b.close()
+
+    run(test())
+
+
+def test_a_session_is_known_from_its_start_on(quick):
+    """Until then the peer may think of another life of this end, which had taken some."""
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        for start, known in (b"", bytes(16)), (START, bytes(16)), (b"", b"i" * 16):
+            peer = await Hostile.dial(net, "berta", b.key)
+            assert peer.hello.theirs == known
+            if start:
+                await peer.say(start, unit(b"one"))
+                (link,) = b.links.values()
+                while not link._inbox:
+                    await asyncio.sleep(0)
+            peer.pipe.stream.close()
+        crash(b)
 
     run(test())
 
@@ -628,15 +650,16 @@ class Hostile:
         self.pipe, self.key = pipe, key
 
     @classmethod
-    async def dial(cls, net, address, peer, name="hostile", **state):
+    async def dial(cls, net, address, peer_key, name="hostile", **state):
         key = minitor.load_identity(name.encode().ljust(32, b"."))
-        pipe = minitor._Pipe(await net.dial(address))
+        pipe = minitor._Pipe(await net.dial(address), net.private)
         fields = dict(life=b"l" * 8, ups=0, id=b"i" * 16, theirs=bytes(16), taken=0, got=0,
                       limit=1 << 24, kept=False, **{})
         fields.update(state)
         packed = minitor.pack(minitor._STATE, *fields.values())
-        await minitor._greet(pipe, key, peer, lambda: packed)
-        return cls(pipe, key[1])
+        peer = cls(pipe, key[1])
+        peer.hello = minitor._parse_state(await minitor._greet(pipe, key, peer_key, lambda: packed))
+        return peer
 
     async def say(self, *pieces):
         await self.pipe.write(*pieces)
@@ -711,6 +734,97 @@ def test_a_state_of_what_was_never_sent_is_refused(quick, state):
     run(test())
 
 
+@pytest.mark.parametrize("number", [0, 1 << 62, (1 << 64) - 1])
+def test_a_start_out_of_range_is_refused(quick, number):
+    async def test():
+        net = Network()
+        b = await node(net, "berta").start()
+        peer = await Hostile.dial(net, "berta", b.key)
+        link = await b.__anext__()
+        await peer.say(frame(minitor._START, number), unit(b"x"))
+        assert await peer.is_cut() and isinstance(link.error, minitor.ProtocolError)
+        crash(b)
+
+    run(test())
+
+
+def test_a_peer_that_hangs_up_after_the_handshake_is_a_TorError(quick):
+    async def test():
+        net = Network()
+        key = minitor.load_identity(b"hostile".ljust(32, b"."))
+        state = minitor.pack(minitor._STATE, b"l" * 8, 0, b"i" * 16, bytes(16), 0, 0, 1 << 24, 0)
+
+        async def accept(stream):
+            pipe = minitor._Pipe(stream, True)
+            await minitor._welcome(pipe, key)
+            await pipe.write(state)
+
+        net.accepts["hostile:7717"] = accept
+        async with node(net, "anna") as a:
+            with pytest.raises(minitor.PeerError, match="the connection ended"):
+                await a.link(key[1], "hostile:7717", retry=False).ready(5)
+            found = minitor.Discovery.over(a, True)
+            with pytest.raises(minitor.DiscoveryError):
+                await found.join([(key[1], "hostile:7717")])
+            assert await found.discover("x") == []
+
+    run(test())
+
+
+def test_a_dead_way_is_noticed_while_a_write_waits(quick, monkeypatch):
+    monkeypatch.setattr(minitor.Node, "keepalive", 0.2)
+
+    async def test():
+        net, told = Network(), []
+        a, b, link, back = await pair(net, on_event=lambda *what: told.append(what))
+        await link.ready(5)
+        await link.send(b"one")
+        await back.receive(5)
+        while link._pipe.asked is not None or not link._pipe.pinged:
+            await asyncio.sleep(0)
+
+        async def never(*_):
+            await asyncio.Event().wait()
+
+        stream, link._pipe.pinged = link._pipe.stream, minitor.time.monotonic()
+        stream.write = stream.read = stream.other.read = stream.other.write = never
+        a.transport.dial = never
+        await link.send(b"two")
+        while link.up or back.up:
+            await asyncio.sleep(0.01)
+        downs = [detail for who, event, detail in told if event == "down" and who is link]
+        assert isinstance(downs[0], minitor.TorTimeout)
+        crash(a)
+        crash(b)
+
+    run(test(), 10)
+
+
+def test_who_is_sent_much_at_a_slow_pace_is_alive(quick, monkeypatch):
+    """Its answer to a question waits behind that, and so does the question."""
+    monkeypatch.setattr(minitor.Node, "keepalive", 1)
+
+    async def test():
+        net, told = Network(), []
+        a, b, link, back = await pair(net, on_event=lambda *what: told.append(what[1]))
+        await link.ready(5)
+        stream = link._pipe.stream
+        write = stream.write
+
+        async def slowly(data):
+            for i in range(0, len(data), 1000):
+                await asyncio.sleep(0.1)
+                await write(data[i : i + 1000])
+
+        stream.write = slowly
+        await link.send(bytes(60000))
+        assert len(await back.receive(30)) == 60000 and "down" not in told
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
 def test_a_link_survives_somebody_else_and_garbage(quick):
     async def test():
         net = Network()
@@ -776,6 +890,9 @@ def test_many_identities_find_an_end(quick):
             peer.pipe.stream.close()
             await asyncio.sleep(0)
         assert len(b.links) <= 5 and len(b._new) <= 5
+        # Though something is to be sent to those who are gone.
+        for link in b.links.values():
+            await link.send(b"welcome")
         held = [await Hostile.dial(net, "berta", b.key, "held%d" % i) for i in range(5)]
         with pytest.raises((OSError, EOFError)):
             await Hostile.dial(net, "berta", b.key, "late")
@@ -831,7 +948,7 @@ def test_the_wrong_peer_is_told_apart():
 
             # Who knows Carla's key, and has not her secret.
             async def false(stream):
-                await minitor._welcome(minitor._Pipe(stream), (b.identity[0], c.key))
+                await minitor._welcome(minitor._Pipe(stream, True), (b.identity[0], c.key))
 
             net.accepts["carla"] = false
             with pytest.raises(minitor.WrongPeer):
@@ -846,11 +963,11 @@ def test_nobody_is_who_signs_with_another_key():
         async with node(net, "berta") as b:
             mallory = minitor.load_identity(b"m" * 32)
             anna = minitor.load_identity(b"a" * 32)
-            pipe = minitor._Pipe(await net.dial("berta"))
+            pipe = minitor._Pipe(await net.dial("berta"), True)
             with pytest.raises(EOFError):
                 await minitor._greet(pipe, (mallory[0], anna[1]), b.key, lambda: bytes(69))
             # Nor Berta herself.
-            pipe = minitor._Pipe(await net.dial("berta"))
+            pipe = minitor._Pipe(await net.dial("berta"), True)
             with pytest.raises(EOFError):
                 await minitor._greet(pipe, b.identity, b.key, lambda: bytes(69))
             assert not b.links
@@ -945,7 +1062,93 @@ def test_what_is_changed_on_the_way_never_arrives(quick, monkeypatch):
     run(every())
 
 
+def test_two_who_flush_both_hear_of_what_is_lost(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"one")
+        while not back._inbox:
+            await asyncio.sleep(0)
+        flushing = asyncio.gather(link.flush(5), link.flush(5), return_exceptions=True)
+        await asyncio.sleep(0)
+        crash(b)
+        b = await node(net, "berta").start()
+        errors = await flushing
+        assert [type(e) for e in errors] == [minitor.LinkError] * 2 and errors[0].lost == [b"one"]
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_closing_tells_what_a_peer_that_started_anew_forgot(quick):
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"one")
+        while not back._inbox:
+            await asyncio.sleep(0)
+        crash(b)
+        b = await node(net, "berta").start()
+        while not link._lost:
+            await asyncio.sleep(0.001)
+        with pytest.raises(minitor.LinkError) as e:
+            await link.close()
+        assert e.value.lost == [b"one"]
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
+def test_the_end_of_a_node_names_all_that_is_lost_and_leaves_nothing(quick):
+    async def test():
+        net = Network()
+        a = await node(net, "anna").start()
+        for i in range(3):
+            await a.link(bytes([i]) * 32, "nobody").send(b"%d" % i)
+        waiting = await net.dial("anna")
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(a.close(9))
+        await asyncio.sleep(0.01)
+        links = list(a.links.values())
+        # Cancelled, it ends what it can no longer wait for.
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert waiting.ended and "anna" not in net.accepts and not a.links
+        assert all(link.closed for link in links)
+
+        b = await node(net, "berta").start()
+        for i in range(3):
+            await b.link(bytes([i]) * 32, "nobody").send(b"%d" % i)
+        with pytest.raises(minitor.LinkError) as e:
+            await b.close(0)
+        assert sorted(e.value.lost) == [b"0", b"1", b"2"]
+
+    run(test())
+
+
 # ─── Blocking twins ───
+
+
+def test_two_threads_close_a_node():
+    with minitor.BlockingNode(b"b" * 32, minitor.DirectTransport()) as b:
+        a = minitor.BlockingNode(b"a" * 32, minitor.DirectTransport())
+        link = a.link(b.key, b.address).ready(5)
+        link.send(b"last words")
+        back, ends = next(b), []
+
+        def close():
+            a.close()
+            ends.append(None)
+
+        threads = [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert back.receive(5) == b"last words"
+        for thread in threads:
+            thread.join(10)
+        assert len(ends) == 2
 
 
 def test_blocking_nodes_and_links():
@@ -1126,6 +1329,113 @@ def test_a_node_over_tor():
         with pytest.raises(minitor.AddressError):
             await minitor.TorTransport(tor).dial("127.0.0.1:80")
 
+    run(test())
+
+
+def test_anothers_onion_service_reads_nothing(quick):
+    """What is private towards the address that was dialled, is not towards another peer."""
+    async def test():
+        tor, seen = Tor(Network()), []
+        a, b, m = [minitor.load_identity(bytes([i]) * 32) for i in range(3)]
+        anna = await minitor.Node(a, minitor.TorTransport(tor, a)).start()
+        berta = await minitor.Node(b, minitor.TorTransport(tor, b)).start()
+        middle = minitor.TorTransport(tor, m)
+
+        async def accept(stream):
+            on = await minitor.TorTransport(tor).dial(berta.address)
+
+            async def move(source, sink):
+                while data := await source.read(1 << 16):
+                    seen.append(data)
+                    await sink.write(data)
+
+            await asyncio.gather(move(stream, on), move(on, stream))
+
+        await middle.listen(accept)
+        for address, hidden in (middle.address, True), (berta.address, False):
+            link = anna.link(berta.key, address)
+            await link.send(b"for Berta")
+            assert await (await berta.__anext__()).receive(5) == b"for Berta"
+            assert (link._pipe._out is not None) == hidden
+            await link.close()
+        assert seen and b"for Berta" not in b"".join(seen)
+        await anna.close()
+        await berta.close()
+
+    run(test())
+
+
+def test_a_connection_that_comes_about_as_nobody_wants_it_is_closed():
+    closed = []
+
+    async def test():
+        there = asyncio.Event()
+
+        class Writer:
+            def close(self):
+                closed.append(self)
+
+        async def opening():
+            await there.wait()
+            return None, Writer()
+
+        dialing = asyncio.ensure_future(minitor._told_apart(opening(), "somewhere", 5))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        there.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+            if dialing.done():
+                break
+            dialing.cancel()
+        await asyncio.wait([dialing])
+        assert dialing.cancelled() and len(closed) == 1
+
+    run(test())
+
+
+def test_who_takes_nothing_keeps_no_socket(monkeypatch):
+    monkeypatch.setattr(minitor, "_CLOSE_SECONDS", 0.05)
+
+    async def test():
+        ours = []
+
+        async def accept(stream):
+            ours.append(stream)
+            await asyncio.wait([asyncio.ensure_future(stream.write(bytes(32 << 20)))], timeout=0.1)
+
+        transport = minitor.DirectTransport()
+        await transport.listen(accept)
+        reader, writer = await asyncio.open_connection(*transport.address.split(":"))
+        while not ours:
+            await asyncio.sleep(0.01)
+        socket = ours[0]._writer.get_extra_info("socket")
+        ours[0].close()
+        while socket.fileno() >= 0:
+            await asyncio.sleep(0.01)
+        writer.close()
+        await transport.close()
+
+    run(test(), 10)
+
+
+def test_a_node_that_cannot_start_does_not_listen():
+    class Failing:
+        address = "nowhere"
+
+        async def listen(self, accept):
+            raise minitor.CircuitError("no network")
+
+        async def close(self):
+            pass
+
+    async def test():
+        direct = minitor.DirectTransport()
+        with pytest.raises(minitor.CircuitError):
+            await node_of(minitor.HybridTransport(Failing(), direct)).start()
+        assert not direct._server.is_serving()
+
+    node_of = lambda transport: minitor.Node(b"h" * 32, transport)
     run(test())
 
 

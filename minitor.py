@@ -10520,7 +10520,8 @@ class Calls:
     """Calls to peers and from them, over links of `node` with that `protocol`.
 
     `answer`: function or coroutine function(key, request): the reply (bytes) to the peer with that
-    public key.  A link is closed when it was not used for `idle` seconds.
+    public key; a coroutine is cancelled when its link ends.  A link is closed when it was not used
+    for `idle` seconds.
     """
 
     def __init__(self, node, protocol, answer=None, idle=60, largest=1 << 20):
@@ -10581,6 +10582,8 @@ class Calls:
             error = e if isinstance(e, LinkError) else LinkError(str(e))
         finally:
             del self._turns[link]
+            for task in replies:
+                task.cancel()
             for (other, _), promise in list(self._waiting.items()):
                 if other is link:
                     promise.set(error=error)
@@ -10589,9 +10592,12 @@ class Calls:
             except TorError:
                 pass  # what was not sent is nobody's reply any more
 
-    async def _reply(self, link, head, reply):
+    async def _reply(self, link, number, request):
         try:
-            await link.send(head + (reply if isinstance(reply, bytes) else await reply))
+            reply = self._answer(link.peer, request)
+            if not isinstance(reply, bytes):
+                reply = await reply
+            await link.send(pack(">BI", 1, number) + reply)
         except TorError as e:
             log(INFO, "a call is not answered: %s", e)
 
@@ -10607,8 +10613,7 @@ class Calls:
             require(self._answer, "a call, and nobody is there who answers")
             require(len(replies) < 2 * _CALLS_AT_ONCE, "too many calls at once")
             # Beside: it may call who asks, and who asks may take no more before we do.
-            reply = self._answer(link.peer, message[5:])
-            task = spawn(self._reply(link, pack(">BI", 1, number), reply))
+            task = spawn(self._reply(link, number, message[5:]))
             replies.add(task)
             task.add_done_callback(replies.discard)
         elif (link, number) in self._waiting:

@@ -850,6 +850,9 @@ def test_many_calls_both_ways_wait_for_each_other_and_end():
                 await link.send(bytes([0, 0, 0, 0, i]))
             with pytest.raises(minitor.LinkError):
                 await link.receive(20)
+            # And nobody works for it any more.
+            while len(asyncio.all_tasks()) > minitor._CALLS_AT_ONCE:
+                await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

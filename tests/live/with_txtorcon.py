@@ -26,7 +26,9 @@ def main(reactor, path, socks_port, target_port):
     found["pid"], found["dirtiness"] = state.tor_pid, config.MaxCircuitDirtiness
     # A circuit of its own choice, and a request through that.
     guard = list(state.entry_guards.values())[0]
-    others = [r for r in state.routers_by_hash.values() if "exit" in r.flags and r is not guard]
+    # The last one has to exit to any port: not the network's exit to 80 and 443.
+    others = [r for r in state.routers_by_hash.values()
+              if "exit" in r.flags and r is not guard and not r.name.endswith("web")]
     path = [guard] + others[:2]
     circuit = yield state.build_circuit(path)
     yield circuit.when_built()

@@ -93,7 +93,7 @@ else:
         finally:
             if task.cancel():
                 await asyncio.wait([task])
-            elif not task.cancelled():
+            if not task.cancelled():
                 task.exception()  # or what nobody asked for would be warned about
 
     ticks_ms = lambda: int(time.monotonic() * 1000)

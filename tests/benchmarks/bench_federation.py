@@ -15,6 +15,8 @@ Whether all logs are the same is checked.
 import argparse
 import asyncio
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,11 +30,12 @@ sys.path[:0] = [str(TESTS.parent / "examples"), str(TESTS.parent), str(TESTS)]
 
 import federation  # noqa: E402
 import minitor  # noqa: E402
-from tornet import TorNet  # noqa: E402
+from tornet import TorNet, TorNetError  # noqa: E402
 
 SETTINGS = ("direct", "direct-cut", "tor", "tor-delay", "tor-cut")
 DELAY = 0.1
-SPACE = "minitor-bench"
+# Of this run alone: others may be measuring, too.
+SPACE = "minitor-bench-%d" % os.getpid()
 
 
 def say(text):
@@ -263,11 +266,10 @@ def netem():
         # Relays send from addresses of their own.
         rule = "filter add dev lo parent 1: protocol ip u32 match ip %s 127.0.0.1/32 flowid 1:4"
         commands.append(tc + (rule % way).split())
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "ip and tc are not installed (Debian: apt-get install iproute2)"
     for command in commands:
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        except OSError as e:
-            return str(e)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             return "%s: %s" % (" ".join(command), done.stdout.decode().strip())
     return None
@@ -275,8 +277,8 @@ def netem():
 
 def in_namespace(seconds):
     """Return the reports of tor-delay there, or None and why it cannot be."""
-    why = netem()
     try:
+        why = netem()
         if why:
             return None, why
         with tempfile.NamedTemporaryFile("r") as file:
@@ -285,7 +287,8 @@ def in_namespace(seconds):
                            check=True, stdout=subprocess.DEVNULL)
             return json.load(file)["reports"]["tor-delay"], None
     finally:
-        subprocess.run(["ip", "netns", "del", SPACE], stderr=subprocess.DEVNULL)
+        if shutil.which("ip"):
+            subprocess.run(["ip", "netns", "del", SPACE], stderr=subprocess.DEVNULL)
 
 
 def table(rows):
@@ -342,7 +345,7 @@ def main():
         if options.member:
             return asyncio.run(work(json.loads(options.member)))
         run(options)
-    except (RuntimeError, minitor.TorError) as e:
+    except (RuntimeError, TorNetError, minitor.TorError, subprocess.CalledProcessError) as e:
         sys.exit("bench: %s" % e)
 
 

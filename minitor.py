@@ -93,7 +93,7 @@ else:
         finally:
             if task.cancel():
                 await asyncio.wait([task])
-            elif not task.cancelled():
+            if not task.cancelled():
                 task.exception()  # or what nobody asked for would be warned about
 
     ticks_ms = lambda: int(time.monotonic() * 1000)
@@ -8442,8 +8442,8 @@ class ControlListener:
             control = Control(self._daemon, reader, writer)
             control.known = self._known
             await control.serve()
-        except (OSError, EOFError):
-            pass  # it went away, or sent a line without end
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # it went away, or sent a line without end; or this ends
         except Exception as e:
             log(ERR, "bug: %s at the control port: %s", type(e).__name__, e)
             if _log[0] == DEBUG:
@@ -9254,6 +9254,8 @@ class DirectTransport:
         async def serve(reader, writer):
             try:
                 await accept(PeerStream(reader, writer, private))
+            except asyncio.CancelledError:
+                pass  # the program ends: asyncio 3.11 would print it
             finally:
                 writer.close()
 

@@ -31,10 +31,12 @@ it had not got into the log is lost.  If all are started anew, so is the log.
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -495,6 +497,11 @@ async def take_lines(federation, every):
 
 
 async def run(key, members, direct, every):
+    with contextlib.suppress(NotImplementedError):  # Windows
+        # Before Python 3.11 KeyboardInterrupt would come in the midst of any task, and end them
+        # all before what they have to say to the others is said.
+        cancel = asyncio.current_task().cancel
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, cancel)
     names = [minitor.onion_address(key)[:8] for key in sorted(members)]
 
     def show(number, batches, digest):
@@ -537,7 +544,7 @@ def main():
         asyncio.run(run(options.key, read_members(lines), options.direct, options.every))
     except (minitor.TorError, OSError) as e:
         sys.exit("federation: %s" % e)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         pass
 
 

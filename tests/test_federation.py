@@ -3,8 +3,11 @@
 import asyncio
 import os
 import random
+import re
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import minitor
@@ -447,6 +450,14 @@ def test_who_starts_anew_gets_what_is_kept(monkeypatch):
     four(test)
 
 
+# KeyboardInterrupt comes wherever the program is, as before Python 3.11.
+OLD = """import runpy, signal, sys
+signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_the_program(tmp_path):
     program, lines, ports = [Path(federation.__file__), "--key"], [], []
     for i in range(4):
@@ -457,11 +468,18 @@ def test_the_program(tmp_path):
             lines.append("%s %s\n" % (one.out.strip(), ports[i]))
     (tmp_path / "members").write_text("# ours\n" + "".join(lines))
     rest = ["--members", tmp_path / "members", "--every", 0.2, "--direct"]
-    four = [Program(program + [tmp_path / str(i)] + rest + [ports[i]]) for i in range(4)]
+    old = {"interpreter": (sys.executable, "-c", OLD)}
+    four = [Program(program + [tmp_path / str(i)] + rest + [ports[i]], **old if i % 2 else {})
+            for i in range(4)]
     try:
         wait_for(lambda: all(one.out.count("\n") > 8 for one in four), 60, "agreement")
+        assert four[0].interrupt() == 0
+        # While these wait for the one that left, they are interrupted again.
+        for one in four[1:]:
+            one.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
         for one in four:
-            assert one.interrupt() == 0 and one.err.startswith("this member is "), one.err
+            assert one.interrupt() == 0 and re.match("this member is .{8}\n$", one.err), one.err
         assert len({tuple(one.out.splitlines()[:8]) for one in four}) == 1
     finally:
         for one in four:

@@ -1466,3 +1466,18 @@ def test_a_direct_connection_is_made_only_where_it_was_allowed():
             assert not link.up
 
     run(test())
+
+
+def test_a_stranger_who_is_there_at_the_end_leaves_no_traceback():
+    warnings = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: warnings.append(what))
+        async with minitor.Node(bytes(32), minitor.DirectTransport()) as node:
+            host, port = minitor.split_address(node.address)
+            await asyncio.open_connection(host, port)
+            while not node._greetings:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert not warnings

@@ -1,6 +1,7 @@
 """AsyncTor and Tor over a network of one process: circuits whose streams are TCP connections."""
 
 import asyncio
+import gc
 import http.client
 import os
 import socket
@@ -551,6 +552,37 @@ def test_interrupting_a_call(tor, monkeypatch):
         tor.resolve("example.com")
     assert ended.wait(5)
     monkeypatch.undo()
+
+
+def test_cancelling_what_waits():
+    warnings = []
+
+    async def fail(started):
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise OSError("at its end")
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: warnings.append(what))
+        # As the work is done; while it goes on.
+        done, started = asyncio.Event(), asyncio.Event()
+        works = done.wait(), fail(started)
+        tasks = [asyncio.ensure_future(minitor.wait_for(work, 60)) for work in works]
+        await started.wait()
+        done.set()
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        assert await asyncio.wait(tasks, timeout=5) == (set(tasks), set())
+        assert all(task.cancelled() for task in tasks)
+        with pytest.raises(asyncio.TimeoutError):
+            await minitor.wait_for(fail(started), 0.01)
+
+    asyncio.run(main())
+    gc.collect()
+    assert not warnings
 
 
 def test_loop_must_not_wait_for_itself(tor):

@@ -6,7 +6,7 @@ Settings: direct, direct-cut, tor, tor-delay, tor-cut.  Every member has an entr
 waits until its own log has it, and goes on with the next: latency is the time of that, and a round
 mostly has an entry of each.  Tor is the private network (tests/tornet.py), all on this machine.
 delay: 100 ms more for each round trip between two members, by netem in a network namespace of its
-own where the kernel has that (a quarter of it between a member and its guard, each way), else in
+own where the kernel has that (a fourteenth on each of seven links, each way), else in
 the members' transports; it says which.  cut: one member is cut off for a third of the time; told
 are the other three, and how long it takes the one to have all they had when it was let back.
 Whether all logs are the same is checked.
@@ -15,6 +15,8 @@ Whether all logs are the same is checked.
 import argparse
 import asyncio
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,11 +30,12 @@ sys.path[:0] = [str(TESTS.parent / "examples"), str(TESTS.parent), str(TESTS)]
 
 import federation  # noqa: E402
 import minitor  # noqa: E402
-from tornet import TorNet  # noqa: E402
+from tornet import TorNet, TorNetError  # noqa: E402
 
 SETTINGS = ("direct", "direct-cut", "tor", "tor-delay", "tor-cut")
 DELAY = 0.1
-SPACE = "minitor-bench"
+# Of this run alone: others may be measuring, too.
+SPACE = "minitor-bench-%d" % os.getpid()
 
 
 def say(text):
@@ -251,23 +254,23 @@ def judge(setting, reports):
 
 
 def netem():
-    """Make a network namespace in which members reach their guards late; return why not."""
+    """Make a network namespace in which all that goes to or from a relay is late; why not."""
     enter = ["ip", "netns", "exec", SPACE]
     tc = enter + ["tc"]
-    late = "%dus" % (DELAY / 4 * 1e6)
+    # Three relays, another three, and the rendezvous point.
+    late = "%dus" % (DELAY / 14 * 1e6)
     commands = [
         ["ip", "netns", "add", SPACE], enter + ["ip", "link", "set", "lo", "up"],
         tc + "qdisc add dev lo root handle 1: prio bands 4 priomap".split() + ["0"] * 16,
         tc + "qdisc add dev lo parent 1:4 handle 40: netem delay".split() + [late]]
     for way in ("src", "dst"):
-        # Relays send from addresses of their own.
+        # Relays, too, dial from there: tor binds to no address where it is for loopback.
         rule = "filter add dev lo parent 1: protocol ip u32 match ip %s 127.0.0.1/32 flowid 1:4"
         commands.append(tc + (rule % way).split())
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "ip and tc are not installed (Debian: apt-get install iproute2)"
     for command in commands:
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        except OSError as e:
-            return str(e)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             return "%s: %s" % (" ".join(command), done.stdout.decode().strip())
     return None
@@ -275,8 +278,8 @@ def netem():
 
 def in_namespace(seconds):
     """Return the reports of tor-delay there, or None and why it cannot be."""
-    why = netem()
     try:
+        why = netem()
         if why:
             return None, why
         with tempfile.NamedTemporaryFile("r") as file:
@@ -285,7 +288,8 @@ def in_namespace(seconds):
                            check=True, stdout=subprocess.DEVNULL)
             return json.load(file)["reports"]["tor-delay"], None
     finally:
-        subprocess.run(["ip", "netns", "del", SPACE], stderr=subprocess.DEVNULL)
+        if shutil.which("ip"):
+            subprocess.run(["ip", "netns", "del", SPACE], stderr=subprocess.DEVNULL)
 
 
 def table(rows):
@@ -342,7 +346,7 @@ def main():
         if options.member:
             return asyncio.run(work(json.loads(options.member)))
         run(options)
-    except (RuntimeError, minitor.TorError) as e:
+    except (RuntimeError, TorNetError, minitor.TorError, subprocess.CalledProcessError) as e:
         sys.exit("bench: %s" % e)
 
 

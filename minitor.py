@@ -4328,7 +4328,9 @@ class Directory:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
                 # Others are asked by turns.
                 self._near = MICROPYTHON and (isinstance(e, SHORT) or not self._near)
-                delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
+                # In the end as often as there is a new one: on the public network each hour.
+                c, least = self.consensus, 2 if self.network.testing else 30
+                delay = min(delay * 2 or least, c.fresh_until - c.valid_after)
                 await asyncio.sleep(delay + randbelow(delay))
 
     async def _renew(self):

@@ -4225,7 +4225,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
     except (ValueError, KeyError, IndexError, EOFError):
         raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
-    while data := await stream.read(65536):
+    while data := await stream.read(PIECE):
         size += len(data)
         while data:
             decoder, most = decoder or make(), min(limit, _MAX_PIECE)

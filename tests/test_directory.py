@@ -147,6 +147,14 @@ def test_http_get_and_post():
     assert b"Accept-Encoding: identity, x-tor-lzma, deflate\r\n" in stream.sent
 
 
+def test_on_a_board_an_answer_is_taken_piece_by_piece(monkeypatch):
+    """Parsers join and cut what they get: three times what has come is more than there is."""
+    monkeypatch.setattr(minitor, "PIECE", 478)
+    pieces, data = [], bytes(range(256)) * 20
+    request(answer(data), 1 << 20, pieces.append, size=100000)
+    assert b"".join(pieces) == data and max(map(len, pieces)) <= 478
+
+
 @pytest.mark.parametrize("size", [1, 10, 100000])
 @pytest.mark.parametrize("encoding, pack", [("deflate", zlib.compress), ("x-tor-lzma", alone)])
 def test_compression(encoding, pack, size):

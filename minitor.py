@@ -4225,7 +4225,7 @@ async def http_request(stream, path, limit, sink=None, body=None):
     except (ValueError, KeyError, IndexError, EOFError):
         raise ProtocolError("the directory's answer is no HTTP")
     decoder, pieces, size = None, [], 0
-    while data := await stream.read(65536):
+    while data := await stream.read(PIECE):
         size += len(data)
         while data:
             decoder, most = decoder or make(), min(limit, _MAX_PIECE)
@@ -4281,8 +4281,9 @@ class Directory:
         self.table = self.consensus = self.paths = None
         # `_near`: over the link of its circuits alone, as another is dear.
         self._certs, self._percent, self._failures, self._near = {}, 0, 0, MICROPYTHON
-        # Who needs much memory, to refresh or to publish.
-        self.turn = Turn()
+        # Who needs much memory, to refresh or to publish; and who needs it for a moment, to judge a
+        # consensus or to answer an introduction.
+        self.turn, self.moment = Turn(), Turn()
 
     def _report(self, percent, tag, summary):
         if percent > self._percent:
@@ -4327,7 +4328,9 @@ class Directory:
                 log(NOTICE, "The directory could not be refreshed: %s", e)
                 # Others are asked by turns.
                 self._near = MICROPYTHON and (isinstance(e, SHORT) or not self._near)
-                delay = min(delay * 2 or (2 if self.network.testing else 30), 3600)
+                # In the end as often as there is a new one: on the public network each hour.
+                c, least = self.consensus, 2 if self.network.testing else 30
+                delay = min(delay * 2 or least, c.fresh_until - c.valid_after)
                 await asyncio.sleep(delay + randbelow(delay))
 
     async def _renew(self):
@@ -4418,7 +4421,11 @@ class Directory:
     async def _consensus_from(self, circuit):
         # A new RelayTable and its Consensus.
         table, consensus = await self._unverified(circuit)
-        await self._verify(consensus, circuit)
+        async with self.moment:
+            if MICROPYTHON:
+                make_room(self._channels.open.values())  # clients came since
+            table.finish(consensus, self.table)
+            await self._verify(consensus, circuit)
         return table, consensus
 
     async def _unverified(self, circuit):
@@ -4430,10 +4437,7 @@ class Directory:
         wanted = "+".join([i[:3].hex() for i in sorted(identities)]).upper()
         path = "/tor/status-vote/current/consensus-microdesc/" + wanted
         await directory_request(circuit, path, 32 << 20, parser.feed)
-        # What the parser holds is not needed any more.
-        consensus, parser = parser.finish(), None
-        table.finish(consensus, self.table)
-        return table, consensus
+        return table, parser.finish()
 
     async def _verify(self, consensus, circuit):
         identities = self.network.identities
@@ -4445,7 +4449,7 @@ class Directory:
             path = "/tor/keys/fp-sk/" + "+".join(pairs).upper()
             try:
                 sink = CertParser(self._certs, identities).feed
-                await directory_request(circuit, path, 1 << 17, sink)
+                await directory_request(circuit, path, 1 << 17, sink, seconds=120)
             except DirectoryError as e:
                 log(INFO, "Authority certificates are missing: %s", e)
         consensus.verify(self._certs, identities)
@@ -4714,8 +4718,6 @@ def load_onion_keys(folder):
 INTRO_POINTS = 3
 # Introductions in a second; tasks, about one a circuit; streams on one; uploads at once.
 _RATE, _MAX_TASKS, _MAX_STREAMS, _UPLOADS = (2, 11, 8, 1) if MICROPYTHON else (25, 1024, 512, 4)
-# Introductions that are answered at once.
-_ANSWERS = 1 if MICROPYTHON else 1024
 # An introduction point lives for once or twice as many: this bounds memory, too.
 _INTRODUCTIONS = 512 if MICROPYTHON else 16384
 # Of a rendezvous cookie so many bytes are kept, to know it again.
@@ -4789,7 +4791,6 @@ class OnionService:
         self.intros, self.circuits, self._tasks, self._launched = [], [], [], [0] * 10
         # `_tokens`: introductions that may be answered now; `_shown`: those published.
         self._tokens, self._shown, self._periods, self._published = 8 * _RATE, (), (), Promise()
-        self._answers = 0
 
     async def start(self):
         self._tasks.append(spawn(lasting(self._keep_intros, self._wanted)))
@@ -4998,28 +4999,24 @@ class OnionService:
     async def _answer(self, intro, body):
         # Meet the client of INTRODUCE2 (3.3, 4).
         circuit, param = None, self.tor.paths.param
-        while self._answers >= _ANSWERS:
-            await asyncio.sleep(0.1)
-        self._answers += 1
         try:
-            subcreds = [period[3] for period in self._periods]
-            target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
-            used = any([cookie[:_COOKIE] in i.cookies for i in self.intros])
-            require(not used, "its rendezvous cookie was used before")
-            intro.cookies += cookie[:_COOKIE]
-            intro.left -= 1
-            attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
-            circuit = await self.tor.circuit_to(target, attempts)
-            circuit.send(RENDEZVOUS1, 0, answer)
-            circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
-            circuit.on_begin = self._begin
-            self.circuits.append(circuit)
+            async with self.tor.directory.moment:
+                subcreds = [period[3] for period in self._periods]
+                target, cookie, answer, keys = hs_ntor_service(intro, subcreds, body)
+                used = any([cookie[:_COOKIE] in i.cookies for i in self.intros])
+                require(not used, "its rendezvous cookie was used before")
+                intro.cookies += cookie[:_COOKIE]
+                intro.left -= 1
+                attempts = param("hs_service_max_rdv_failures", 2, 1, 10)
+                circuit = await self.tor.circuit_to(target, attempts)
+                circuit.send(RENDEZVOUS1, 0, answer)
+                circuit.add_onion_hop(keys, True, congestion_control(param, target.flow))
+                circuit.on_begin = self._begin
+                self.circuits.append(circuit)
         except (MemoryError, TorError) as e:
             log(INFO, "an introduction came to nothing: %s", e)
             if circuit:
                 circuit.close()
-        finally:
-            self._answers -= 1
 
     async def _begin(self, stream, port):
         circuit, target = stream.circuit, self.ports.get(port)

@@ -55,9 +55,15 @@ class Board(Program):
         """Return (live, peak) of each sample since the service is there."""
         return [tuple(map(int, pair)) for pair in re.findall(STILL, self.out)]
 
+    def said(self, lines=40):
+        """Return the end of its log, codes explained: what is no mere information, with times."""
+        codes = builds.build("board").codes
+        found = self.err.splitlines()[-lines:]
+        return "\n".join(builds.compress.explain(line, codes) for line in found)
+
     def __exit__(self, kind, *_):
         if kind:
-            print("the board said:", self.out[-6000:], self.err[-2500:])
+            print("the board said:", self.out[-6000:], self.said())
         super().__exit__()
 
     def refusals(self):

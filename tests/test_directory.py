@@ -147,6 +147,14 @@ def test_http_get_and_post():
     assert b"Accept-Encoding: identity, x-tor-lzma, deflate\r\n" in stream.sent
 
 
+def test_on_a_board_an_answer_is_taken_piece_by_piece(monkeypatch):
+    """Parsers join and cut what they get: three times what has come is more than there is."""
+    monkeypatch.setattr(minitor, "PIECE", 478)
+    pieces, data = [], bytes(range(256)) * 20
+    request(answer(data), 1 << 20, pieces.append, size=100000)
+    assert b"".join(pieces) == data and max(map(len, pieces)) <= 478
+
+
 @pytest.mark.parametrize("size", [1, 10, 100000])
 @pytest.mark.parametrize("encoding, pack", [("deflate", zlib.compress), ("x-tor-lzma", alone)])
 def test_compression(encoding, pack, size):
@@ -402,6 +410,59 @@ def test_bootstrap_and_refresh_on_flash(net, tmp_path, on_flash):
         i = table.find(r.rsa_id)
         assert table.relay(i).ntor_key == r.ntor_key
         assert table.exit_allows(i, 80) == ("accept 80" in r.policy)
+
+
+def test_on_a_board_a_consensus_is_judged_while_nothing_is_answered(net, tmp_path, on_flash):
+    """That takes much memory for a moment, as an introduction's answer does."""
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    setup.bootstrap()
+    setup.refresh(full)
+    directory, asked = setup.directory, setup.mirrors[0].asked
+    net.valid_after += 60
+
+    async def main():
+        asked.clear()
+        directory.moment = asyncio.Lock()
+        async with directory.moment:
+            task = asyncio.ensure_future(directory._ask(directory._consensus_from))
+            while not setup.mirrors[0].circuits[-1].closed and not asked:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            assert len(asked) == 1 and "consensus" in asked[0] and not task.done()
+        _, consensus = await task
+        assert "/keys/" in asked[1] and not directory.moment.locked()
+        assert consensus.valid_after == net.valid_after
+
+    directory._certs.clear()
+    asyncio.run(main())
+
+
+def test_refresh_that_fails_is_tried_again_within_the_life_of_a_consensus(net, tmp_path):
+    """However often it fails: with a directory too old, a service is where nobody looks."""
+    setup = Setup(tmp_path, net, [Mirror(net)])
+    directory, pauses = setup.bootstrap(), []
+    fresh = directory.consensus.fresh_until - directory.consensus.valid_after
+
+    async def renew():
+        raise MemoryError("memory allocation failed")
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) > 60:
+            raise KeyboardInterrupt
+
+    async def main():
+        with pytest.raises(KeyboardInterrupt):
+            await directory.refresh()
+
+    directory._renew, directory._next_time = renew, lambda: 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minitor.asyncio, "sleep", sleep)
+        asyncio.run(main())
+    waits = [seconds for seconds in pauses if seconds]
+    # Longer and longer, so as to be no burden.
+    assert 30 <= waits[0] < 60 <= waits[1] < 120
+    assert fresh <= waits[-1] < 2 * fresh and max(waits) < 2 * fresh
 
 
 def test_forged_consensuses_change_nothing_on_flash(net, tmp_path, on_flash):

@@ -82,8 +82,8 @@ class Stream:
 
 def fake_tor(testing=False, **fields):
     network = Thing(testing=testing)
-    turn = minitor.Turn()
-    directory = Thing(consensus=Consensus(), network=network, table=None, turn=turn)
+    turns = {"turn": minitor.Turn(), "moment": minitor.Turn()}
+    directory = Thing(consensus=Consensus(), network=network, table=None, **turns)
     caches = {"descriptors": {}}
     paths = Thing(param=directory.consensus.param, updates=0, online=1 << 40,
                   excluded=lambda relay: False)
@@ -246,6 +246,39 @@ def test_introductions_refused(service):
             service._introduced(intro, bad)
             await settle()
         assert len(service.built) == 1
+
+    asyncio.run(main())
+
+
+def test_on_a_board_one_answers_at_a_time_and_not_while_a_consensus_is_judged(service):
+    """There is no memory for both; who waits is answered then."""
+
+    async def main():
+        moment, gate = asyncio.Lock(), asyncio.Event()
+        service.tor.directory.moment = moment
+        right = service.tor.circuit_to
+
+        async def circuit_to(target=None, attempts=None):
+            circuit = await right(target, attempts)
+            await gate.wait()
+            return circuit
+
+        service.tor.circuit_to = circuit_to
+        await moment.acquire()
+        for n in range(3):
+            service._introduced(service.intros[0], introduce(service, bytes([n]) * 20)[0])
+        await settle()
+        assert service.built == [] and service.intros[0].left == 100
+        moment.release()
+        await settle()
+        assert len(service.built) == 1
+        gate.set()
+        await settle()
+        assert len(service.built) == len(service.circuits) == 3 and not moment.locked()
+        # What comes to nothing gives way, too.
+        service._introduced(service.intros[0], b"")
+        await settle()
+        assert not moment.locked()
 
     asyncio.run(main())
 

@@ -112,7 +112,7 @@ async def echo(reader, writer):
 def make_service(folder, port):
     consensus = thing(param=lambda name, default, low=0, high=0: default)
     directory = thing(consensus=consensus, network=thing(testing=True), table=None)
-    directory.turn = m.Turn()
+    directory.turn, directory.moment = m.Turn(), m.Turn()
     tor = thing(directory=directory, paths=thing(param=consensus.param, updates=0), services=[])
     tor._channels = thing(open={})
     service = hurt.OnionService(tor, folder + "/key", {80: echo, 81: port})

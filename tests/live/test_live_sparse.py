@@ -85,6 +85,18 @@ class Soak:
         self.periods.add(period)
         self.results[pair].append((time.monotonic() - self.started, state, period, worked, why))
 
+    def tell(self):
+        """Print what failed, and the board's log."""
+        for pair, results in self.results.items():
+            for when, state, period, worked, why in results:
+                if not worked:
+                    print("%s failed at %.0f s in state %s, period %d: %s" % (
+                        pair, when, state, period, why))
+        ago = time.monotonic() - self.started
+        began = time.strftime("%H:%M:%S", time.gmtime(time.time() - ago))
+        print("second 0 was at %s (UTC); the board's last samples of memory, and its log:" % began,
+              self.board.still()[-3:], self.board.said(), sep="\n")
+
     def stop(self):
         self.stopped.set()
         self.thread.join(120)
@@ -148,11 +160,7 @@ def test_time_periods_and_shared_random_values(soak):
     assert soak.error is None
     time.sleep(20)
     assert soak.states >= STATES and len(soak.periods) >= 2, (soak.states, soak.periods)
-    for pair, results in soak.results.items():
-        for when, state, period, worked, why in results:
-            if not worked:
-                print("%s failed at %.0f s in state %s, period %d: %s" % (
-                    pair, when, state, period, why))
+    soak.tell()
     for pair, results in soak.results.items():
         for state in STATES:
             tried = [r for r in results if r[1] == state]

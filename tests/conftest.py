@@ -48,12 +48,11 @@ class Lazy:
 
 def _sparse():
     # Descriptors lie at one directory, so a wrong hash ring finds nothing; and with votes every
-    # ten seconds a time period lasts four minutes.  Shared random values come after the first:
-    # a network that was slow to start is too old to see that.
+    # ten seconds a time period lasts four minutes.  Shared random values come at the end of one, so
+    # a network that was slow to start, or has just a minute until then, is too old to see the first.
     for left in (2, 1, 0):
-        started = time.monotonic()
         net = TorNet(interval=10, params=SPARSE)
-        if time.monotonic() - started < 100 or not left:
+        if not left or "shared-rand-" not in net.consensus() and time.time() % 240 < 170:
             return net
         net.stop()
 

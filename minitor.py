@@ -9424,7 +9424,7 @@ _COST = 200
 # As long a handshake may take, and the way to the peer; so many may be going on; the least that
 # may be on the way; so much, or for so long, is taken before that is acknowledged.
 HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
-_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 18, 0.05
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
 _STATE = ">8sI16s16sQQQB"
 
 

@@ -9974,7 +9974,7 @@ class Link:
             raise PeerError("another connection to that peer is there")
         self._cut(self._pipe, None)
         self._resume(pipe.hello)
-        self._pipe, self.error, self._bytes = pipe, None, 0
+        self._pipe, self.error = pipe, None
         self._ups += 1
         self._acked, self._mark = 0, time.monotonic()
         pipe.tasks = [spawn(self._read(pipe)), spawn(self._write(pipe)), spawn(self._watch(pipe))]

@@ -10162,8 +10162,8 @@ class Link:
             waited = time.monotonic() - pipe.asked if pipe.asked is not None else 0
             # An answer waits behind what is sent, at whatever pace.
             if silence > 2 * most or waited > 8 * most:
-                silence = "nothing came in %.1f s, no answer in %.1f" % (silence, waited)
-                return self._cut(pipe, TorTimeout(silence))
+                why = "nothing came in %.1f s, no answer in %.1f" % (silence, waited)
+                return self._cut(pipe, TorTimeout(why))
             if waited > max(1, 4 * (self.round_trip or 0)) and not self.lagging:
                 self.lagging = True
                 self._tell("lag", waited)

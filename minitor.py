@@ -5485,6 +5485,7 @@ class AsyncTor:
                 if not circuit.closed and e.reason not in again:
                     raise
                 circuit.since -= OUTDATED
+                circuit.refusal = e.reason
                 if last:
                     raise
 
@@ -8554,7 +8555,9 @@ class Daemon:
         if not isinstance(wish, Isolation):
             return await take(key, port, wish)
         if wish.tries:
-            self.tell(wish, "DETACHED", " REASON=END")
+            ended = wish.circuit.closed
+            why = "DESTROY" if ended else end_name(StreamError("", wish.circuit.refusal))
+            self.tell(wish, "DETACHED", " REASON=" + why)
         wish.circuit, wish.tries = None, wish.tries + 1
         if self.config["__LeaveStreamsUnattached"]:
             wish.choice = Promise()

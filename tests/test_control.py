@@ -578,6 +578,7 @@ def test_streams_wait_for_controllers(tmp_path, monkeypatch):
                 if len(circuit.opened) < 3:
                     stream = minitor.SimpleNamespace(circuit=circuit)
                     return stream, stream
+                circuit.refusal = 4
 
         tor._circuit, tor.open_connection = take, opens
         daemon._watch_streams(tor)
@@ -649,6 +650,7 @@ def test_streams_wait_for_controllers(tmp_path, monkeypatch):
     assert [event.split()[2] for event in told[5:12]] == [
         "NEW", "CONTROLLER_WAIT", "SENTCONNECT", "DETACHED", "CONTROLLER_WAIT", "SENTCONNECT",
         "SUCCEEDED"]
+    assert told[8].endswith(" REASON=END REMOTE_REASON=EXITPOLICY")
     assert told[14] == "STREAM %d CLOSED 0 %s.onion:80 REASON=CONNECTREFUSED" % (last, ONION)
     assert told[-1].endswith(" CLOSED 0 d.test:80 REASON=DONE")
 

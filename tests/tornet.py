@@ -348,7 +348,7 @@ class TorNet:
 
     def _pairs(self):
         return [",".join(pair) for pair in
-                itertools.combinations([r.fingerprint for r in self.relays], 2)]
+                itertools.permutations([r.fingerprint for r in self.relays], 2)]
 
     def _hum(self):
         pairs = self._pairs()
@@ -366,7 +366,8 @@ class TorNet:
         (circuitmux_append_destroy_cell), until another cell goes the same way.  Without traffic
         introduction points acknowledge for a service that has gone, and clients wait for minutes.
         So this sends cells over every link, once for each hop of a circuit; in the background
-        they hum along at a slower pace.
+        they hum along at a slower pace.  Two relays have two links here, one from either end: tor
+        does not bind what it connects to on loopback, so from 127.0.0.1 comes nobody it knows.
         """
         for _ in range(4):
             self._build(self.hummer, self._pairs())

@@ -140,7 +140,7 @@ def test_who_is_admitted_changes_with_sighup(daemon, clients):
         assert curl(alice, url, user=user, seconds=10).returncode != 0
         assert "Client authorization for requested onion address is invalid" in alice.log()
 
-    retry(refused, 120)
+    retry(refused, 60)
 
 
 def test_a_service_of_c_tor_for_some(daemon, theirs):

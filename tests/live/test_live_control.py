@@ -450,7 +450,8 @@ def test_txtorcon(daemon, target):
         found = json.loads(done.out)
     assert found["relays"] == 12 and found["guards"] and found["pid"] == daemon.pid
     assert found["dirtiness"] == 600 and found["path"] == found["wanted"]
-    assert found["attached"] == [found["circuit"]] and found["body"].encode() == HELLO
+    # Its exit may have refused: then the answer came from another.
+    assert found["attached"][0] == found["circuit"] and found["body"].encode() == HELLO
     assert found["current"] == found["onion"]
 
 

@@ -71,7 +71,7 @@ def test_restart_with_the_same_key(tornet, target, client, tmp_path):
         with serve(tornet, tmp_path, target.port) as again:
             assert again.address == address
             # This client still has the descriptor with the introduction points of before.
-            retry(lambda: curl_ok(client, "http://%s/" % address, seconds=30), 120)
+            retry(lambda: curl_ok(client, "http://%s/" % address, seconds=30), 60)
             reachable(client, address, 30)
             getattr(again, end)()
         tornet.settle(client)

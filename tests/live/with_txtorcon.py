@@ -16,6 +16,11 @@ class Listener(txtorcon.StreamListenerMixin):
     def stream_attach(self, stream, circuit):
         found["attached"].append(circuit.id)
 
+    def stream_detach(self, stream, **flags):
+        # The exit refused.  Who attaches streams has to do that again, as txtorcon does not.
+        print("detached:", flags, file=sys.stderr)
+        stream.circuit_container.protocol.queue_command("ATTACHSTREAM %d 0" % stream.id)
+
 
 @inlineCallbacks
 def main(reactor, path, socks_port, target_port):

@@ -1,4 +1,7 @@
-"""A program that uses txtorcon: `with_txtorcon.py SOCKET SOCKS-PORT TARGET-PORT`, prints JSON."""
+"""A program that uses txtorcon; prints JSON.
+
+    with_txtorcon.py SOCKET SOCKS-PORT TARGET-PORT FINGERPRINT    of a relay that is no last hop
+"""
 
 import json
 import sys
@@ -16,14 +19,9 @@ class Listener(txtorcon.StreamListenerMixin):
     def stream_attach(self, stream, circuit):
         found["attached"].append(circuit.id)
 
-    def stream_detach(self, stream, **flags):
-        # The exit refused.  Who attaches streams has to do that again, as txtorcon does not.
-        print("detached:", flags, file=sys.stderr)
-        stream.circuit_container.protocol.queue_command("ATTACHSTREAM %d 0" % stream.id)
-
 
 @inlineCallbacks
-def main(reactor, path, socks_port, target_port):
+def main(reactor, path, socks_port, target_port, avoid):
     tor = yield txtorcon.connect(reactor, UNIXClientEndpoint(reactor, path))
     state = yield tor.create_state()
     config = yield tor.get_config()
@@ -31,9 +29,8 @@ def main(reactor, path, socks_port, target_port):
     found["pid"], found["dirtiness"] = state.tor_pid, config.MaxCircuitDirtiness
     # A circuit of its own choice, and a request through that.
     guard = list(state.entry_guards.values())[0]
-    # The last one has to exit to any port: not the network's exit to 80 and 443.
     others = [r for r in state.routers_by_hash.values()
-              if "exit" in r.flags and r is not guard and not r.name.endswith("web")]
+              if "exit" in r.flags and r.id_hex not in (guard.id_hex, "$" + avoid)]
     path = [guard] + others[:2]
     circuit = yield state.build_circuit(path)
     yield circuit.when_built()
@@ -53,4 +50,4 @@ def main(reactor, path, socks_port, target_port):
     print(json.dumps(found))
 
 
-task.react(main, (sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+task.react(main, (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))

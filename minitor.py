@@ -84,6 +84,8 @@ else:
 
     async def wait_for(awaitable, seconds):
         # asyncio's loses a cancellation, before Python 3.12, that comes as the work is done.
+        if seconds is None:
+            return await awaitable
         task = asyncio.ensure_future(awaitable)
         try:
             await asyncio.wait([task], timeout=seconds)
@@ -9427,7 +9429,7 @@ _COST = 200
 # As long a handshake may take, and the way to the peer; so many may be going on; the least that
 # may be on the way; so much, or for so long, is taken before that is acknowledged.
 HANDSHAKE_SECONDS, DIAL_SECONDS, _GREETINGS = 30, 120, 64
-_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 20, 1 << 17, 0.05
+_WINDOW, _ACK_BYTES, _ACK_SECONDS = 1 << 22, 1 << 21, 0.5
 _STATE = ">8sI16s16sQQQB"
 
 
@@ -9740,6 +9742,8 @@ class Link:
         self._their_life, self._fresh, self._dropped, self._stale = b"", True, False, 0
         self._inbox, self._parts, self._unread = deque(), [], 0
         self._due = self._timer = None
+        # Whether an acknowledgement is waited for, here, and there.
+        self._hurry = self._pressed = False
         if node.journal:
             name = onion_address(peer)[:56] + ("." + protocol.encode().hex()) * bool(protocol)
             journal = self._journal = _Journal("%s/%s" % (node.journal, name), node.fsync)
@@ -9787,6 +9791,8 @@ class Link:
         async with self._turn:
             self._check()
             while self.buffered and self.buffered + cost > self.node.buffer:
+                self._hurry = True
+                self._wake.set()
                 await self._change()
                 self._check()
             units, message, n = {}, bytes(message), self._next
@@ -9803,6 +9809,8 @@ class Link:
     async def flush(self, seconds=None):
         """Wait until the peer's application took all that was sent; LinkError, TorTimeout."""
         last = self._next
+        self._hurry = self._base < last
+        self._wake.set()
         try:
             await wait_for(self._flushed(last), seconds)
         except asyncio.TimeoutError:
@@ -9874,9 +9882,11 @@ class Link:
         return message
 
     def _acknowledge(self, cost):
-        # Soon, or with the next that is sent; at once where the peer may be waiting.
+        # With the next that is sent; at once where the peer may be waiting; or soon, but not often,
+        # as over Tor each cell that goes the other way delays those that come.
         self._told += cost
-        if self._told >= min(_ACK_BYTES, self.node.limit() // 2):
+        pressed = self._pressed and len(self._inbox) == 1
+        if pressed or self._told >= min(_ACK_BYTES, self.node.limit() // 2):
             self._due = True
             self._wake.set()
         elif not self._timer:
@@ -10046,17 +10056,18 @@ class Link:
         if journal and size and (self._sent > journal.sent or life != journal.life):
             journal.write(_journal_record(b"U", self._sent, life))
             journal.sent, journal.life = self._sent, life
+        if pipe.pong:
+            frames.append(pipe.pong)
+            pipe.pong, self._pressed = b"", bool(self._inbox)
         t, most = time.monotonic(), self.node.keepalive
         # Who has nothing to say, says that again: the peer may be kept from asking.
         if self._told and (frames or self._due or self._bye) or t - pipe.said > most:
             frames.append(pack(">BQ", _ACK, self._taken))
             self._told, self._due = 0, False
-        if pipe.pong:
-            frames.append(pipe.pong)
-            pipe.pong = b""
+            self._pressed = self._pressed and bool(self._inbox)
         due = not pipe.pinged or frames and t - pipe.pinged > 1 or t - pipe.heard > most
-        if due and pipe.asked is None:
-            pipe.asked = pipe.pinged = t
+        if (due or self._hurry and self._at == self._next) and pipe.asked is None:
+            pipe.asked, pipe.pinged, self._hurry = t, t, False
             frames.append(pack(">BQ", _PING, self._ups))
         if frames:
             pipe.said = t
@@ -10149,6 +10160,7 @@ class Link:
 
     def _ponged(self, pipe):
         trip, pipe.asked = time.monotonic() - pipe.asked, None
+        self._wake.set()
         self._trips = self._trips[-15:] + [trip]
         self.round_trip = trip if not self.round_trip else (7 * self.round_trip + trip) / 8
         if self.lagging:

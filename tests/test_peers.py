@@ -289,6 +289,42 @@ def test_a_full_disk_is_told_and_changes_nothing(quick, tmp_path, monkeypatch):
     run(test())
 
 
+def test_who_flushes_asks_for_the_acknowledgement(quick, monkeypatch):
+    """By itself a peer says seldom what it took: over Tor each cell that goes back delays others."""
+    monkeypatch.setattr(minitor, "_ACK_SECONDS", 3600)
+
+    async def test():
+        a, b, link, back = await pair(Network())
+        for pause in (0, 0.01):
+            for i in range(5):
+                await link.send(b"%d" % i)
+            flushing = asyncio.ensure_future(link.flush(5))
+            await asyncio.sleep(0.05)
+            assert not flushing.done()
+            for i in range(5):
+                assert await back.receive(5) == b"%d" % i
+                await asyncio.sleep(pause)
+            await flushing
+        written, write = [], back._pipe.write
+        back._pipe.write = lambda *pieces: written.append(pieces) or write(*pieces)
+        for _ in range(8 << 20 >> 14):
+            await link.send(bytes(1 << 14))
+            await back.receive(5)
+        assert 3 <= len(written) <= 8
+        await link.flush(5)
+        # So does who has no room for more.
+        a.buffer, taken = 50000, []
+        hearing = asyncio.ensure_future(hear(back, 20, taken))
+        for i in range(20):
+            await minitor.wait_for(link.send(b"%d " % i + bytes(1 << 14)), 5)
+        await hearing
+        await link.flush(5)
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
 def test_a_peer_that_started_anew_without_journal_is_noticed(quick):
     async def test():
         net = Network()

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_link.py                        over TCP
     python tests/tornet.py -- python tests/benchmarks/bench_link.py      and over Tor
 
-Both ends are in this process, so its CPU time is that of both; what is compared alternates in one
-run, and ratios are of medians.
+Both ends are in this process, so its CPU time is that of both.  What is compared alternates in one
+run, over Tor on the same circuits; figures are medians, and their ratios to the bare stream's.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ class Counted:
 
     def __init__(self, stream, private):
         self.read, self.close, self._write = stream.read, stream.close, stream.write
+        self._writer = stream._writer
         self.private = stream.private if private is None else private
 
     def write(self, data):
@@ -65,50 +66,54 @@ async def quiet(seconds=20):
             break
 
 
-async def bare(transports, count):
-    """Send `count` messages over a stream; return seconds, CPU seconds and bytes."""
-    ours, theirs = transports
-    done = asyncio.Event()
+class Sink:
+    """What takes all that comes on a bare stream."""
 
-    async def take(stream):
-        left = count * SIZE
-        while left:
-            left -= len(await stream.read(1 << 16))
-        done.set()
+    def __init__(self):
+        self.left, self.done = 0, asyncio.Event()
 
-    await theirs.listen(take)
-    stream, message = await ours.dial(theirs.address), bytes(SIZE)
-    await quiet()
-    wall, cpu = time.perf_counter(), time.process_time()
+    async def take(self, stream):
+        while data := await stream.read(1 << 16):
+            self.left -= len(data)
+            if not self.left:
+                self.done.set()
+
+
+async def bare(stream, sink, count):
+    """Send `count` messages over a stream that ends in `sink`."""
+    sink.left, message = count * SIZE, bytes(SIZE)
+    sink.done.clear()
     for _ in range(count):
         await stream.write(message)
-    await done.wait()
-    spent = time.perf_counter() - wall, time.process_time() - cpu, count * SIZE
-    stream.close()
-    await theirs.close()
-    return spent
+    await sink.done.wait()
+    Counted.written += count * SIZE
 
 
-async def linked(transports, count, keys):
-    """As `bare`, over a link."""
-    ours, theirs = [Counting(transport, private) for transport, private in transports]
-    async with minitor.Node(keys[0], ours) as a, minitor.Node(keys[1], theirs) as b:
-        link, message = a.link(b.key, b.address), bytes(SIZE)
-        await link.ready(60)
-        back = await b.__anext__()
+async def linked(link, back, count):
+    """Send `count` messages over a link whose other end is `back`."""
 
-        async def take():
-            for _ in range(count):
-                await back.receive()
-
-        taking = asyncio.ensure_future(take())
-        await quiet()
-        wall, cpu, written = time.perf_counter(), time.process_time(), Counted.written
+    async def take():
         for _ in range(count):
-            await link.send(message)
-        await taking
+            await back.receive()
+
+    taking, message = asyncio.ensure_future(take()), bytes(SIZE)
+    for _ in range(count):
+        await link.send(message)
+    await taking
+
+
+async def measured(sending, link=None):
+    """Run a coroutine; return seconds, CPU seconds and the bytes that were written.
+
+    Seconds until the other end has all; what a link acknowledges after that counts for the rest.
+    """
+    await quiet()
+    wall, cpu, written = time.perf_counter(), time.process_time(), Counted.written
+    await sending
+    wall = time.perf_counter() - wall
+    if link:
         await link.flush()
-        return (time.perf_counter() - wall, time.process_time() - cpu, Counted.written - written)
+    return wall, time.process_time() - cpu, Counted.written - written
 
 
 def report(name, runs, count):
@@ -118,19 +123,33 @@ def report(name, runs, count):
     for what, found in runs.items():
         wall, cpu, sent = [statistics.median(column) for column in zip(*found)]
         first = first or (wall, cpu, sent)
-        row = what, count * SIZE / wall / 1e6, cpu / count * 1e6, cpu / first[1], sent / first[2]
-        print("  %-22s %8.1f MB/s %8.1f us of CPU each, ratio %.3f; bytes %.4f" % row)
+        row = what, count * SIZE / wall / 1e6, cpu / count * 1e6
+        row += wall / first[0], cpu / first[1], sent / first[2]
+        print("  %-20s %6.1f MB/s, %6.1f us of CPU each; seconds %.3f, CPU %.3f, bytes %.4f" % row)
+
+
+async def up(ours, theirs):
+    """Return both ends of a link between two nodes."""
+    link = ours.link(theirs.key, theirs.address)
+    await link.ready(60)
+    return link, await theirs.__anext__()
 
 
 async def over_tcp(count=2000, rounds=9):
-    keys = [minitor.load_identity(os.urandom(32)) for _ in range(2)]
-    runs = {"bare stream": [], "link, not encrypted": [], "link, sealed": []}
-    pair = lambda: (minitor.DirectTransport(), minitor.DirectTransport())
-    for _ in range(rounds):
-        runs["bare stream"].append(await bare(pair(), count))
-        for what, private in (("link, not encrypted", True), ("link, sealed", False)):
-            found = await linked([(transport, private) for transport in pair()], count, keys)
-            runs[what].append(found)
+    sink, host = Sink(), minitor.DirectTransport()
+    await host.listen(sink.take)
+    stream = await host.dial(host.address)
+    node = lambda private: minitor.Node(
+        os.urandom(32), Counting(minitor.DirectTransport(), private))
+    async with node(True) as a, node(True) as b, node(False) as c, node(False) as d:
+        opened, sealed = await up(a, b), await up(c, d)
+        runs = {"bare stream": [], "link, not encrypted": [], "link, sealed": []}
+        for _ in range(rounds):
+            runs["bare stream"].append(await measured(bare(stream, sink, count)))
+            runs["link, not encrypted"].append(await measured(linked(*opened, count), opened[0]))
+            runs["link, sealed"].append(await measured(linked(*sealed, count), sealed[0]))
+    stream.close()
+    await host.close()
     report("TCP on this machine", runs, count)
 
 
@@ -149,17 +168,42 @@ async def memory():
             pass
 
 
-async def over_tor(count=500, rounds=5):
+class OneCircuit(minitor.TorTransport):
+    """One whose streams to a service share a circuit, in place of one for each."""
+
+    async def dial(self, address, seconds=120):
+        host, port = minitor.split_address(address)
+        return minitor.PeerStream(*await self._tor.open_connection(host, port, seconds, "one"), True)
+
+
+async def over_tor(count=500, rounds=10, circuits=6):
     with tempfile.TemporaryDirectory() as folder:
         async with minitor.AsyncTor(folder + "/a") as here, minitor.AsyncTor(folder + "/b") as there:
-            keys = [minitor.load_identity(os.urandom(32)) for _ in range(2)]
-            pair = lambda: [minitor.TorTransport(*end) for end in ((here, keys[0]), (there, keys[1]))]
             runs = {"bare stream": [], "link": []}
-            for _ in range(rounds):
-                runs["bare stream"].append(await bare(pair(), count))
-                runs["link"].append(await linked([(end, None) for end in pair()], count, keys))
-            report("Tor, to an onion service", runs, count)
-            await recovery(pair(), keys)
+            for _ in range(circuits):
+                await one_circuit(here, there, runs, count, rounds)
+            report("Tor, a circuit to an onion service", runs, count)
+            keys = [minitor.load_identity(os.urandom(32)) for _ in range(2)]
+            ends = (here, keys[0]), (there, keys[1])
+            await recovery([minitor.TorTransport(*end) for end in ends], keys)
+
+
+async def one_circuit(here, there, runs, count, rounds):
+    """Measure a stream and a link on the same circuit, in turns."""
+    sink, key = Sink(), minitor.load_identity(os.urandom(32))
+    take = lambda reader, writer: sink.take(minitor.PeerStream(reader, writer, True))
+    ours, theirs = OneCircuit(here), minitor.TorTransport(there, key, others={7: take})
+    async with minitor.Node(os.urandom(32), Counting(ours)) as a, \
+            minitor.Node(key, Counting(theirs)) as b:
+        link, back = await up(a, b)
+        stream = await ours.dial(b.address.partition(":")[0] + ":7")
+        assert stream._writer.circuit is link._pipe.stream._writer.circuit
+        # A circuit learns how much may be on the way.
+        await bare(stream, sink, count)
+        for _ in range(rounds):
+            runs["bare stream"].append(await measured(bare(stream, sink, count)))
+            runs["link"].append(await measured(linked(link, back, count), link))
+        stream.close()
 
 
 async def recovery(transports, keys, rounds=5):

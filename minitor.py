@@ -10067,7 +10067,7 @@ class Link:
             self._pressed = self._pressed and bool(self._inbox)
         due = not pipe.pinged or frames and t - pipe.pinged > 1 or t - pipe.heard > most
         if (due or self._hurry and self._at == self._next) and pipe.asked is None:
-            pipe.asked, pipe.pinged, self._hurry = t, t, False
+            pipe.asked, pipe.pinged, self._hurry = t, t, self._hurry and self._at < self._next
             frames.append(pack(">BQ", _PING, self._ups))
         if frames:
             pipe.said = t

@@ -325,6 +325,28 @@ def test_who_flushes_asks_for_the_acknowledgement(quick, monkeypatch):
     run(test())
 
 
+def test_who_flushed_before_the_link_was_up_asks_behind_the_last_message(quick, monkeypatch):
+    monkeypatch.setattr(minitor, "_ACK_SECONDS", 3600)
+
+    async def test():
+        net = Network()
+        a, b = await node(net, "anna").start(), node(net, "berta")
+        link = a.link(b.key, "berta")
+        for _ in range(10):
+            await link.send(bytes(1 << 14))
+        flushing = asyncio.ensure_future(link.flush(5))
+        await asyncio.sleep(0)
+        await b.start()
+        back = await b.__anext__()
+        for _ in range(10):
+            await back.receive(5)
+        await flushing
+        await a.close()
+        await b.close()
+
+    run(test())
+
+
 def test_a_peer_that_started_anew_without_journal_is_noticed(quick):
     async def test():
         net = Network()

@@ -289,6 +289,32 @@ def test_a_full_disk_is_told_and_changes_nothing(quick, tmp_path, monkeypatch):
     run(test())
 
 
+def test_a_peer_that_came_back_with_less_room_is_told_of_and_waited_for(quick):
+    """A message that it does not take any more would be in the way for ever."""
+
+    async def test():
+        net = Network()
+        a, b, link, back = await pair(net)
+        await link.send(b"small")
+        assert await back.receive(5) == b"small"
+        await link.flush(5)
+        crash(b)
+        await link.send(bytes(200000))
+        less = node(net, "berta")
+        less.largest = 100000
+        await less.start()
+        while "takes 100" not in str(link.error):
+            await asyncio.sleep(0.001)
+        crash(less)
+        async with node(net, "berta") as again:
+            back = await again.__anext__()
+            assert await back.receive(5) == bytes(200000)
+            await link.flush(5)
+        await a.close()
+
+    run(test(), 20)
+
+
 def test_who_flushes_asks_for_the_acknowledgement(quick, monkeypatch):
     """By itself a peer says seldom what it took: over Tor each cell that goes back delays others."""
     monkeypatch.setattr(minitor, "_ACK_SECONDS", 3600)

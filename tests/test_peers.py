@@ -331,12 +331,14 @@ def test_who_flushes_asks_for_the_acknowledgement(quick, monkeypatch):
                 assert await back.receive(5) == b"%d" % i
                 await asyncio.sleep(pause)
             await flushing
+        # Neither end asks by the clock meanwhile: the machine may be slow.
+        link._pipe.pinged = back._pipe.pinged = float("inf")
         written, write = [], back._pipe.write
         back._pipe.write = lambda *pieces: written.append(pieces) or write(*pieces)
         for _ in range(8 << 20 >> 14):
             await link.send(bytes(1 << 14))
             await back.receive(5)
-        assert 3 <= len(written) <= 8
+        assert 3 <= len(written) <= 4
         await link.flush(5)
         # So does who has no room for more.
         a.buffer, taken = 50000, []
